@@ -1,0 +1,147 @@
+"""The forward process q: how an image becomes noise, step by step (Section 2 of the paper).
+
+Time is the paper's: t = 1..T counts steps of noise and t = 0 is the image itself, so alpha_bar[0] = 1 and "the step
+before" needs no special case. Tables are float64 on the host; a float32 cumulative product would be wrong in the
+third digit of 1 - alpha_bar at small t. They are cast where they meet the images.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, random
+
+
+class Process(NamedTuple):
+    """A chain of T noising steps. A value: no state, no randomness.
+
+    alpha_bar: float64[T+1], the share of variance that is still image, 1 at t = 0 and falling.
+    model_t:   float64[T+1], the time the network is told at step t; the official code counts from 0.
+    """
+
+    alpha_bar: np.ndarray
+    model_t: np.ndarray
+
+    @property
+    def T(self) -> int:
+        """The number of steps."""
+        return len(self.alpha_bar) - 1
+
+
+def from_betas(betas: np.ndarray) -> Process:
+    """The process whose step t adds variance betas[t - 1] (eq. 2); alpha_bar_t = prod_{s<=t} (1 - beta_s) (eq. 4).
+
+    betas: float[T], each in (0, 1]. Raises ValueError for anything else.
+    """
+    betas = np.asarray(betas, np.float64)
+    if betas.ndim != 1 or not betas.size or not np.all((betas > 0) & (betas <= 1)):
+        raise ValueError(f"betas: expected a vector of numbers in (0, 1], found {betas}")
+    alpha_bar = np.append(1.0, np.cumprod(1 - betas))
+    return Process(alpha_bar, np.arange(-1.0, len(betas)))
+
+
+def respace(p: Process, ts: np.ndarray) -> Process:
+    """The chain that visits only the times `ts` of p: a shorter chain is just another process.
+
+    ts: distinct ints in 1..T, in any order. Step i of the result stands at the i-th smallest, with the same marginal
+    q(x_t | x_0), and the network is told the time that it was trained with. Raises ValueError for other times.
+    """
+    ts = np.sort(np.asarray(ts))
+    inside = ts.size and np.issubdtype(ts.dtype, np.integer) and 1 <= ts[0] and ts[-1] <= p.T
+    if not inside or len(np.unique(ts)) != len(ts):
+        raise ValueError(f"ts: expected distinct integers in 1..{p.T}, found {ts}")
+    return Process(np.append(1.0, p.alpha_bar[ts]), np.append(-1.0, p.model_t[ts]))
+
+
+def at(table: np.ndarray, t) -> Array | np.ndarray:
+    """table[t]: float64 for a host t, the device's float type for a device or traced t."""
+    return jnp.asarray(table)[t] if isinstance(t, Array) else table[t]
+
+
+def expand(c, x: Array) -> Array:
+    """Per-example numbers c (scalar or [b]) shaped [b, 1, ..., 1] and typed so that they multiply x [b, ...]."""
+    c = jnp.asarray(c, x.dtype)
+    return c.reshape(c.shape + (1,) * (x.ndim - c.ndim)) if c.ndim else c
+
+
+def log_ratio(p: Process, s, t):
+    """log(alpha_bar_t / alpha_bar_s) for 0 <= s <= t <= T, elementwise.
+
+    Neighbours differ by parts in 1e4 of a number up to ten: one float32 table would lose half the digits. So the
+    table goes to the device in two parts whose differences are exact enough, and both halves are added after.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log = np.log(p.alpha_bar)
+        high = log.astype(np.float32).astype(np.float64)
+        low = np.where(np.isfinite(log), log - high, 0.0)  # alpha_bar_T = 0: -inf has no lower part
+    return (at(high, t) - at(high, s)) + (at(low, t) - at(low, s))
+
+
+def noise_share(p: Process, s, t):
+    """beta_{t|s} = 1 - alpha_bar_t / alpha_bar_s, the variance of q(x_t | x_s); for s = 0 it is 1 - alpha_bar_t."""
+    xp = jnp if isinstance(t, Array) or isinstance(s, Array) else np
+    return -xp.expm1(log_ratio(p, s, t))
+
+
+class Posterior(NamedTuple):
+    """q(x_s | x_t, x_0) = N(weight_0 x_0 + weight_t x_t, variance): numbers per (s, t)."""
+
+    weight_0: Array | np.ndarray
+    weight_t: Array | np.ndarray
+    variance: Array | np.ndarray
+
+
+def posterior(p: Process, s, t) -> Posterior:
+    """The coefficients of eqs. 6-7 for s = t - 1, and of their generalisation to any 0 <= s < t <= T.
+
+    Host integers give float64, device integers float32.
+    """
+    xp = jnp if isinstance(t, Array) or isinstance(s, Array) else np
+    beta, noise_s, noise_t = noise_share(p, s, t), noise_share(p, 0, s), noise_share(p, 0, t)
+    return Posterior(
+        weight_0=xp.sqrt(at(p.alpha_bar, s)) * beta / noise_t,
+        weight_t=xp.exp(0.5 * log_ratio(p, s, t)) * noise_s / noise_t,
+        variance=beta * noise_s / noise_t,
+    )
+
+
+def q_sample(p: Process, x_0: Array, t: Array, eps: Array) -> Array:
+    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (eq. 4).
+
+    x_0: [b, ...] in [-1, 1]; t: int[b] or a scalar in 0..T; eps: standard normal, x_0's shape. Returns x_0's shape.
+    """
+    if x_0.shape != eps.shape:
+        raise ValueError(f"q_sample: expected eps of x_0's shape {x_0.shape}, found {eps.shape}")
+    signal, noise = np.sqrt(p.alpha_bar), np.sqrt(1 - p.alpha_bar)
+    return expand(at(signal, t), x_0) * x_0 + expand(at(noise, t), x_0) * eps
+
+
+def q_posterior(p: Process, x_0: Array, x_t: Array, s, t) -> tuple[Array, Array]:
+    """Mean [b, ...] and variance [b, 1, ..., 1] of q(x_s | x_t, x_0): eqs. 6-7 for s = t - 1, and any s < t."""
+    c = posterior(p, s, t)
+    mean = expand(c.weight_0, x_0) * x_0 + expand(c.weight_t, x_t) * x_t
+    return mean, expand(c.variance, x_0)
+
+
+def example_keys(key: Array, b: int) -> Array:
+    """One key per example [b]: a single key is folded with the example's index, an array [b] is taken as it is.
+
+    Drawing per example makes an example's noise independent of the batch and of the devices it shares.
+    """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = random.wrap_key_data(key)  # the old style of keys, jax.random.PRNGKey
+    if key.ndim == 0:
+        return jax.vmap(random.fold_in, (None, 0))(key, jnp.arange(b))
+    if key.shape != (b,):
+        raise ValueError(f"key: expected one key, or one per example [{b}], found {key.shape}")
+    return key
+
+
+def noise(keys: Array, t: Array, like: Array) -> Array:
+    """Standard normal noise for time t, shaped like `like` [b, ...]: a function of (keys[i], t) for each example i."""
+
+    def draw(key):
+        return random.normal(random.fold_in(key, t), like.shape[1:], like.dtype)
+
+    return jax.vmap(draw)(keys)

@@ -1,0 +1,24 @@
+"""Strict JAX for every test: four virtual CPU devices, no silent broadcasting or promotion."""
+
+import pathlib
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Compilation is what the suite costs: keep its results between runs.
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture
+def x64():
+    """Float64 for one test: closed forms are compared at 1e-10, not at float32's rounding."""
+    with jax.enable_x64(True):
+        yield
