@@ -1,7 +1,7 @@
 """The variational bound on -log p(x_0), term by term, in bits per dimension (Section 2, eq. 5).
 
-L = L_T + sum_{t>1} L_{t-1} + L_0. Everything is a mean over an image's dimensions divided by ln 2, so terms of one
-image add up to its bits per dimension.
+L = L_T + sum_{t>1} L_{t-1} + L_0. Everything is a mean over an image's dimensions divided by ln 2,
+so terms of one image add up to its bits per dimension.
 """
 
 from typing import NamedTuple
@@ -34,14 +34,15 @@ def normal_kl(mean_1: Array, log_var_1: Array, mean_2: Array, log_var_2: Array) 
 
 
 def _normal_cdf(x: Array) -> Array:
-    """The tanh approximation of the normal CDF that the official code uses; wrong by at most 3e-4."""
+    """The tanh approximation of the normal CDF that the official code uses, as GELU does."""
     return 0.5 * (1.0 + jnp.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
 def decoder_log_likelihood(x_0: Array, mean: Array, log_scale: Array) -> Array:
-    """log p(x_0 | x_1) in nats, elementwise: the Gaussian's mass on the pixel value's own interval (eq. 13).
+    """log p(x_0 | x_1) in nats, elementwise: a Gaussian's mass on the pixel's interval (eq. 13).
 
-    x_0: pixel values k/127.5 - 1, k in 0..255; mean and log standard deviation broadcast to it. The 256 masses sum to
+    x_0: pixel values k/127.5 - 1, k in 0..255; mean and log standard deviation broadcast to it. The
+         256 masses sum to
     1: the outer intervals are unbounded. A mass counts as at least 1e-12, as in the official code.
     """
     inverse_scale = jnp.exp(-log_scale)
@@ -53,16 +54,17 @@ def decoder_log_likelihood(x_0: Array, mean: Array, log_scale: Array) -> Array:
 
 
 def prior_bits(p: Process, x_0: Array) -> Array:
-    """L_T: KL(q(x_T | x_0) || N(0, 1)) in bits/dim [b], for the same x_T that sampling starts from."""
+    """L_T = KL(q(x_T | x_0) || N(0, 1)) in bits/dim [b]; sampling starts from this N(0, 1)."""
     a = p.alpha_bar[-1]
     mean = jnp.asarray(np.sqrt(a), x_0.dtype) * x_0
     return meanflat(normal_kl(mean, np.log1p(-a).astype(x_0.dtype), 0.0, 0.0)) / np.log(2)
 
 
 def term_bits(p: Process, prediction: Prediction, x_0: Array, x_t: Array, t: Array) -> Array:
-    """L_{t-1} in bits/dim [b]: the KL of eq. 5 for t > 1, the decoder's -log p(x_0 | x_1) alone for t = 1.
+    """L_{t-1} in bits/dim [b]: the KL of eq. 5 for t > 1, -log p(x_0 | x_1) alone for t = 1.
 
-    prediction: the model's at (x_t, t); x_0, x_t: [b, ...], x_0 on the 256 levels; t: int[b] in 1..T.
+    prediction: the model's at (x_t, t); x_0, x_t: [b, ...], x_0 on the 256 levels; t: int[b] in
+                1..T.
     """
     mean, log_var = reverse(p, prediction, x_t, t - 1, t)
     q_mean, _ = q_posterior(p, x_0, x_t, t - 1, t)
@@ -76,10 +78,10 @@ def term_bits(p: Process, prediction: Prediction, x_0: Array, x_t: Array, t: Arr
 class Terms(NamedTuple):
     """The bound of each image, taken apart.
 
-    bits: [b, T+1] in bits/dim, bits[:, k] = L_k of the paper: the sum is the bound, the running sum from the right the
-          rate spent when x_k is known (Section 4.3).
-    mse:  [b, T], mse[:, t-1] = squared error of the x_0 predicted from x_t, [-1, 1] scale; RMSE on 0-255 is
-          127.5 sqrt(mse).
+    bits: [b, T+1] in bits/dim, bits[:, k] = L_k of the paper: the sum is the bound, the running sum
+          from the right the rate spent when x_k is known (Section 4.3).
+    mse:  [b, T], mse[:, t-1] = squared error of the x_0 predicted from x_t, [-1, 1] scale; RMSE on
+          0-255 is 127.5 sqrt(mse).
     """
 
     bits: Array
@@ -87,9 +89,10 @@ class Terms(NamedTuple):
 
 
 def terms(p: Process, predict: Predict, key: Array, x_0: Array) -> Terms:
-    """A Monte Carlo reading of every term of the bound: one x_t drawn afresh for each t, T network evaluations.
+    """A Monte Carlo reading of every term: a fresh x_t for each t, T network evaluations.
 
-    key: one key, or one per example [b]; x_0: [b, ...] on the levels k/127.5 - 1. The bound's mean over draws is exact.
+    key: one key, or one per example [b]; x_0: [b, ...] on the levels k/127.5 - 1. The bound's mean
+         over draws is exact.
     Official code: calc_bpd_loop, diffusion_utils_2.py.
     """
     keys = example_keys(key, x_0.shape[0])

@@ -1,12 +1,12 @@
-"""Training objectives: `Loss = (apply, key, x_0) -> (loss[b], {name: [b]})`, per example, reduced once in train.py.
+"""Training objectives: `Loss = (apply, key, x_0) -> (loss[b], {name: [b]})`.
 
-`apply: (x_t, model_t[b]) -> output` is the network with parameters, labels and dropout already bound. Each builder takes
-(p, target, variance) and its own settings. Table 2 of the paper is made of these two and the targets.
+Per example out; train.py reduces once. `apply: (x_t, model_t[b]) -> output` is the network with
+parameters, labels and dropout already bound. Each builder takes (p, target, variance) and its own
+settings. Table 2 of the paper is made of these two and the targets.
 """
 
 from collections.abc import Callable
 
-import jax.numpy as jnp
 from jax import Array, random
 
 from diffusion.likelihood import meanflat, prior_bits, term_bits
@@ -18,7 +18,7 @@ Loss = Callable[[Apply, Array, Array], tuple[Array, dict[str, Array]]]
 
 
 def draw_x_t(p: Process, key: Array, x_0: Array) -> tuple[Array, Array, Array]:
-    """t ~ Uniform{1..T} int[b], eps ~ N(0, 1) and x_t of eq. 4, one per example: lines 3-4 of Algorithm 1."""
+    """t ~ Uniform{1..T} int[b], eps ~ N(0, 1) and x_t (eq. 4): lines 3-4 of Algorithm 1."""
     key_t, key_eps = random.split(key)
     t = random.randint(key_t, x_0.shape[:1], 1, p.T + 1)
     eps = random.normal(key_eps, x_0.shape, x_0.dtype)
@@ -28,7 +28,8 @@ def draw_x_t(p: Process, key: Array, x_0: Array) -> tuple[Array, Array, Array]:
 def simple(p: Process, target: Target, variance: Variance) -> Loss:
     """L_simple (eq. 14): the unweighted squared error of the prediction, whatever is predicted.
 
-    It says nothing of the variance, so a learned one is refused with ValueError, as in the official code.
+    It says nothing of the variance, so a learned one is refused with ValueError, as in the official
+    code.
     """
     if variance.outputs != 1:
         raise ValueError("loss 'simple' trains no variance: use a fixed one, or the loss 'vlb'")
@@ -44,8 +45,8 @@ def simple(p: Process, target: Target, variance: Variance) -> Loss:
 def vlb(p: Process, target: Target, variance: Variance) -> Loss:
     """L (eq. 5): a uniformly drawn term of the true bound, in bits/dim, x_0 unclipped.
 
-    As in the official code (training_losses, 'kl') the term is not multiplied by T and the constant L_T is left out; the
-    metric `bpd` is the unbiased estimate of the whole bound.
+    As in the official code (training_losses, 'kl') the term is not multiplied by T and the constant
+    L_T is left out; the metric `bpd` is the unbiased estimate of the whole bound.
     """
 
     def loss(apply: Apply, key: Array, x_0: Array):

@@ -1,8 +1,9 @@
 """The forward process q: how an image becomes noise, step by step (Section 2 of the paper).
 
-Time is the paper's: t = 1..T counts steps of noise and t = 0 is the image itself, so alpha_bar[0] = 1 and "the step
-before" needs no special case. Tables are float64 on the host; a float32 cumulative product would be wrong in the
-third digit of 1 - alpha_bar at small t. They are cast where they meet the images.
+Time is the paper's: t = 1..T counts steps of noise and t = 0 is the image itself, so alpha_bar[0] =
+1 and "the step before" needs no special case. Tables are float64 on the host; a float32 cumulative
+product would be wrong in the third digit of 1 - alpha_bar at small t. They are cast where they meet
+the images.
 """
 
 from typing import NamedTuple
@@ -17,7 +18,8 @@ class Process(NamedTuple):
     """A chain of T noising steps. A value: no state, no randomness.
 
     alpha_bar: float64[T+1], the share of variance that is still image, 1 at t = 0 and falling.
-    model_t:   float64[T+1], the time the network is told at step t; the official code counts from 0.
+    model_t:   float64[T+1], the time the network is told at step t; the official code counts from
+               0.
     """
 
     alpha_bar: np.ndarray
@@ -30,9 +32,9 @@ class Process(NamedTuple):
 
 
 def from_betas(betas: np.ndarray) -> Process:
-    """The process whose step t adds variance betas[t - 1] (eq. 2); alpha_bar_t = prod_{s<=t} (1 - beta_s) (eq. 4).
+    """The process of eq. 2, with alpha_bar_t = prod_{s<=t} (1 - beta_s) of eq. 4.
 
-    betas: float[T], each in (0, 1]. Raises ValueError for anything else.
+    betas: float[T], each in (0, 1], beta_t = betas[t - 1]. Raises ValueError for anything else.
     """
     betas = np.asarray(betas, np.float64)
     if betas.ndim != 1 or not betas.size or not np.all((betas > 0) & (betas <= 1)):
@@ -44,8 +46,9 @@ def from_betas(betas: np.ndarray) -> Process:
 def respace(p: Process, ts: np.ndarray) -> Process:
     """The chain that visits only the times `ts` of p: a shorter chain is just another process.
 
-    ts: distinct ints in 1..T, in any order. Step i of the result stands at the i-th smallest, with the same marginal
-    q(x_t | x_0), and the network is told the time that it was trained with. Raises ValueError for other times.
+    ts: distinct ints in 1..T, in any order. Step i of the result stands at the i-th smallest, with
+    the same marginal q(x_t | x_0), and the network is told the time that it was trained with.
+    Raises ValueError for other times.
     """
     ts = np.sort(np.asarray(ts))
     inside = ts.size and np.issubdtype(ts.dtype, np.integer) and 1 <= ts[0] and ts[-1] <= p.T
@@ -60,7 +63,7 @@ def at(table: np.ndarray, t) -> Array | np.ndarray:
 
 
 def expand(c, x: Array) -> Array:
-    """Per-example numbers c (scalar or [b]) shaped [b, 1, ..., 1] and typed so that they multiply x [b, ...]."""
+    """Numbers c, scalar or [b], with the shape [b, 1, ..., 1] and type that multiply x [b, ...]."""
     c = jnp.asarray(c, x.dtype)
     return c.reshape(c.shape + (1,) * (x.ndim - c.ndim)) if c.ndim else c
 
@@ -68,8 +71,9 @@ def expand(c, x: Array) -> Array:
 def log_ratio(p: Process, s, t):
     """log(alpha_bar_t / alpha_bar_s) for 0 <= s <= t <= T, elementwise.
 
-    Neighbours differ by parts in 1e4 of a number up to ten: one float32 table would lose half the digits. So the
-    table goes to the device in two parts whose differences are exact enough, and both halves are added after.
+    Neighbours differ by parts in 1e4 of a number up to ten: one float32 table would lose half the
+    digits. So the table goes to the device in two parts whose differences are exact enough, and
+    both halves are added after.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         log = np.log(p.alpha_bar)
@@ -79,7 +83,7 @@ def log_ratio(p: Process, s, t):
 
 
 def noise_share(p: Process, s, t):
-    """beta_{t|s} = 1 - alpha_bar_t / alpha_bar_s, the variance of q(x_t | x_s); for s = 0 it is 1 - alpha_bar_t."""
+    """1 - alpha_bar_t / alpha_bar_s, the variance of q(x_t | x_s); for s = t - 1 it is beta_t."""
     xp = jnp if isinstance(t, Array) or isinstance(s, Array) else np
     return -xp.expm1(log_ratio(p, s, t))
 
@@ -93,7 +97,7 @@ class Posterior(NamedTuple):
 
 
 def posterior(p: Process, s, t) -> Posterior:
-    """The coefficients of eqs. 6-7 for s = t - 1, and of their generalisation to any 0 <= s < t <= T.
+    """The coefficients of eqs. 6-7, for s = t - 1 and for any other 0 <= s < t <= T.
 
     Host integers give float64, device integers float32.
     """
@@ -109,7 +113,8 @@ def posterior(p: Process, s, t) -> Posterior:
 def q_sample(p: Process, x_0: Array, t: Array, eps: Array) -> Array:
     """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (eq. 4).
 
-    x_0: [b, ...] in [-1, 1]; t: int[b] or a scalar in 0..T; eps: standard normal, x_0's shape. Returns x_0's shape.
+    x_0: [b, ...] in [-1, 1]; t: int[b] or a scalar in 0..T; eps: standard normal, x_0's shape.
+         Returns x_0's shape.
     """
     if x_0.shape != eps.shape:
         raise ValueError(f"q_sample: expected eps of x_0's shape {x_0.shape}, found {eps.shape}")
@@ -118,16 +123,17 @@ def q_sample(p: Process, x_0: Array, t: Array, eps: Array) -> Array:
 
 
 def q_posterior(p: Process, x_0: Array, x_t: Array, s, t) -> tuple[Array, Array]:
-    """Mean [b, ...] and variance [b, 1, ..., 1] of q(x_s | x_t, x_0): eqs. 6-7 for s = t - 1, and any s < t."""
+    """Mean [b, ...] and variance [b, 1, ...] of q(x_s | x_t, x_0): eqs. 6-7, and any s < t."""
     c = posterior(p, s, t)
     mean = expand(c.weight_0, x_0) * x_0 + expand(c.weight_t, x_t) * x_t
     return mean, expand(c.variance, x_0)
 
 
 def example_keys(key: Array, b: int) -> Array:
-    """One key per example [b]: a single key is folded with the example's index, an array [b] is taken as it is.
+    """One key per example [b]: a single key is folded with each index, an array [b] stays as it is.
 
-    Drawing per example makes an example's noise independent of the batch and of the devices it shares.
+    Drawing per example makes an example's noise independent of the batch and of the devices it
+    shares.
     """
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = random.wrap_key_data(key)  # the old style of keys, jax.random.PRNGKey
@@ -139,7 +145,7 @@ def example_keys(key: Array, b: int) -> Array:
 
 
 def noise(keys: Array, t: Array, like: Array) -> Array:
-    """Standard normal noise for time t, shaped like `like` [b, ...]: a function of (keys[i], t) for each example i."""
+    """Standard normal noise like `like` [b, ...], a function of (keys[i], t) for each example i."""
 
     def draw(key):
         return random.normal(random.fold_in(key, t), like.shape[1:], like.dtype)

@@ -1,6 +1,7 @@
 """From noise to images: ways of walking the reverse process, and the one loop that drives them all.
 
-A sampler is two pure functions. It never sees the network: `predict` (targets.py) is all it knows of a model.
+A sampler is two pure functions. It never sees the network: `predict` (targets.py) is all it knows
+of a model.
 """
 
 from collections.abc import Callable
@@ -15,24 +16,25 @@ from diffusion.targets import Predict, reverse
 
 
 class Carry(NamedTuple):
-    """What a sampler takes from one step to the next. x: x_t [b, ...]; x_0: the last prediction, x's shape."""
+    """What goes from step to step: x_t and the last prediction of x_0, both [b, ...]."""
 
     x: Array
     x_0: Array
 
 
 class Sampler(NamedTuple):
-    """init: x_T -> carry. step: (predict, keys[b], carry, t, s) -> carry, from time t to time s < t."""
+    """init: x_T -> carry; step: (predict, keys[b], carry, t, s) -> carry, from t to s < t."""
 
     init: Callable[[Array], Carry]
     step: Callable[[Predict, Array, Carry, Array, Array], Carry]
 
 
 def ancestral(p: Process) -> Sampler:
-    """Algorithm 2: x_s ~ p_theta(x_s | x_t), with the variance of the prediction and no noise in the last step.
+    """Algorithm 2: x_s ~ p_theta(x_s | x_t), without noise in the last step.
 
-    For s = t - 1 it is the paper's step. Longer steps use the generalised posterior (process.posterior) and the same
-    choice of variance, which is the respaced chain of Improved DDPM (arXiv 2102.09672, Section 4).
+    For s = t - 1 it is the paper's step. Longer steps use the generalised posterior
+    (process.posterior) and the same choice of variance, which is the respaced chain of Improved
+    DDPM (arXiv 2102.09672, Section 4).
     """
 
     def init(x_T: Array) -> Carry:
@@ -67,7 +69,7 @@ def _check(ts: np.ndarray, x_T: Array) -> None:
 
 
 def advance(sampler: Sampler, predict: Predict, key: Array, carry: Carry, ts: np.ndarray) -> Carry:
-    """Takes a carry from time ts[0] to ts[-1]: a part of a chain. Parts in a row equal the whole, bit for bit.
+    """Takes a carry from time ts[0] to ts[-1]. Parts of a chain in a row equal the whole.
 
     key: one key, or one per example [b]; ts: strictly falling int[n+1].
     """
@@ -81,16 +83,18 @@ def advance(sampler: Sampler, predict: Predict, key: Array, carry: Carry, ts: np
 
 
 def sample(sampler: Sampler, predict: Predict, key: Array, x_T: Array, ts: np.ndarray) -> Array:
-    """x_0 [b, ...] from x_T, visiting the times ts: one scan, one network evaluation (or the sampler's few) a step.
+    """x_0 [b, ...] from x_T through the times ts, as one scan.
 
-    key: one key, or one per example [b], so that an image does not depend on its batch; x_T: standard normal [b, ...];
-    ts: strictly falling int[n+1], T to 0. The result is not clipped: round it with data.unscale. Raises ValueError.
+    key: one key, or one per example [b], so that an image does not depend on its batch; x_T:
+         standard normal [b, ...];
+    ts: strictly falling int[n+1], T to 0. The result is not clipped: round it with data.unscale.
+        Raises ValueError.
     """
     return advance(sampler, predict, key, sampler.init(x_T), ts).x
 
 
 def trajectory(sampler: Sampler, predict: Predict, key: Array, x_T: Array, ts: np.ndarray) -> Carry:
-    """As `sample`, and keeps the way: Carry of [n, b, ...] with x at ts[1:] and the x_0 predicted at ts[:-1].
+    """As `sample`, keeping the way: Carry of [n, b, ...], x at ts[1:], x_0 predicted at ts[:-1].
 
     The last x is what `sample` returns. Holds n images per image in memory.
     """

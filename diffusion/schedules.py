@@ -1,8 +1,9 @@
 """Noise schedules: how much variance each step of the forward process adds.
 
-Every schedule is `(T, beta_start, beta_end) -> betas`, float64[T] on the host, beta_t = betas[t - 1] the variance
-of q(x_t | x_{t-1}), 0 < beta_t <= 1. The first six are the official code's (`get_beta_schedule`,
-diffusion_utils_2.py); the paper uses `linear` from 1e-4 to 0.02 with T = 1000 (Section 4).
+Every schedule is `(T, beta_start, beta_end) -> betas`, float64[T] on the host, beta_t = betas[t -
+1] the variance of q(x_t | x_{t-1}), 0 < beta_t <= 1. The first six are the official code's
+(`get_beta_schedule`, diffusion_utils_2.py); the paper uses `linear` from 1e-4 to 0.02 with T = 1000
+(Section 4).
 """
 
 import numpy as np
@@ -41,16 +42,17 @@ def warmup50(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.nda
 
 
 def jsd(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
-    """1/T, 1/(T-1), ..., 1: every step destroys an equal share (Sohl-Dickstein et al. 2015, arXiv 1503.03585).
+    """1/T, 1/(T-1), ..., 1: each step destroys an equal share (arXiv 1503.03585, Section 2.4.1).
 
-    The ends are fixed by T, so both bounds are without effect. alpha_bar_T is 0: x_T holds nothing of x_0, hence an
-    eps-prediction at t = T cannot be turned into x_0; predict x_0 or v with this schedule.
+    The ends are fixed by T, so both bounds are without effect. alpha_bar_T is 0: x_T holds nothing
+    of x_0, hence an eps-prediction at t = T cannot be turned into x_0; predict x_0 or v with this
+    schedule.
     """
     return 1.0 / np.linspace(T, 1, T, dtype=np.float64)
 
 
 def cosine(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
-    """alpha_bar a squared cosine of time, betas at most 0.999 (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17).
+    """alpha_bar a squared cosine of time, betas at most 0.999 (arXiv 2102.09672, eq. 17).
 
     The ends are fixed by T and the paper's offset 0.008, so both bounds are without effect.
     """

@@ -1,7 +1,8 @@
 """What the network predicts, and with which variance: network output -> Prediction.
 
-The targets form a star, not an N x N table: whatever is predicted is turned into x_0, and everything else follows from
-x_0. Samplers, likelihood and codec know a model only through `Predict = (x_t, t) -> Prediction`.
+The targets form a star, not an N x N table: whatever is predicted is turned into x_0, and
+everything else follows from x_0. Samplers, likelihood and codec know a model only through `Predict
+= (x_t, t) -> Prediction`.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,8 @@ from diffusion.process import (
 class Target(NamedTuple):
     """One choice of regression target.
 
-    of:    (p, x_0, eps, x_t, t) -> what the network should output at (x_t, t); all images [b, ...], t int[b].
+    of:    (p, x_0, eps, x_t, t) -> what the network should output at (x_t, t); all images [b, ...],
+           t int[b].
     to_x0: (p, output, x_t, t) -> the x_0 that this output says.
     is_mean: the output is itself the mean of p_theta(x_{t-1} | x_t).
     """
@@ -78,11 +80,13 @@ def _v_to_x0(p, output, x_t, t):
 class Variance(NamedTuple):
     """One choice of the variance of p_theta(x_{t-1} | x_t).
 
-    outputs: how many numbers per pixel and channel the network gives, 1 (the target) or 2 (and the log-variance).
-    log_var: (p, extra, t) -> log-variance of the step t -> t-1; extra is the network's second half, or None.
-    var_0:   (p, log_var, t) -> the variance of x_0 given x_t which that choice amounts to: none if x_0 is taken as
-             known (fixed small), 1 - alpha_bar_t if x_0 is taken as unit Gaussian (fixed large; Section 3.2). It
-             carries the choice over to longer steps, t -> s < t-1.
+    outputs: how many numbers per pixel and channel the network gives, 1 (the target) or 2 (and the
+             log-variance).
+    log_var: (p, extra, t) -> log-variance of the step t -> t-1; extra is the network's second half,
+             or None.
+    var_0:   (p, log_var, t) -> the variance of x_0 given x_t which that choice amounts to: none if
+             x_0 is taken as known (fixed small), 1 - alpha_bar_t if x_0 is taken as unit Gaussian
+             (fixed large; Section 3.2). It carries the choice over to longer steps, t -> s < t-1.
     """
 
     outputs: int
@@ -91,9 +95,10 @@ class Variance(NamedTuple):
 
 
 def _log_table(p: Process, variance: np.ndarray) -> np.ndarray:
-    """log variance[t] for t = 0..T, with t = 1 taking the posterior variance of t = 2, which is the smallest above 0.
+    """log variance[t] for t = 0..T; t = 1 takes beta~_2, the smallest posterior variance above 0.
 
-    The official code does so for both fixed variances: no noise is drawn at t = 1, only the decoder reads it.
+    The official code does so for both fixed variances: no noise is drawn at t = 1, only the decoder
+    reads it.
     """
     table = variance.copy()
     table[:2] = posterior(p, 1, 2).variance if p.T > 1 else variance[1] or noise_share(p, 0, 1)
@@ -101,7 +106,7 @@ def _log_table(p: Process, variance: np.ndarray) -> np.ndarray:
 
 
 def posterior_log_var(p: Process, t: Array) -> Array:
-    """log beta~_t, the log-variance of q(x_{t-1} | x_t, x_0), at t = 1 that of t = 2 (official code: 'clipped')."""
+    """log beta~_t of eq. 7, at t = 1 that of t = 2 (posterior_log_variance_clipped)."""
     steps = np.arange(1, p.T + 1)
     return at(_log_table(p, np.append(0, posterior(p, steps - 1, steps).variance)), t)
 
@@ -115,7 +120,8 @@ def beta_log_var(p: Process, t: Array) -> Array:
 def implied_var_0(p: Process, log_var: Array, t: Array) -> Array:
     """The variance of x_0 given x_t that makes `log_var` the optimal one for t -> t-1, at least 0.
 
-    sigma^2 = beta~ + weight_0^2 Var[x_0 | x_t] (Bao et al. 2022, arXiv 2201.06503, Theorem 1), solved for Var.
+    sigma^2 = beta~ + weight_0^2 Var[x_0 | x_t] (Bao et al. 2022, arXiv 2201.06503, Theorem 1),
+    solved for Var.
     """
     c = posterior(p, t - 1, t)
     excess = jnp.exp(log_var) - expand(c.variance, log_var)
@@ -143,8 +149,10 @@ class Prediction(NamedTuple):
     x_0:     [b, ...] the image it sees behind the noise, clipped to [-1, 1] where clipping is on.
     eps:     [b, ...] the noise that goes with this x_0.
     log_var: [b, 1, ..., 1] or [b, ...], the log-variance of p(x_{t-1} | x_t).
-    var_0:   the same choice as a variance of x_0 given x_t, for steps longer than one; None: derived from log_var.
-    mean:    [b, ...] of p(x_{t-1} | x_t), where the network gives it itself (mu); None: eq. 7 at x_0.
+    var_0:   the same choice as a variance of x_0 given x_t, for steps longer than one; None:
+             derived from log_var.
+    mean:    [b, ...] of p(x_{t-1} | x_t), where the network gives it itself (mu); None: eq. 7 at
+             x_0.
     """
 
     x_0: Array
@@ -166,9 +174,10 @@ def predictor(
 ) -> Predict:
     """Turns a network `apply: (x_t, model_t[b]) -> output` into `predict: (x_t, t) -> Prediction`.
 
-    p must be the process of the training: the targets mean its steps. t is an int scalar or int[b] in 1..T. With
-    `clip`, x_0 is clipped to [-1, 1] and eps follows from it (official code: clip_denoised); the mean that a mu-network gives is
-    left as it is, as there. Raises ValueError if the network's channels do not match the variance.
+    p must be the process of the training: the targets mean its steps. t is an int scalar or int[b]
+    in 1..T. With `clip`, x_0 is clipped to [-1, 1] and eps follows from it (official code:
+    clip_denoised); the mean that a mu-network gives is left as it is, as there. Raises ValueError
+    if the network's channels do not match the variance.
     """
 
     def predict(x_t: Array, t: Array) -> Prediction:
@@ -201,10 +210,10 @@ def eps_from_x0(p: Process, x_0: Array, x_t: Array, t: Array) -> Array:
 
 
 def reverse(p: Process, prediction: Prediction, x_t: Array, s, t) -> tuple[Array, Array]:
-    """Mean and log-variance of p_theta(x_s | x_t), any 0 <= s < t <= T (eq. 1; for s = t - 1 the paper's own step).
+    """Mean and log-variance of p_theta(x_s | x_t): eq. 1 for s = t - 1, and any 0 <= s < t <= T.
 
-    s, t: ints, scalar or [b]. Returns the mean [b, ...] and the log-variance, which broadcasts to it; -inf where the
-    step is certain.
+    s, t: ints, scalar or [b]. Returns the mean [b, ...] and the log-variance, which broadcasts to
+    it; -inf where the step is certain.
     """
     s, t = (jnp.broadcast_to(jnp.asarray(u), x_t.shape[:1]) for u in (s, t))
     one_step = expand(s == t - 1, x_t) > 0
