@@ -1,0 +1,80 @@
+"""Handwritten digits, 8x8 grey: the embedded default, trained on a laptop's processor in minutes.
+
+    python main.py
+
+Data: scikit-learn's bundled 1,797 images; nothing is downloaded. Not an experiment of the paper:
+its chain (T = 1000, linear, L_simple) with a small network and a short average of the weights.
+Variants: `:tiny` (seconds, for tests), `:conditional` (knows the ten classes).
+"""
+
+from ml_collections import ConfigDict
+
+VARIANTS = {
+    "tiny": {
+        "model.ch": 8,
+        "process.T": 20,
+        "process.beta_end": 0.4,
+        "optim.warmup": 2,
+        "train.batch_size": 16,
+        "train.steps": 8,
+        "train.log_every": 2,
+        "train.sample_every": 8,
+        "train.save_every": 4,
+        "train.num_samples": 4,
+        "sampler.steps": 20,
+        "sample.num": 6,
+        "sample.batch_size": 4,
+    },
+    "conditional": {"model.num_classes": 10},
+}
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    config = ConfigDict(
+        {
+            "seed": 0,
+            "model": {
+                "ch": 32,
+                "ch_mult": (1, 2),
+                "num_res_blocks": 2,
+                "attn_resolutions": (4,),
+                "dropout": 0.0,
+                "num_classes": 0,
+                "dtype": "float32",
+            },
+            "data": {
+                "source": "digits",
+                "name": "",
+                "data_dir": "",
+                "image_size": 8,
+                "channels": 1,
+                "flip": False,
+            },
+            "process": {"schedule": "linear", "T": 1000, "beta_start": 1e-4, "beta_end": 0.02},
+            "target": "eps",
+            "variance": "fixed_large",
+            "loss": {"name": "simple"},
+            "optim": {
+                "lr": 2e-3,
+                "warmup": 200,
+                "clip": 1.0,
+                "clip_groups": 1,
+                "accumulate": 1,
+                "ema": 0.995,
+            },
+            "train": {
+                "batch_size": 128,
+                "steps": 3000,
+                "log_every": 50,
+                "sample_every": 1000,
+                "save_every": 1000,
+                "keep": 3,
+                "num_samples": 64,
+            },
+            "sampler": {"name": "ancestral", "grid": "uniform", "steps": 1000, "clip": True},
+            "sample": {"num": 100, "batch_size": 100, "seed": 0, "label": -1},
+        }
+    )
+    for name in filter(None, variant.split(",")):
+        config.update_from_flattened_dict(VARIANTS[name])
+    return config

@@ -1,0 +1,161 @@
+"""The optimiser, the average and the step, against the official code and against themselves cut in parts."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import random
+
+from diffusion import train
+from tests.conftest import GOLDEN
+
+# Official TensorFlow 1 code (github.com/hojonathanho/diffusion, commit 1e0dceb): utils.make_optimizer
+# and tpu_utils.make_ema fed ten given gradients.
+OFFICIAL = np.load(GOLDEN / "ema_adam.npz")
+# Adam's epsilon stands elsewhere in optax; with these gradients both round at about 1e-7.
+ROUNDING = 2e-6
+
+
+@pytest.fixture(autouse=True)
+def optax_promotes():
+    """optax multiplies its int32 step counter with floats, which strict promotion refuses."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+RUNS = ("official", "nowarm", "fast")
+
+
+def settings(run):
+    s = json.loads(str(OFFICIAL[f"{run}.settings_json"]))
+    return s, train.optimiser(s["lr"], s["warmup"], s["grad_clip"])
+
+
+def linear_loss(apply, key, x_0):
+    """A loss whose gradient with respect to the parameters is the batch itself, averaged."""
+    return apply(x_0, None), {}
+
+
+def dot(params, key, x, t, label):
+    return sum(jnp.einsum("bi,i->b", x[name], params[name]) for name in params)
+
+
+def start_params():
+    return {"0": jnp.asarray(OFFICIAL["p0.0"]), "1": jnp.asarray(OFFICIAL["p0.1"])}
+
+
+def run(name, gradients, **options):
+    """Ten steps of train.make_step; gradients: {leaf: [10, b, ...]}. Yields (state, metrics)."""
+    s, tx = settings(name)
+    step = jax.jit(train.make_step(linear_loss, dot, tx, s["ema_decay"], **options))
+    state = train.init(start_params(), tx)
+    for i in range(10):
+        batch = ({leaf: jnp.asarray(g[i]) for leaf, g in gradients.items()}, None)
+        state, metrics = step(state, random.key(0), batch)
+        yield state, metrics
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_ten_steps_equal_the_official_optimiser(name):
+    gradients = {leaf: OFFICIAL[f"grads.{leaf}"][:, None] for leaf in "01"}
+    lr = train.warmup(*(settings(name)[0][k] for k in ("lr", "warmup")))
+    for i, (state, metrics) in enumerate(run(name, gradients)):
+        assert state.step == OFFICIAL[f"{name}.global_step"][i] == i + 1
+        np.testing.assert_allclose(lr(i), OFFICIAL[f"{name}.lr"][i], rtol=1e-6)
+        np.testing.assert_allclose(metrics["grad_norm"], OFFICIAL[f"{name}.gnorm"][i], rtol=1e-6)
+        adam = state.opt_state[1][0]
+        for leaf in "01":
+            for ours, theirs in [
+                (state.params, "params"),
+                (state.ema, "after.ema"),
+                (adam.mu, "m"),
+                (adam.nu, "v"),
+            ]:
+                expected = OFFICIAL[f"{name}.{theirs}.{leaf}"][i]
+                np.testing.assert_allclose(ours[leaf], expected, rtol=ROUNDING, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_clip_groups_equal_the_official_eight_cores(name):
+    """Each core clips its own mean gradient, before the average: here eight groups of one example."""
+    gradients = {leaf: OFFICIAL[f"shard_grads.{leaf}"] for leaf in "01"}
+    for i, (state, _) in enumerate(run(name, gradients, clip_groups=8, clip=1.0)):
+        for leaf in "01":
+            for ours, theirs in [(state.params, "params"), (state.ema, "ema")]:
+                expected = OFFICIAL[f"{name}.shards8.{theirs}.{leaf}"][i]
+                np.testing.assert_allclose(ours[leaf], expected, rtol=ROUNDING, atol=ROUNDING)
+
+
+def test_clip_groups_are_not_one_clip_of_the_whole():
+    """The two forms must differ where one group's gradient is large, or the setting does nothing."""
+    gradients = {leaf: OFFICIAL[f"shard_grads.{leaf}"] for leaf in "01"}
+    *_, (by_group, _) = run("fast", gradients, clip_groups=8, clip=1.0)
+    *_, (at_once, _) = run("fast", gradients)
+    assert np.abs(by_group.params["0"] - at_once.params["0"]).max() > 1e-3
+
+
+def test_the_learning_rate_of_later_steps():
+    lr = train.warmup(2e-4, 5000)
+    for step, expected in zip(OFFICIAL["lr_table.step"], OFFICIAL["lr_table.lr"], strict=True):
+        np.testing.assert_allclose(lr(int(step)), expected, rtol=1e-6)
+
+
+def test_the_average_is_copied_first_and_then_decays_by_its_own_rate():
+    """Official float32 1 - decay is 1.00017e-4; ours is rounded once, from 1e-4: 1.7e-4 relative."""
+    assert OFFICIAL["ema_decay_f32"][0] < 1e-9  # step 0: a decay of nothing, which is a copy
+    ours = np.float32(1 - 0.9999)
+    np.testing.assert_allclose(ours, OFFICIAL["ema_one_minus_decay_f32"][2], rtol=2e-4)
+
+
+def random_batch(b, n=5):
+    return {"0": random.normal(random.key(1), (b, n)), "1": random.normal(random.key(2), (b, 3))}
+
+
+@pytest.mark.parametrize("parts", [2, 3, 6])
+def test_accumulated_gradients_are_the_gradient_of_the_whole_batch(parts):
+    batch = (random_batch(12), None)
+    whole, metrics = train.make_gradient(linear_loss, dot)(start_params(), random.key(0), batch)
+    gradient = train.make_gradient(linear_loss, dot, accumulate=parts)
+    summed, same_metrics = jax.jit(gradient)(start_params(), random.key(0), batch)
+    # Sums of 12 float32 numbers in another order.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, summed)
+    np.testing.assert_allclose(metrics["loss"], same_metrics["loss"], atol=1e-6)
+
+
+def test_accumulation_and_clip_groups_together():
+    """Twelve examples in 2 parts of 3 groups: the mean of six clipped means, found by hand."""
+    batch = random_batch(12)
+    gradient = train.make_gradient(linear_loss, dot, accumulate=2, clip_groups=3, clip=0.5)
+    found, _ = gradient(start_params(), random.key(0), (batch, None))
+    groups = np.concatenate([batch["0"], batch["1"]], axis=1)
+    groups = [groups[part::2].reshape(3, 2, -1).mean(axis=1) for part in (0, 1)]
+    groups = np.concatenate(groups)
+    groups *= np.minimum(1, 0.5 / np.linalg.norm(groups, axis=1, keepdims=True))
+    expected = groups.mean(axis=0)
+    np.testing.assert_allclose(np.append(found["0"], found["1"]), expected, atol=1e-6)
+
+
+def test_mean_of_clipped_leaves_zero_gradients_alone():
+    zero = {"a": jnp.zeros((4, 3))}
+    assert np.all(train.mean_of_clipped(zero, 1.0)["a"] == 0)
+
+
+def test_the_mesh_has_every_device():
+    mesh = train.data_mesh()
+    assert mesh.shape == {"data": jax.device_count()} == {"data": 4}
+    x = jax.device_put(jnp.arange(8), train.sharded(mesh))
+    assert [s.data.tolist() for s in x.addressable_shards] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert jax.device_put(jnp.arange(8), train.replicated(mesh)).is_fully_replicated
+
+
+def test_the_optimiser_is_adam_behind_a_clip():
+    """One step from rest: Adam's first update is lr * sign(gradient), whatever the gradient's size."""
+    tx = train.optimiser(0.1, 0, 1.0)
+    for size in (1e-3, 1.0, 1e6):
+        gradient = {"w": jnp.asarray([size, -size])}
+        updates, _ = tx.update(gradient, tx.init(gradient))
+        np.testing.assert_allclose(updates["w"], [-0.1, 0.1], rtol=1e-4)
+    assert isinstance(tx, optax.GradientTransformation)
