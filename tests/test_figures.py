@@ -1,0 +1,309 @@
+"""figures.py: every pixel of small pictures is known; a file is the old one or the new one."""
+
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion import figures
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def blank(n, h, w, c=3):
+    return np.zeros([n, h, w, c], np.uint8)
+
+
+# ------------------------------------------------------------------------------------------ grids
+
+
+def test_grid_pixel_by_pixel():
+    images = np.array([[[1, 2]], [[3, 4]], [[5, 6]]], np.uint8)[..., None]  # three, 1 x 2
+    page = figures.grid(images, columns=2, scale=1, pad=1)
+    _ = 255
+    expected = [
+        [_, _, _, _, _, _, _],
+        [_, 1, 2, _, 3, 4, _],
+        [_, _, _, _, _, _, _],
+        [_, 5, 6, _, _, _, _],
+        [_, _, _, _, _, _, _],
+    ]
+    assert page.dtype == np.uint8 and page.shape == (5, 7, 3)
+    for channel in range(3):
+        np.testing.assert_array_equal(page[..., channel], expected)
+
+
+def test_grid_enlarges_pixels_to_squares():
+    images = np.array([[[1, 2], [3, 4]]], np.uint8)[..., None]
+    page = figures.grid(images, scale=2, pad=0)
+    expected = [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]
+    np.testing.assert_array_equal(page[..., 0], expected)
+
+
+def test_grid_keeps_colours_and_order():
+    images = np.arange(6 * 2 * 3 * 3, dtype=np.uint8).reshape(6, 2, 3, 3)
+    page = figures.grid(images, columns=3, scale=1, pad=2)
+    assert page.shape == (2 * (2 + 2) + 2, 3 * (3 + 2) + 2, 3)
+    for i, image in enumerate(images):
+        y, x = 2 + i // 3 * 4, 2 + i % 3 * 5
+        np.testing.assert_array_equal(page[y : y + 2, x : x + 3], image)
+
+
+def test_grid_does_not_change_or_alias_its_input():
+    images = blank(1, 64, 64)
+    page = figures.grid(images, pad=0)
+    page[:] = 7
+    assert images.max() == 0
+
+
+@pytest.mark.parametrize(
+    "n, rows, columns",
+    [(1, 1, 1), (2, 1, 2), (4, 2, 2), (5, 2, 3), (6, 2, 3), (7, 3, 3), (8, 2, 4), (10, 2, 5),
+     (12, 3, 4), (16, 4, 4), (17, 4, 5), (64, 8, 8), (100, 10, 10)],
+)  # fmt: skip
+def test_grid_is_near_square_and_full_where_it_can_be(n, rows, columns):
+    assert figures.grid(blank(n, 1, 1), scale=1, pad=0).shape == (rows, columns, 3)
+
+
+@pytest.mark.parametrize("h, w, scale", [(8, 8, 8), (28, 28, 3), (32, 32, 2), (64, 64, 1),
+                                         (63, 90, 2), (256, 256, 1), (1, 100, 64)])  # fmt: skip
+def test_grid_makes_small_images_visible(h, w, scale):
+    assert figures.grid(blank(1, h, w), pad=0).shape == (h * scale, w * scale, 3)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [np.zeros([1, 8, 8, 3], np.float32), blank(1, 8, 8, 2), blank(1, 8, 8)[0], blank(0, 8, 8),
+     blank(1, 0, 8), np.zeros([1, 8, 8, 3], np.int64)],
+)  # fmt: skip
+def test_grid_names_what_it_expected_and_found(images):
+    found = f"{images.dtype}{list(images.shape)}".replace("[", r"\[").replace("]", r"\]")
+    with pytest.raises(ValueError, match=rf"grid: expected uint8\[n, h, w, 1 or 3\].*{found}"):
+        figures.grid(images)
+
+
+@pytest.mark.parametrize(
+    "argument, value", [("columns", 0), ("scale", 0), ("pad", -1), ("scale", 1.5)]
+)
+def test_grid_refuses_impossible_layouts(argument, value):
+    with pytest.raises(ValueError, match=f"expected {argument} of at least ., found {value}"):
+        figures.grid(blank(2, 8, 8), **{argument: value})
+
+
+def test_strip_is_a_row_per_sequence():
+    images = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 2, 2, 1)
+    page = figures.strip(images, scale=1, pad=0)
+    expected = [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11], [12, 13, 16, 17, 20, 21],
+                [14, 15, 18, 19, 22, 23]]  # fmt: skip
+    np.testing.assert_array_equal(page[..., 2], expected)
+    assert figures.strip(images).shape == (2 * 66 + 2, 3 * 66 + 2, 3)
+    with pytest.raises(ValueError, match=r"strip: expected uint8\[rows, columns, h, w, 1 or 3\]"):
+        figures.strip(images[0])
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 3), (4, 5, 1), (4, 5)])
+def test_save_png_reads_back_the_same(tmp_path, shape):
+    image = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
+    path = tmp_path / "new" / "folder" / "a.png"
+    figures.save_png(path, image)
+    with Image.open(path) as back:
+        assert back.format == "PNG" and back.mode == ("RGB" if shape[-1] == 3 else "L")
+        np.testing.assert_array_equal(np.asarray(back).reshape(shape), image)
+    assert os.listdir(path.parent) == ["a.png"]
+
+
+def test_save_npz_reads_back_the_same(tmp_path):
+    images, labels = np.arange(60, dtype=np.uint8).reshape(5, 2, 2, 3), np.arange(5)
+    figures.save_npz(tmp_path / "a.npz", images)
+    figures.save_npz(tmp_path / "b.npz", images, labels)
+    with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
+        assert a.files == ["arr_0"] and b.files == ["arr_0", "arr_1"]
+        assert a["arr_0"].dtype == np.uint8
+        np.testing.assert_array_equal(a["arr_0"], images)
+        np.testing.assert_array_equal(b["arr_1"], labels)
+    assert sorted(os.listdir(tmp_path)) == ["a.npz", "b.npz"]
+
+
+def test_save_refuses_other_arrays_before_it_touches_a_file(tmp_path):
+    path = tmp_path / "a"
+    for image in [np.zeros([4, 4, 3], np.float32), np.zeros([4, 4, 4], np.uint8)]:
+        with pytest.raises(ValueError, match="save_png: expected uint8"):
+            figures.save_png(path, image)
+    with pytest.raises(ValueError, match="save_npz: expected uint8"):
+        figures.save_npz(path, np.zeros([2, 4, 4, 3]))
+    for labels in [np.arange(3), np.zeros(2), np.zeros([2, 1], int)]:
+        with pytest.raises(ValueError, match=r"save_npz: expected labels int\[2\], found"):
+            figures.save_npz(path, blank(2, 4, 4), labels)
+    assert os.listdir(tmp_path) == []
+
+
+def broken(*args, **kwargs):
+    file = next(x for x in args if isinstance(x, io.BufferedIOBase))
+    file.write(b"half")
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("kind", ["png", "npz"])
+def test_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, kind):
+    path = tmp_path / "a"
+    path.write_text("old")
+    if kind == "png":
+        monkeypatch.setattr(Image.Image, "save", broken)
+    else:
+        monkeypatch.setattr(np, "savez", broken)
+    with pytest.raises(OSError, match="No space"):
+        if kind == "png":
+            figures.save_png(path, blank(1, 2, 2)[0])
+        else:
+            figures.save_npz(path, blank(1, 2, 2))
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a"]
+
+
+def test_save_has_the_old_file_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    path, seen, save = tmp_path / "a.png", [], np.savez
+    path.write_text("old")
+
+    def watched(*args):
+        save(*args)
+        seen.append(path.read_text())
+
+    monkeypatch.setattr(np, "savez", watched)
+    figures.save_npz(path, blank(1, 2, 2))
+    assert seen == ["old"] and path.read_bytes()[:2] == b"PK"
+
+
+# ----------------------------------------------------------------------------------------- curves
+
+
+def log_file(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_read_curve_sorts_keeps_the_last_and_passes_over_what_is_torn(tmp_path):
+    rows = [
+        {"step": 4, "time": 0, "loss": 4.0},
+        {"step": 2, "loss": 9.0},
+        {"step": 3, "fid": 7.0},
+        {"step": 2, "loss": 2.0},
+        {"step": 6, "loss": "NaN"},
+        {"step": 8, "loss": "-Infinity"},
+    ]
+    path = log_file(tmp_path / "m.jsonl", rows)
+    with open(path, "ab") as file:
+        file.write(b'[1]\n\xff\n{"loss": 1}\n{"step": 9, "lo')
+    steps, values = figures.read_curve(path, "loss")
+    np.testing.assert_array_equal(steps, [2, 4, 6, 8])
+    np.testing.assert_array_equal(values, [2, 4, np.nan, -np.inf])
+    with pytest.raises(ValueError, match=r"m\.jsonl: expected lines with 'los', found fid, loss$"):
+        figures.read_curve(path, "los")
+
+
+def test_smooth_in_closed_form():
+    x, y = np.arange(101.0), np.arange(101.0) ** 2
+    # The mean of i^2 over i-2..i+2 is i^2 + 2; at the ends the window shrinks to i-1..i+1, to i.
+    expected = y + 2
+    expected[[1, -2]], expected[[0, -1]] = y[[1, -2]] + 2 / 3, y[[0, -1]]
+    # Sums of up to 3e5 in float64: rounding of 1e-10.
+    np.testing.assert_allclose(figures.smooth(x, y, width=0.0), expected, atol=1e-9)
+    line = figures.smooth(x, 3 * x, width=0.2)  # a window of 10 each side, cut off at the ends
+    np.testing.assert_allclose(line[10:-10], 3 * x[10:-10], atol=1e-9)
+    assert line[0] == pytest.approx(3 * 5) and line[-1] == pytest.approx(3 * 95)
+    y[50] = np.nan
+    assert figures.smooth(x, y, width=0.0)[51] == pytest.approx((49**2 + 51**2 + 52**2 + 53**2) / 4)
+    assert np.isnan(figures.smooth(x[:1], y[50:51])).all()
+
+
+def columns_of(path, colour, tolerance=40):
+    """Where a colour stands in a picture: (lowest x, highest x, share of pixels)."""
+    picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    hit = (np.abs(picture - colour) < tolerance).all(-1)
+    where = np.flatnonzero(hit.any(0))
+    return (where.min(), where.max(), hit.mean()) if where.size else (None, None, 0.0)
+
+
+INK, RED = (31, 95, 168), (192, 57, 43)
+
+
+def test_loss_curve_is_drawn_from_the_first_to_the_last_step(tmp_path):
+    rows = [{"step": s, "loss": 1 / s} for s in range(1, 1001)]
+    figures.loss_curve(log_file(tmp_path / "m.jsonl", rows), tmp_path / "loss.png")
+    with Image.open(tmp_path / "loss.png") as picture:
+        assert picture.size == (1200, 675)
+    low, high, share = columns_of(tmp_path / "loss.png", INK)
+    assert low < 200 and high > 1000 and 0.001 < share < 0.1
+    assert columns_of(tmp_path / "loss.png", RED)[2] == 0
+    assert sorted(os.listdir(tmp_path)) == ["loss.png", "m.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [[0.3], [0.3, 0.3], [-1.0, 2.0, 0.5], [1e-9, 1e9], [0.0, 1.0], [1.0, "NaN", "Infinity", 2.0]],
+)
+def test_loss_curve_of_few_odd_or_missing_values(tmp_path, losses):
+    rows = [{"step": 200 * i, "loss": x} for i, x in enumerate(losses)]
+    figures.loss_curve(log_file(tmp_path / "m.jsonl", rows), tmp_path / "loss.png")
+    assert columns_of(tmp_path / "loss.png", INK)[2] > 0
+    low, high, _ = columns_of(tmp_path / "loss.png", RED)
+    if "NaN" in losses:
+        assert (
+            low < 600 and high > 1000
+        )  # marks at steps 200 and 400 of 600; the count at the right
+    else:
+        assert low is None
+
+
+def test_loss_curve_whose_only_finite_value_is_at_step_0(tmp_path):
+    rows = [{"step": s, "loss": "NaN" if s else 1.0} for s in range(0, 1001, 5)]
+    figures.loss_curve(log_file(tmp_path / "m.jsonl", rows), tmp_path / "loss.png")
+    assert columns_of(tmp_path / "loss.png", INK)[2] > 0
+
+
+def test_loss_curve_axes_are_logarithmic_where_it_makes_sense(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    scales, save = [], Figure.savefig
+
+    def watched(figure, *args, **kwargs):
+        (axes,) = figure.axes
+        assert isinstance(axes, Axes)
+        scales.append((axes.get_xscale(), axes.get_yscale()))
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", watched)
+    for steps, losses in [
+        ([1, 10, 100], [5.0, 2.0, 1.0]),
+        ([0, 10, 1000], [5.0, 2.0, 1.0]),
+        ([0, 1, 1000], [4.0, 2.0, -1.0]),
+        ([10, 500, 990], [5.0, 2.0, 1.01]),
+    ]:
+        rows = [{"step": s, "loss": x} for s, x in zip(steps, losses, strict=True)]
+        figures.loss_curve(log_file(tmp_path / "m.jsonl", rows), tmp_path / "loss.png")
+    assert scales == [("log", "log"), ("log", "log"), ("log", "linear"), ("linear", "linear")]
+
+
+def test_loss_curve_without_a_finite_value_is_an_error(tmp_path):
+    path = log_file(tmp_path / "m.jsonl", [{"step": 1, "loss": "NaN"}])
+    with pytest.raises(ValueError, match="expected finite values of 'loss', found nan"):
+        figures.loss_curve(path, tmp_path / "loss.png")
+    path.write_text("")
+    with pytest.raises(ValueError, match="expected lines with 'loss', found no metric"):
+        figures.loss_curve(path, tmp_path / "loss.png")
+    with pytest.raises(FileNotFoundError):
+        figures.loss_curve(tmp_path / "none.jsonl", tmp_path / "loss.png")
+    assert os.listdir(tmp_path) == ["m.jsonl"]
+
+
+def test_import_takes_no_matplotlib():
+    code = "import sys; from diffusion import figures; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, check=True)
