@@ -296,6 +296,7 @@ class Progress:
         self._values: dict[str, float] = {}
         self._first_s: float | None = None
         self._marks: deque[tuple[float, int]] = deque()  # (time, step) of the recent reports
+        self._asked: tuple[float, int] | None = None  # the same, when `rate` was last called
         self._open = not silent
         self._began = self._due = clock()
         self._bar = None
@@ -324,6 +325,12 @@ class Progress:
             self.close()
         elif now >= self._due:
             self._report(now)
+
+    def rate(self) -> float | None:
+        """Units/s since this was last called, pauses left out; None where that is not known."""
+        now, before = self._clock(), self._asked
+        self._asked = now, self._step
+        return self._rate(before, now) if before else None
 
     def _report(self, now: float) -> None:
         self._marks.append((now, self._step))
@@ -371,6 +378,8 @@ class Progress:
             self._marks = deque((t + pause, step) for t, step in self._marks)
             if self._first_s is not None:
                 self._first = self._first[0] + pause, self._first[1]
+            if self._asked is not None:
+                self._asked = self._asked[0] + pause, self._asked[1]
 
     def close(self) -> None:
         """Says the total time, and the mean rate after the first call. May be called twice."""

@@ -451,6 +451,20 @@ def test_progress_pauses_count_in_the_total_and_not_in_the_rate():
     assert "100%  done in 2m37s  1 steps/s" in out.getvalue()
 
 
+def test_progress_rate_between_two_questions():
+    clock = Clock()
+    progress = log.Progress(100, stream=io.StringIO(), clock=clock)
+    run(clock, progress, 1, 4, 9.0)
+    assert progress.rate() is None  # nothing to count from
+    run(clock, progress, 5, 24, 0.5)
+    with progress.paused():
+        clock.now += 50
+    assert progress.rate() == 2.0
+    run(clock, progress, 25, 28, 0.25)
+    assert progress.rate() == 4.0
+
+
+
 def test_progress_of_nothing_says_nothing():
     out = io.StringIO()
     with log.Progress(5, 5, stream=out):

@@ -1,0 +1,31 @@
+# The two commands of the README. Each sets up .venv by itself; only Python 3.11+ and make are needed.
+PYTHON ?= python3
+VENV := .venv
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/run ## train on handwritten digits and draw some
+	$(VENV)/bin/python main.py
+
+test: $(VENV)/test ## every test
+	$(VENV)/bin/python -m pytest -n 2
+
+lint: $(VENV)/test ## format and lint, as CI asks for
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+
+clean: ## everything that was made, but for runs/
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed, found %d.%d; use: make demo PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run: requirements.txt | $(VENV)/bin/python
+	@echo "installing the libraries into $(VENV); a minute or two"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/test: requirements-test.txt $(VENV)/run
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	@touch $@

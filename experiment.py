@@ -1,0 +1,222 @@
+"""What a config means: the objects of diffusion/, wired together and compiled.
+
+`build` turns names into functions, `make_update` is one training step, `make_draw` makes samples.
+Configuration ends here: nothing below sees a ConfigDict.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, random
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from optax import GradientTransformation
+
+import settings
+from diffusion import data, losses, process, samplers, schedules, targets, train, unet
+from settings import Fatal
+
+
+class Experiment(NamedTuple):
+    """A config's model and objective, before any data or weights."""
+
+    p: process.Process
+    target: targets.Target
+    variance: targets.Variance
+    loss: losses.Loss
+    net: unet.UNet
+    tx: GradientTransformation
+    image_shape: tuple[int, int, int]
+    mesh: Mesh
+
+
+def build(config: ConfigDict) -> Experiment:
+    """Looks every name up and finds what does not fit together (Fatal), without computing."""
+    c = config
+    schedule = settings.choose(schedules.SCHEDULES, "process.schedule", c.process.schedule)
+    target = settings.choose(targets.TARGETS, "target", c.target)
+    variance = settings.choose(targets.VARIANCES, "variance", c.variance)
+    make_loss = settings.choose(losses.LOSSES, "loss.name", c.loss.name)
+
+    betas = schedule(c.process.T, c.process.beta_start, c.process.beta_end)
+    p = settings.call(process.from_betas, "process", betas)
+    loss = settings.call(make_loss, "loss", p, target, variance, **without(c.loss, "name"))
+    size = c.data.image_size
+    image_shape = (*((size, size) if isinstance(size, int) else size), c.data.channels)
+    net = unet.UNet(**c.model, out_ch=c.data.channels * variance.outputs)
+    tx = train.optimiser(c.optim.lr, c.optim.warmup, c.optim.clip)
+    x = Experiment(p, target, variance, loss, net, tx, image_shape, train.data_mesh())
+    settings.call(abstract_state, "model", x)  # sizes that do not divide are found here
+    return x
+
+
+def without(config: ConfigDict, *names: str) -> dict[str, Any]:
+    """The other entries: keyword arguments of the function that `names` chose."""
+    return {key: value for key, value in config.items() if key not in names}
+
+
+def keys_of(seed: int) -> Array:
+    """The keys of a training: initial parameters, order of the data, randomness of the steps."""
+    return random.split(random.key(seed), 3)
+
+
+def initial_state(x: Experiment, seed: int) -> train.State:
+    """The state before the first step, a function of the seed."""
+    images, times = jnp.zeros((1, *x.image_shape)), jnp.zeros(1)
+    params = x.net.init(keys_of(seed)[0], images, times, train=False)["params"]
+    return train.init(params, x.tx)
+
+
+def abstract_state(x: Experiment) -> train.State:
+    """The shapes, types and shardings of a state: all of it on every device."""
+    state = jax.eval_shape(lambda: initial_state(x, 0))
+    whole = train.replicated(x.mesh)
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), state)
+
+
+def make_initial_state(config: ConfigDict, x: Experiment) -> Callable[[], train.State]:
+    """The compiled `initial_state` of the config's seed, on every device."""
+    whole = train.replicated(x.mesh)
+    return jax.jit(lambda: initial_state(x, config.seed), out_shardings=whole)
+
+
+def make_update(config: ConfigDict, x: Experiment) -> Callable:
+    """update(state, images uint8[n, h, w, c], labels int[n]) -> (state, metrics): a whole step.
+
+    Batch, flips, t, eps and dropout follow from the seed and state.step alone, so that a resumed
+    run is the uninterrupted one.
+    """
+
+    def apply(params, key, x_t, t, label):
+        rngs = {"dropout": key}
+        return x.net.apply({"params": params}, x_t, t, label, train=True, rngs=rngs)
+
+    options = {k: config.optim[k] for k in ("accumulate", "clip_groups", "clip")}
+    step = train.make_step(x.loss, apply, x.tx, config.optim.ema, **options)
+
+    def update(state, images, labels):
+        _, key_data, key_step = keys_of(config.seed)
+        size, flip = config.train.batch_size, config.data.flip
+        batch = data.draw(images, labels, key_data, state.step, size, flip)
+        x_0, label = jax.lax.with_sharding_constraint(batch, train.sharded(x.mesh))
+        label = label if config.model.num_classes else None
+        return step(state, random.fold_in(key_step, state.step), (x_0, label))
+
+    whole = train.replicated(x.mesh)
+    return jax.jit(update, donate_argnums=0, in_shardings=whole, out_shardings=whole)
+
+
+class Chain(NamedTuple):
+    """The compiled parts of sampling `size` images, sharded over the devices.
+
+    start:   (seed uint32[], indices int32[size]) -> (keys, label, carry): x_T and what goes with it.
+    advance: (params, keys, label, carry, ts) -> carry, as far along the chain as ts goes.
+    finish:  x_0 -> uint8[size, h, w, c].
+    ts:      int32[steps + 1], all the times to visit.
+    """
+
+    start: Callable
+    advance: Callable
+    finish: Callable
+    ts: np.ndarray
+    size: int
+
+
+def make_chain(config: ConfigDict, x: Experiment, batch_size: int) -> Chain:
+    """The config's sampler for `batch_size` images at a time, rounded up to the devices."""
+    make = settings.choose(samplers.SAMPLERS, "sampler.name", config.sampler.name)
+    grid = settings.choose(samplers.GRIDS, "sampler.grid", config.sampler.grid)
+    options = without(config.sampler, "name", "grid", "steps", "clip")
+    sampler = settings.call(make, "sampler", x.p, **options)
+    ts = settings.call(grid, "sampler.steps", x.p.T, config.sampler.steps)
+    size = -(-batch_size // x.mesh.size) * x.mesh.size
+    classes, fixed = config.model.num_classes, config.sample.label
+    whole, split = train.replicated(x.mesh), train.sharded(x.mesh)
+
+    def start(seed, indices):
+        indices = jax.lax.with_sharding_constraint(indices, split)
+        keys = jax.vmap(random.fold_in, (None, 0))(random.key(seed), indices)
+        x_T = process.noise(keys, 0, jnp.zeros((size, *x.image_shape)))
+        label = indices % classes if classes and fixed < 0 else jnp.full_like(indices, fixed)
+        return keys, label, sampler.init(x_T)
+
+    def advance(params, keys, label, carry, ts):
+        def apply(x_t, t):
+            y = label if classes else None
+            return x.net.apply({"params": params}, x_t, t, y, train=False)
+
+        predict = targets.predictor(x.p, apply, x.target, x.variance, config.sampler.clip)
+        return samplers.advance(sampler, predict, keys, carry, ts)
+
+    return Chain(
+        jax.jit(start, in_shardings=whole, out_shardings=split),
+        jax.jit(
+            advance,
+            in_shardings=(whole, split, split, split, whole),
+            out_shardings=split,
+            donate_argnums=3,
+        ),
+        jax.jit(data.unscale, in_shardings=split, out_shardings=whole),
+        ts,
+        size,
+    )
+
+
+def evaluations(chain: Chain, n: int) -> int:
+    """How many evaluations of the network n samples take, one after the other."""
+    return -(-n // chain.size) * (len(chain.ts) - 1)
+
+
+def draw(
+    chain: Chain,
+    params: Any,
+    seed: int,
+    n: int,
+    report: Callable[[int], None] = lambda done: None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Iterator[np.ndarray]:
+    """n samples, uint8[<= size, h, w, c] at a time.
+
+    Sample i of a seed is the same image whatever n, the batches and the devices. A chain is walked
+    in up to 25 parts of one length, so that a long wait can be watched: `report` is told the
+    evaluations done, and once `stopped()` is true no more images come.
+    """
+    steps, done = len(chain.ts) - 1, 0
+    length = min(k for k in range(1, steps + 1) if steps % k == 0 and steps // k <= 25)
+    for first in range(0, n, chain.size):
+        indices = np.arange(first, first + chain.size, dtype=np.int32)
+        keys, label, carry = chain.start(np.uint32(seed), indices)
+        for i in range(0, steps, length):
+            carry = chain.advance(params, keys, label, carry, chain.ts[i : i + length + 1])
+            jax.block_until_ready(carry)
+            report(done := done + length)
+            if stopped():
+                return
+        yield np.asarray(chain.finish(carry.x))[: n - first]
+
+
+def load(config: ConfigDict, x: Experiment) -> data.Dataset:
+    """The training images, seen to be what the config says they are. Raises Fatal."""
+    options = without(config.data, "source", "image_size", "channels", "flip")
+    try:
+        dataset = data.load(config.data.source, "train", **options)
+    except data.DataError as error:
+        key = str(error).partition(":")[0]  # a key of the source is one of the config's `data`
+        raise Fatal(settings.DATA, f"{'data.' if key in config.data else ''}{error}") from error
+    found, wanted = dataset.image.shape[1:], x.image_shape
+    if found != wanted:
+        message = (
+            f"data: expected images of {'x'.join(map(str, wanted))} (data.image_size, "
+            f"data.channels), found {'x'.join(map(str, found))}; change these two keys"
+        )
+        raise Fatal(settings.DATA, message)
+    if config.model.num_classes not in (0, dataset.num_classes):
+        message = (
+            f"model.num_classes: expected the data's {dataset.num_classes}, or 0 for a model "
+            f"without classes, found {config.model.num_classes}"
+        )
+        raise Fatal(settings.DATA, message)
+    return dataset

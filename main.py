@@ -1,0 +1,317 @@
+"""Denoising Diffusion Probabilistic Models: one command line that trains, resumes and samples.
+
+    python main.py [--config=configs/digits.py] [--workdir=runs/digits] [--mode=train]
+                   [--config.a.b=value ...]
+
+A work directory remembers its config: with --workdir alone, a run goes on with it. This file owns
+what a run has besides mathematics: the work directory, the screen, the processes and the end. Read
+`train_mode` from top to bottom; things happen in that order.
+"""
+
+import collections
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import sys
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no remarks of XLA's on the processor
+
+import jax
+import numpy as np
+from absl import app, flags
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict, config_flags
+
+import experiment
+import settings
+from diffusion import checkpoint, figures, log, train
+from settings import Fatal
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "configs/NAME.py or configs/NAME.py:VARIANT; default configs/digits.py"
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "where everything goes; default runs/NAME")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "sample"], "what to do; train resumes")
+
+
+def train_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Trains from the work directory's last checkpoint, or from nothing, to train.steps."""
+    c, first = config.train, jax.process_index() == 0
+    x = experiment.build(config)
+    chain = experiment.make_chain(config, x, c.num_samples)
+    dataset = experiment.load(config, x)
+    open_workdir(workdir, config)
+    checkpoints = open_checkpoints(workdir, c.keep)
+    start, state = last_state(checkpoints, experiment.abstract_state(x))
+    say(f"data       {describe_data(config, dataset)}")
+    say(f"network    {describe_network(x)} on {describe_devices()}")
+    say(f"work in    {workdir}; watch it with: tensorboard --logdir={workdir}")
+    if start >= c.steps:
+        say(f"nothing to do: trained for {start:,} steps already; raise train.steps to go on")
+        return
+
+    whole = train.replicated(x.mesh)
+    if state is None:
+        state = experiment.make_initial_state(config, x)()
+    images, labels = (to_devices(a, whole) for a in (dataset.image, dataset.label))
+    say("compiling  the training step; the next start finds it compiled")
+    began = time.monotonic()
+    update = experiment.make_update(config, x).lower(state, images, labels).compile()
+    say(f"training   from step {start:,}, after {log.human_time(time.monotonic() - began)}")
+
+    lr = train.warmup(config.optim.lr, config.optim.warmup)
+    writer = log.open_writer(workdir if first else None, start or -1)
+    progress = log.Progress(c.steps, start, c.batch_size, silent=not first)
+    stop, pending, window = Stop(), collections.deque(), []
+
+    def record(step, metrics):
+        values = {name: float(v) for name, v in jax.device_get(metrics).items()}
+        values = {"loss": values.pop("loss"), **values}
+        for name, value in values.items():
+            if not np.isfinite(value):
+                what = f"{name} is {value} at step {step}; nothing was saved since the last good one"
+                raise Fatal(settings.NON_FINITE, f"{what}; try a lower optim.lr")
+        window.append(values)
+        progress(step, values)
+        if step % c.log_every == 0 or step == c.steps:
+            scalars = {f"train/{k}": np.mean([v[k] for v in window]) for k in values}
+            scalars |= {"train/lr": float(lr(step - 1)), "train/steps_per_s": progress.rate()}
+            writer.write_scalars(step, {k: v for k, v in scalars.items() if v is not None})
+            window.clear()
+
+    with contextlib.closing(checkpoints), contextlib.closing(writer), progress:
+        if not start:
+            log.write_config(writer, config.to_dict(), state.params)
+        for step in range(start + 1, c.steps + 1):
+            state, metrics = update(state, images, labels)
+            pending.append((step, metrics))
+            stopped, last = stop.at(step), step == c.steps
+            save = step % c.save_every == 0 or last or stopped
+            sample = step % c.sample_every == 0 or last
+            while len(pending) > (0 if save or sample else 1):  # one late: the device never waits
+                record(*pending.popleft())
+            if save:
+                checkpoints.save(step, state)
+            if stopped:
+                break
+            if sample:
+                with progress.paused():
+                    draw_grids(config, chain, state, step, workdir, writer, stop)
+    if stopped and not last:
+        say(f"stopped    at step {step:,}, saved; the same command goes on from there")
+        sys.exit(settings.STOPPED)
+    say(f"done       samples are in {workdir / 'samples'}; more of them:")
+    say(f"           python main.py --mode=sample --workdir={workdir}")
+
+
+def draw_grids(config, chain, state, step, workdir, writer, stop) -> None:
+    """Samples of the raw and of the averaged weights, from the same noise, as pictures."""
+    n, seed, first = config.train.num_samples, config.sample.seed, jax.process_index() == 0
+    evaluations = experiment.evaluations(chain, n)
+    with log.Progress(2 * evaluations, unit="sampling step", silent=not first) as progress:
+        for done, (name, params) in enumerate((("raw", state.params), ("ema", state.ema))):
+
+            def report(i, done=done):
+                progress(done * evaluations + i)
+
+            batches = experiment.draw(chain, params, seed, n, report, lambda: stop.asked)
+            images = list(batches)
+            if stop.asked:
+                return
+            grid = figures.grid(np.concatenate(images))
+            writer.write_images(step, {f"samples/{name}": grid[None]})
+            if first:
+                figures.save_png(workdir / "samples" / f"{step:08d}_{name}.png", grid)
+
+
+def sample_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """sample.num images from the averaged weights of the last checkpoint: npz, grid and how."""
+    c, first = config.sample, jax.process_index() == 0
+    x = experiment.build(config)
+    chain = experiment.make_chain(config, x, min(c.num, c.batch_size))
+    if not (workdir / "checkpoints").is_dir():
+        raise Fatal(
+            settings.WORKDIR,
+            f"{workdir}: expected a trained work directory, found none; "
+            "train first, or name it with --workdir",
+        )
+    checkpoints = open_checkpoints(workdir)
+    with contextlib.closing(checkpoints):
+        step, ema = checked(checkpoints.restore_ema, experiment.abstract_state(x).ema)
+    folder = workdir / "samples" / f"{step:08d}_seed{c.seed}"
+    say(
+        f"sampling   {c.num:,} images of step {step:,} on {describe_devices()}, {config.sampler.name}, "
+        f"{config.sampler.steps} steps"
+    )
+    evaluations = experiment.evaluations(chain, c.num)
+    with log.Progress(evaluations, unit="step", silent=not first) as progress:
+        images = np.concatenate(list(experiment.draw(chain, ema, c.seed, c.num, progress)))
+    if first:
+        how = {"step": step, "weights": "ema", "config": config.to_dict()}
+        figures.save_npz(folder / "samples.npz", images)
+        figures.save_png(folder / "grid.png", figures.grid(images[:100]))
+        (folder / "how.json").write_text(json.dumps(how, indent=2) + "\n")
+    say(
+        f"done       {folder}/samples.npz (uint8 {list(images.shape)} in arr_0), grid.png, how.json"
+    )
+
+
+def say(message: str) -> None:
+    if jax.process_index() == 0:
+        log.say(message)
+
+
+def describe_devices() -> str:
+    n, kind = jax.device_count(), jax.devices()[0].device_kind
+    processes = jax.process_count()
+    return f"{n} x {kind}" + (f" of {processes} processes" if processes > 1 else "")
+
+
+def describe_network(x: experiment.Experiment) -> str:
+    n = sum(a.size for a in jax.tree.leaves(experiment.abstract_state(x).params))
+    return f"{n:,} parameters"
+
+
+def describe_data(config: ConfigDict, dataset) -> str:
+    n, h, w, c = dataset.image.shape
+    return f"{config.data.name or config.data.source}: {n:,} images of {h}x{w}x{c}"
+
+
+def to_devices(a: np.ndarray, sharding) -> jax.Array:
+    """The same array of every process as one global array."""
+    return jax.make_array_from_process_local_data(sharding, a, a.shape)
+
+
+def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Makes the work directory this config's, or finds that it is another's."""
+    ours = config.to_dict()
+    theirs = remembered(workdir)
+    changed = settings.differences(theirs, ours) if theirs else []
+    if changed:
+        raise Fatal(
+            settings.WORKDIR,
+            f"{workdir} belongs to another config: {'; '.join(changed)}; "
+            "choose another --workdir, or give the old values",
+        )
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            new = workdir / "config.json.tmp"
+            new.write_text(json.dumps(ours, indent=2) + "\n")
+            os.replace(new, workdir / "config.json")
+    except OSError as error:
+        raise Fatal(settings.WORKDIR, f"{workdir}: cannot write there: {error.strerror}") from error
+
+
+def remembered(workdir: pathlib.Path) -> dict | None:
+    """The config that the work directory was made with; None where there is none."""
+    try:
+        return json.loads((workdir / "config.json").read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise Fatal(settings.WORKDIR, f"{workdir}/config.json: cannot be read: {error}") from error
+
+
+def checked(function, *args, **kwargs):
+    """function(...), with a CheckpointError as a Fatal."""
+    try:
+        return function(*args, **kwargs)
+    except checkpoint.CheckpointError as error:
+        raise Fatal(settings.WORKDIR, str(error)) from error
+
+
+def open_checkpoints(workdir: pathlib.Path, keep: int = 1) -> checkpoint.Checkpoints:
+    def warn(message):
+        log.say(f"ddpm: warning: {message}", sys.stderr)
+
+    return checked(checkpoint.Checkpoints, workdir / "checkpoints", keep=keep, warn=warn)
+
+
+def last_state(checkpoints: checkpoint.Checkpoints, abstract: train.State):
+    """(step, state) of the newest good checkpoint, or (0, None) where there is none at all."""
+    if checkpoints.latest() is None:
+        return 0, None
+    state = checked(checkpoints.restore, abstract)
+    return int(state.step), state
+
+
+class Stop:
+    """Ctrl-C and SIGTERM, remembered until the loop asks; the second one ends the program at once.
+
+    Several processes must stop after the same step: there SIGTERM is left to JAX, which makes them
+    agree, and Ctrl-C becomes SIGTERM.
+    """
+
+    def __init__(self):
+        self.asked = False
+        signal.signal(signal.SIGINT, self._remember)
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._remember)
+
+    def _remember(self, signum, frame):
+        if self.asked:
+            os._exit(128 + signum)
+        self.asked = True
+        if jax.process_count() > 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    def at(self, step: int) -> bool:
+        """Whether to stop after this step; of several processes, all ask after every step."""
+        if jax.process_count() > 1:
+            self.asked = multihost_utils.reached_preemption_sync_point(step)
+        return self.asked
+
+
+def start_processes() -> None:
+    """Joins the other processes where the environment tells of them; otherwise there is one.
+
+    TPU pods, SLURM, Open MPI and Kubernetes tell by themselves; anything else by three variables.
+    """
+    names = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+    address, n, i = map(os.environ.get, names)
+    try:
+        if address and n and i:
+            jax.distributed.initialize(address, int(n), int(i))
+        else:
+            jax.distributed.initialize()
+    except ValueError:
+        if address:
+            raise Fatal(
+                settings.CONFIG, f"{names[0]} is set: expected {names[1]} and {names[2]} too"
+            ) from None
+
+
+def compile_once() -> None:
+    """Keeps compiled programs between runs: a second start of the same config compiles nothing."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache / "ddpm-jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+MODES = {"train": train_mode, "sample": sample_mode}
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    log.quiet()
+    try:
+        config, workdir = settings.resolve(CONFIG.value, WORKDIR.value, remembered)
+        compile_once()
+        start_processes()
+        settings.check(config, jax.device_count())
+        MODES[MODE.value](config, workdir)
+    except Fatal as error:
+        settings.end(error)
+    except KeyboardInterrupt:
+        print("ddpm: stopped before the first step", file=sys.stderr)
+        sys.exit(settings.STOPPED)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=settings.parse)

@@ -1,0 +1,272 @@
+"""What the user typed: flags and configuration, checked before anything is built or written.
+
+Everything that can be wrong here ends in one line that names the field, what was given and what
+would do. `main.py` receives a ConfigDict that it can trust.
+"""
+
+import difflib
+import inspect
+import math
+import os
+import pathlib
+import runpy
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from diffusion import data, losses, samplers, schedules, targets
+
+HERE = pathlib.Path(__file__).resolve().parent
+DEFAULT = str(HERE / "configs" / "digits.py")  # what `python main.py` alone trains
+
+# Exit codes, one for each kind of thing that a user can mend.
+CONFIG, DATA, WORKDIR, NON_FINITE, STOPPED = 2, 3, 4, 5, 75
+
+# Keys that may change when a work directory is used again: they leave the training as it was.
+FREE = (
+    *("train.steps", "train.log_every", "train.sample_every", "train.save_every", "train.keep"),
+    *("train.num_samples", "data.data_dir", "sampler.", "sample."),
+)
+
+ABSENT = "absent"
+
+
+class Fatal(Exception):
+    """An end that the user can mend: one line for the console and an exit code."""
+
+    def __init__(self, code: int, message: str):
+        super().__init__(message)
+        self.code = code
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """What to write after a name that does not exist: the nearest names first, then the rest."""
+    names = sorted(names)
+    close = difflib.get_close_matches(name, names, 3, 0.5)
+    return f"nearest: {', '.join(close)}" if close else f"there are: {', '.join(names)}"
+
+
+def parse(argv: list[str]) -> list[str]:
+    """absl's flag parser, every complaint one line and exit code 2. Returns [program]."""
+    if not any(a.lstrip("-").partition("=")[0] == "config" for a in argv[1:]):
+        argv = [argv[0], f"--config={DEFAULT}", *argv[1:]]
+    try:
+        rest = flags.FLAGS(argv)
+    except Exception as error:  # a config file is code: anything may come out of it
+        end(Fatal(CONFIG, _explain(argv, error)))
+    if len(rest) > 1:
+        end(Fatal(CONFIG, f"{rest[1]}: expected only flags such as --mode=sample; see --help"))
+    return rest
+
+
+def _explain(argv: list[str], error: Exception) -> str:
+    """What is wrong with the command line: found by looking at it, else in the error's words."""
+    named = [a.partition("=")[2] for a in argv if a.lstrip("-").startswith("config=")]
+    config = named[-1] if named else ""
+    path, _, variant = config.partition(":")
+    try:
+        module = runpy.run_path(path)
+        known = flatten(module["get_config"](*([variant] if variant else [])))
+    except OSError:
+        files = [f"configs/{f}" for f in os.listdir(HERE / "configs") if f.endswith(".py")]
+        return f"--config={config}: cannot be read; {nearest(path, files)}"
+    except KeyError:
+        wrong = [v for v in variant.split(",") if v not in module.get("VARIANTS", {})]
+        if not wrong:
+            raise
+        return f"--config={config}: no such variant; {nearest(wrong[0], module['VARIANTS'])}"
+    for argument in argv[1:]:
+        name, _, value = argument.lstrip("-").partition("=")
+        key = name.removeprefix("config.")
+        if name.startswith("config.") and key not in known:
+            return f"{key}: no such key; {nearest(key, known)}"
+        if name.startswith("config.") and name in str(error):
+            old = known[key]
+            return f"{key}: expected {type(old).__name__} such as {old!r}, found {value!r}"
+    if isinstance(error, flags.UnrecognizedFlagError):
+        return f"--{error.flagname}: no such flag; there are --config, --workdir, --mode, --help"
+    return " ".join(str(error).split())
+
+
+def resolve(
+    config: ConfigDict, workdir: str | None, remembered: Callable[[pathlib.Path], dict | None]
+) -> tuple[ConfigDict, pathlib.Path]:
+    """The config and the work directory that the command line means.
+
+    Without --workdir it is runs/ and the config's name. Without --config it is the one that the
+    work directory was made with (`remembered`), if it was made. Overrides come on top of either.
+    """
+    flag = flags.FLAGS["config"]
+    filename = config_flags.get_config_filename(flag)
+    path, _, variant = filename.partition(":")
+    name = "-".join([pathlib.Path(path).stem, *filter(None, variant.split(","))])
+    workdir = pathlib.Path(workdir or pathlib.Path("runs", name))
+    old = remembered(workdir) if filename == DEFAULT else None
+    if old:
+        config = ConfigDict(_tuples(old))
+        config.update_from_flattened_dict(config_flags.get_override_values(flag))
+    return config, workdir
+
+
+def _tuples(x: Any) -> Any:
+    """JSON has lists where configs have tuples."""
+    if isinstance(x, dict):
+        return {key: _tuples(value) for key, value in x.items()}
+    return tuple(map(_tuples, x)) if isinstance(x, list) else x
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        flat |= (
+            flatten(value, f"{name}.") if isinstance(value, Mapping | ConfigDict) else {name: value}
+        )
+    return flat
+
+
+def choose(table: Mapping[str, Any], key: str, name: str) -> Any:
+    """table[name], or the line that says what `key` could have been."""
+    if name not in table:
+        raise Fatal(CONFIG, f"{key}: {name!r} is not known; {nearest(str(name), table)}")
+    return table[name]
+
+
+def call(function: Callable, key: str, *args, **kwargs) -> Any:
+    """function(*args, **kwargs), its complaints about arguments told as those of the config's key."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        raise Fatal(
+            CONFIG, f"{key}: {error}; see {function.__module__}.{function.__name__}"
+        ) from error
+    try:
+        return function(*args, **kwargs)
+    except ValueError as error:
+        raise Fatal(CONFIG, f"{key}: {' '.join(str(error).split())}") from error
+
+
+def _positive(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf
+
+
+def _count(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 1
+
+
+def _counts(x: Any) -> bool:
+    return isinstance(x, tuple | list) and len(x) > 0 and all(map(_count, x))
+
+
+# key -> (test, what the test wants). A key that stands neither here nor in a table is an error.
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "seed": (lambda x: isinstance(x, int) and 0 <= x < 2**32, "an int in 0..2^32-1"),
+    "model.ch": (_count, "an int, 1 or more"),
+    "model.ch_mult": (_counts, "a tuple of ints, 1 or more each"),
+    "model.num_res_blocks": (_count, "an int, 1 or more"),
+    "model.attn_resolutions": (lambda x: not len(x) or _counts(x), "a tuple of ints"),
+    "model.dropout": (lambda x: 0 <= x < 1, "a number in [0, 1)"),
+    "model.num_classes": (lambda x: x == 0 or _count(x), "an int, 0 for none"),
+    "model.dtype": (lambda x: x in ("float32", "bfloat16"), "float32 or bfloat16"),
+    "data.source": (lambda x: isinstance(x, str), "a name"),
+    "data.name": (lambda x: isinstance(x, str), "a name"),
+    "data.data_dir": (lambda x: isinstance(x, str), "a folder"),
+    "data.image_size": (lambda x: _count(x) or (_counts(x) and len(x) == 2), "an int or (h, w)"),
+    "data.channels": (_count, "an int, 1 or more"),
+    "data.flip": (lambda x: isinstance(x, bool), "True or False"),
+    "process.schedule": (lambda x: isinstance(x, str), "a name"),
+    "process.T": (_count, "an int, 1 or more"),
+    "process.beta_start": (lambda x: _positive(x) and x <= 1, "a number in (0, 1]"),
+    "process.beta_end": (lambda x: _positive(x) and x <= 1, "a number in (0, 1]"),
+    "target": (lambda x: isinstance(x, str), "a name"),
+    "variance": (lambda x: isinstance(x, str), "a name"),
+    "optim.lr": (_positive, "a number above 0"),
+    "optim.warmup": (lambda x: x == 0 or _count(x), "an int, 0 for none"),
+    "optim.clip": (_positive, "a number above 0"),
+    "optim.clip_groups": (_count, "an int, 1 or more"),
+    "optim.accumulate": (_count, "an int, 1 or more"),
+    "optim.ema": (lambda x: 0 <= x < 1, "a number in [0, 1)"),
+    "train.batch_size": (_count, "an int, 1 or more"),
+    "train.steps": (_count, "an int, 1 or more"),
+    "train.log_every": (_count, "an int, 1 or more"),
+    "train.sample_every": (_count, "an int, 1 or more"),
+    "train.save_every": (_count, "an int, 1 or more"),
+    "train.keep": (_count, "an int, 1 or more"),
+    "train.num_samples": (_count, "an int, 1 or more"),
+    "sample.num": (_count, "an int, 1 or more"),
+    "sample.batch_size": (_count, "an int, 1 or more"),
+    "sample.seed": (lambda x: isinstance(x, int) and 0 <= x < 2**32, "an int in 0..2^32-1"),
+    "sample.label": (lambda x: isinstance(x, int), "a class, or -1 for all in turn"),
+}
+
+# Sub-dicts of one entry of a table each; the table's functions check the other keys.
+TABLES = {
+    "process.schedule": schedules.SCHEDULES,
+    "target": targets.TARGETS,
+    "variance": targets.VARIANCES,
+    "loss.name": losses.LOSSES,
+    "sampler.name": samplers.SAMPLERS,
+    "sampler.grid": samplers.GRIDS,
+    "data.source": data.SOURCES,
+}
+
+
+def check(config: ConfigDict, devices: int) -> None:
+    """Every key known and present, every value in its range, every name in its table. Or Fatal."""
+    flat = flatten(config)
+    required = [*RULES, *(key for key in TABLES if key not in RULES)]
+    for key in required:
+        if key not in flat:
+            raise Fatal(CONFIG, f"{key}: missing in the config; configs/digits.py has every key")
+    for key, value in flat.items():
+        if key in RULES:
+            test, wanted = RULES[key]
+            try:
+                good = test(value)
+            except TypeError:
+                good = False
+            if not good:
+                raise Fatal(CONFIG, f"{key}: expected {wanted}, found {value!r}")
+        elif not key.startswith(("loss.", "sampler.")):
+            raise Fatal(CONFIG, f"{key}: no such key; {nearest(key, required)}")
+        if key in TABLES:
+            choose(TABLES[key], key, value)
+    parts = config.optim.accumulate * config.optim.clip_groups
+    every = math.lcm(devices * config.optim.accumulate, parts)
+    for key in ("train.batch_size",):
+        if flat[key] % every:
+            below = flat[key] // every * every
+            use = f"{below} or {below + every}" if below else f"{every}"
+            why = f"{devices} devices"
+            if parts > 1:
+                why += f", accumulate {config.optim.accumulate}, clip_groups {config.optim.clip_groups}"
+            raise Fatal(
+                CONFIG,
+                f"{key}: expected a multiple of {every} ({why}), found {flat[key]}; use {use}",
+            )
+    if config.sample.label >= max(config.model.num_classes, 1) or config.sample.label < -1:
+        wanted = (
+            f"-1 or a class below {config.model.num_classes}" if config.model.num_classes else "-1"
+        )
+        raise Fatal(CONFIG, f"sample.label: expected {wanted}, found {config.sample.label}")
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`key: was X, now Y` for every key that decides what a training is and is not the same."""
+    old, new = flatten(_tuples(old)), flatten(new)
+    keys = [k for k in sorted(old | new) if not k.startswith(FREE)]
+    return [
+        f"{k}: was {old.get(k, ABSENT)}, now {new.get(k, ABSENT)}"
+        for k in keys
+        if old.get(k, ABSENT) != new.get(k, ABSENT)
+    ]
+
+
+def end(fatal: Fatal) -> NoReturn:
+    """The one line, and out."""
+    print(f"ddpm: error[{fatal.code}]: {fatal}", file=sys.stderr, flush=True)
+    sys.exit(fatal.code)

@@ -1,0 +1,332 @@
+"""main.py as a user runs it: in processes of their own, judged by what they print and leave behind."""
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import experiment
+from diffusion import checkpoint
+from tests.conftest import ROOT
+from tests.test_configs import config_of
+
+TINY = "--config=configs/digits.py:tiny"
+
+
+def environment(**extra):
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"), "JAX_PLATFORMS": "cpu"}
+    return keep | cache | {k: str(v) for k, v in extra.items()}
+
+
+def start(*args, cwd=ROOT, **extra):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), *map(str, args)],
+        cwd=cwd,
+        env=environment(**extra),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(*args, code=0, **extra):
+    with start(*args, **extra) as process:
+        out, err = process.communicate()
+    assert process.returncode == code, f"exit {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def stop_after(process, line, with_signal):
+    """Sends the signal once a line of the console matches; returns all of the console."""
+    seen = []
+    for text in process.stdout:
+        seen.append(text)
+        if re.match(line, text):
+            process.send_signal(with_signal)
+            break
+    out, err = process.communicate()
+    return "".join(seen) + out, err
+
+
+def last_state(workdir, variant="tiny"):
+    """The newest checkpoint as a dict of arrays, restored on this process's four devices."""
+    config = config_of("digits", variant)
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
+    with contextlib.closing(checkpoints):
+        state = checkpoints.restore(experiment.abstract_state(experiment.build(config)))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
+
+
+def assert_same(a, b, rtol=0.0, atol=0.0):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=rtol, atol=atol, err_msg=name)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A finished tiny run: its work directory and what the console said."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    out, err = run(TINY, f"--workdir={workdir}")
+    return workdir, out, err
+
+
+def test_a_run_leaves_what_it_promises(trained):
+    workdir, out, err = trained
+    assert err == ""
+    for word in ("images of 8x8x1", "parameters", "compiling", "ETA", "done", "steps/s"):
+        assert word in out, out
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["train"]["steps"] == 8
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+    assert list(losses) == [2, 4, 6, 8] and all(np.isfinite(list(losses.values())))
+    assert (workdir / "checkpoints" / "4").is_dir() and (workdir / "checkpoints" / "8").is_dir()
+    assert list(workdir.glob("events.out.tfevents.*"))
+    for kind in ("raw", "ema"):
+        with Image.open(workdir / "samples" / f"00000008_{kind}.png") as image:
+            assert min(image.size) >= 2 * 64  # four digits, two by two, enlarged
+
+
+def test_the_first_learning_rate_is_zero_and_the_step_counts_from_one(trained):
+    """Warm-up of 2 steps: rates 0, lr/2, lr, ...; the line of step 2 has the rate of its update."""
+    lines = [json.loads(line) for line in (trained[0] / "metrics.jsonl").read_text().splitlines()]
+    rates = {line["step"]: line["train/lr"] for line in lines if "train/lr" in line}
+    lr = config_of("digits").optim.lr
+    np.testing.assert_allclose([rates[2], rates[4]], [lr / 2, lr], rtol=1e-6)
+
+
+def test_a_finished_run_says_so(trained):
+    out, _ = run(TINY, f"--workdir={trained[0]}")
+    assert "nothing to do" in out and "train.steps" in out
+
+
+def test_the_work_directory_remembers_its_config(trained):
+    out, _ = run(f"--workdir={trained[0]}")
+    assert "nothing to do" in out  # the embedded default would be another config: an error
+
+
+def test_killed_and_resumed_is_uninterrupted_bit_for_bit(tmp_path):
+    """SIGKILL somewhere in a long run, then on to step n; against n steps without a break."""
+    killed, straight = tmp_path / "killed", tmp_path / "straight"
+    args = (TINY, "--config.train.save_every=5", "--config.train.sample_every=100000")
+    process = start(*args, f"--workdir={killed}", "--config.train.steps=100000")
+    stop_after(process, r"step (?!1/)", signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    steps = [int(p.name) for p in (killed / "checkpoints").iterdir() if p.name.isdigit()]
+    n = max(steps) + 7
+    out, _ = run(*args, f"--workdir={killed}", f"--config.train.steps={n}")
+    resumed_from = int(re.search(r"from step ([\d,]+)", out)[1].replace(",", ""))
+    assert 0 < resumed_from < n
+    run(*args, f"--workdir={straight}", f"--config.train.steps={n}")
+    assert_same(last_state(killed), last_state(straight))
+    losses = [
+        [json.loads(line).get("train/loss") for line in (w / "metrics.jsonl").open()]
+        for w in (killed, straight)
+    ]
+    assert losses[0][-8:] == losses[1][-8:]
+
+
+@pytest.mark.parametrize("with_signal", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_saves_and_goes_on(tmp_path, with_signal):
+    args = (TINY, f"--workdir={tmp_path}", "--config.train.sample_every=100000")
+    process = start(*args, "--config.train.steps=100000", "--config.train.save_every=100000")
+    out, err = stop_after(process, r"step ", with_signal)
+    assert process.returncode == 75, out + err
+    assert err == ""
+    step = int(re.search(r"stopped +at step ([\d,]+), saved", out)[1].replace(",", ""))
+    out, _ = run(*args, f"--config.train.steps={step + 2}", "--config.train.save_every=100000")
+    assert f"from step {step:,}" in out
+
+
+@pytest.fixture(scope="session")
+def by_devices(tmp_path_factory):
+    """The same run on one device, on four, and on two processes of two devices each."""
+    folder = tmp_path_factory.mktemp("devices")
+    args = (TINY, "--config.train.sample_every=100000", "--config.optim.accumulate=2")
+    run(*args, f"--workdir={folder / '1'}", JAX_NUM_CPU_DEVICES=1)
+    run(*args, f"--workdir={folder / '4'}", JAX_NUM_CPU_DEVICES=4)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    cluster = {"JAX_NUM_CPU_DEVICES": 2, "JAX_NUM_PROCESSES": 2}
+    cluster["JAX_COORDINATOR_ADDRESS"] = f"localhost:{port}"
+    both = [
+        start(*args, f"--workdir={folder / '2x2'}", JAX_PROCESS_ID=i, **cluster) for i in (0, 1)
+    ]
+    outputs = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert outputs[1][0] == ""  # only process 0 speaks
+    return folder
+
+
+@pytest.mark.parametrize("other", ["4", "2x2"])
+def test_devices_and_processes_change_nothing_but_rounding(by_devices, other):
+    """Eight Adam steps at 2e-3 amplify the float32 rounding of a differently ordered sum of gradients.
+
+    Adam divides by the gradient's own size: where that is near 0, a rounding error becomes a step of
+    a size up to the learning rate, for single weights. So the bulk is held tight, the worst loosely.
+    """
+    one, many = last_state(by_devices / "1"), last_state(by_devices / other)
+    assert one.keys() == many.keys()
+    difference = np.concatenate([np.ravel(np.abs(one[k] - many[k])) for k in one if "params" in k])
+    assert np.median(difference) < 1e-6
+    assert difference.max() < 2 * 8 * 2e-3
+    loss = [
+        [json.loads(line).get("train/loss") for line in (by_devices / w / "metrics.jsonl").open()]
+        for w in ("1", other)
+    ]
+    losses = np.array([[x for x in run if x is not None] for run in loss])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)  # promise R9
+
+
+def test_samples_do_not_depend_on_the_batch(trained):
+    """Six in batches of four, then three in batches of two: the same first three images.
+
+    Batch shapes change the order of float32 sums, so that a value at .5 may round to its neighbour.
+    """
+    workdir = trained[0]
+    out, _ = run("--mode=sample", f"--workdir={workdir}")
+    assert "samples.npz" in out
+    folder = workdir / "samples" / "00000008_seed0"
+    first = np.load(folder / "samples.npz")["arr_0"]
+    how = json.loads((folder / "how.json").read_text())
+    assert first.shape == (6, 8, 8, 1) and first.dtype == np.uint8
+    assert how["step"] == 8 and how["weights"] == "ema"
+    assert Image.open(folder / "grid.png").size[0] > 64
+    few = ("--config.sample.num=3", "--config.sample.batch_size=2")
+    run("--mode=sample", f"--workdir={workdir}", *few, JAX_NUM_CPU_DEVICES=2)
+    again = np.load(folder / "samples.npz")["arr_0"].astype(int)
+    assert again.shape[0] == 3
+    assert np.abs(again - first[:3]).max() <= 1
+    run("--mode=sample", f"--workdir={workdir}", *few, "--config.sample.seed=1")
+    other = np.load(workdir / "samples" / "00000008_seed1" / "samples.npz")["arr_0"]
+    assert np.abs(other.astype(int) - again).mean() > 1
+
+
+def test_a_second_start_compiles_nothing(tmp_path):
+    cache = tmp_path / "cache"
+    # A config that no other test has compiled into memory or cache.
+    args = (TINY, "--config.train.batch_size=24", "--config.train.num_samples=3")
+    entries = []
+    for name in ("first", "second"):
+        run(*args, f"--workdir={tmp_path / name}", JAX_COMPILATION_CACHE_DIR=cache)
+        entries.append({p.name for p in cache.iterdir() if not p.name.endswith("-atime")})
+    assert len(entries[0]) > 3
+    assert entries[0] == entries[1]
+
+
+# What is typed wrong: arguments, exit code, and what the one line must name.
+WRONG = {
+    "unknown key": (["--config.train.stepz=3"], 2, ["train.stepz", "train.steps"]),
+    "unknown section": (["--config.trian.steps=3"], 2, ["trian.steps", "train.steps"]),
+    "wrong type": (["--config.train.steps=many"], 2, ["train.steps", "int", "many"]),
+    "float for an int": (["--config.train.steps=1e3"], 2, ["train.steps", "int", "1e3"]),
+    "out of range": (["--config.optim.lr=nan"], 2, ["optim.lr", "nan"]),
+    "negative": (["--config.train.batch_size=-3"], 2, ["train.batch_size", "-3"]),
+    "schedule": (["--config.process.schedule=linaer"], 2, ["linaer", "nearest: linear"]),
+    "loss": (["--config.loss.name=simpel"], 2, ["simpel", "nearest: simple"]),
+    "sampler": (["--config.sampler.name=ancestor"], 2, ["ancestor", "nearest: ancestral"]),
+    "target": (["--config.target=epsilon"], 2, ["epsilon", "eps"]),
+    "sampler steps": (["--config.sampler.steps=21"], 2, ["sampler", "21", "20"]),
+    "simple and learned": (["--config.variance=learned"], 2, ["loss", "variance", "vlb"]),
+    "devices": (["--config.train.batch_size=15"], 2, ["train.batch_size", "15", "12 or 16"]),
+    "size": (["--config.data.image_size=9"], 2, ["9x9", "divisible by 2"]),
+    "size of the data": (["--config.data.image_size=16"], 3, ["16x16x1", "8x8x1"]),
+    "no data_dir": (["--config=configs/cifar10.py:tiny"], 3, ["data_dir"]),
+    "no data there": (
+        ["--config=configs/cifar10.py:tiny", "--config.data.data_dir=/nowhere"],
+        3,
+        ["/nowhere"],
+    ),
+    "config file": (["--config=configs/digit.py"], 2, ["configs/digit.py", "configs/digits.py"]),
+    "variant": (["--config=configs/digits.py:tyni"], 2, ["tyni", "tiny"]),
+    "flag": (["--wrokdir=x"], 2, ["wrokdir", "--workdir"]),
+    "mode": (["--mode=sampel"], 2, ["sampel", "sample"]),
+    "no flag": (["train"], 2, ["train", "--mode"]),
+    "nothing trained": (["--mode=sample"], 4, ["trained"]),
+    "work directory is a file": (["--workdir={file}/run"], 4, ["{file}"]),
+}
+
+
+@pytest.fixture(scope="session")
+def wrong(tmp_path_factory):
+    """Runs all of WRONG, two at a time: (exit code, stderr, what was written) by name."""
+    folder = tmp_path_factory.mktemp("wrong")
+    (folder / "file").write_text("")
+
+    def one(item):
+        name, (args, _, _) = item
+        cwd = folder / name.replace(" ", "_")
+        cwd.mkdir()
+        args = [a.format(file=folder / "file") for a in args]
+        args = [a.replace("=configs", f"={ROOT}/configs") for a in args]
+        if not any(a.startswith("--config=") for a in args):
+            args.insert(0, f"--config={ROOT}/configs/digits.py:tiny")
+        process = start(*args, cwd=cwd, JAX_NUM_CPU_DEVICES=4)
+        out, err = process.communicate()
+        return name, (process.returncode, err, out, list(cwd.rglob("*")))
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return dict(pool.map(one, WRONG.items())), folder
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_typed_wrong_gets_one_line(wrong, name):
+    _, code, words = WRONG[name]
+    results, folder = wrong
+    returncode, err, out, written = results[name]
+    assert returncode == code, err + out
+    assert err.count("\n") == 1 and err.startswith(f"ddpm: error[{code}]: "), err
+    for word in words:
+        assert word.format(file=folder / "file") in err, err
+    assert written == []
+
+
+def test_a_work_directory_of_another_config_is_refused(trained):
+    workdir = trained[0]
+    before = (workdir / "config.json").read_text()
+    args = ("--config.optim.lr=0.5", "--config.target=x0", "--config.train.steps=99")
+    _, err = run(TINY, f"--workdir={workdir}", *args, code=4)
+    assert err.count("\n") == 1
+    assert "optim.lr: was 0.002, now 0.5" in err and "target: was eps, now x0" in err
+    assert "train.steps" not in err  # may change
+    assert (workdir / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_step_and_sampler_lower_for_tpu_and_cuda(dtype):
+    """On a machine that has neither; the shapes of the paper's CIFAR-10 experiment."""
+    config = config_of("cifar10", "conditional")
+    config.model.dtype = dtype
+    x = experiment.build(config)
+    state = experiment.abstract_state(x)
+    images = jax.ShapeDtypeStruct((50_000, 32, 32, 3), np.uint8)
+    labels = jax.ShapeDtypeStruct((50_000,), np.int32)
+    platforms = ["tpu", "cuda"]
+    with jax.numpy_dtype_promotion("standard"):  # optax multiplies its counter with floats
+        step = jax.export.export(experiment.make_update(config, x), platforms=platforms)
+        exported = step(state, images, labels)
+    assert exported.platforms == tuple(platforms)
+    chain = experiment.make_chain(config, x, 64)
+    seed, indices = jax.ShapeDtypeStruct((), np.uint32), jax.ShapeDtypeStruct((64,), np.int32)
+    keys, label, carry = jax.eval_shape(chain.start, seed, indices)
+    times = jax.ShapeDtypeStruct((41,), np.int32)
+    for program, arguments in [
+        (chain.start, (seed, indices)),
+        (chain.advance, (state.params, keys, label, carry, times)),
+        (chain.finish, (carry.x,)),
+    ]:
+        assert jax.export.export(program, platforms=platforms)(*arguments).nr_devices == 4
