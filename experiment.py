@@ -112,7 +112,8 @@ def make_update(config: ConfigDict, x: Experiment) -> Callable:
 class Chain(NamedTuple):
     """The compiled parts of sampling `size` images, sharded over the devices.
 
-    start:   (seed uint32[], indices int32[size]) -> (keys, label, carry): x_T and what goes with it.
+    start:   (seed uint32[], indices int32[size]) -> (keys, label, carry): x_T and what goes with
+             it.
     advance: (params, keys, label, carry, ts) -> carry, as far along the chain as ts goes.
     finish:  x_0 -> uint8[size, h, w, c].
     ts:      int32[steps + 1], all the times to visit.

@@ -44,7 +44,7 @@ def train_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     chain = experiment.make_chain(config, x, c.num_samples)
     dataset = experiment.load(config, x)
     open_workdir(workdir, config)
-    checkpoints = open_checkpoints(workdir, c.keep)
+    checkpoints = open_checkpoints(workdir, keep=c.keep)
     start, state = last_state(checkpoints, experiment.abstract_state(x))
     say(f"data       {describe_data(config, dataset)}")
     say(f"network    {describe_network(x)} on {describe_devices()}")
@@ -72,7 +72,9 @@ def train_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
         values = {"loss": values.pop("loss"), **values}
         for name, value in values.items():
             if not np.isfinite(value):
-                what = f"{name} is {value} at step {step}; nothing was saved since the last good one"
+                what = (
+                    f"{name} is {value} at step {step}; nothing was saved since the last good one"
+                )
                 raise Fatal(settings.NON_FINITE, f"{what}; try a lower optim.lr")
         window.append(values)
         progress(step, values)
@@ -94,7 +96,8 @@ def train_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
             while len(pending) > (0 if save or sample else 1):  # one late: the device never waits
                 record(*pending.popleft())
             if save:
-                checkpoints.save(step, state)
+                writer.flush()  # what is said of a saved step must not be lost
+                checked(checkpoints.save, step, state)
             if stopped:
                 break
             if sample:
@@ -138,14 +141,12 @@ def sample_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
             f"{workdir}: expected a trained work directory, found none; "
             "train first, or name it with --workdir",
         )
-    checkpoints = open_checkpoints(workdir)
+    checkpoints = open_checkpoints(workdir, read_only=True)
     with contextlib.closing(checkpoints):
         step, ema = checked(checkpoints.restore_ema, experiment.abstract_state(x).ema)
     folder = workdir / "samples" / f"{step:08d}_seed{c.seed}"
-    say(
-        f"sampling   {c.num:,} images of step {step:,} on {describe_devices()}, {config.sampler.name}, "
-        f"{config.sampler.steps} steps"
-    )
+    how_far = f"{config.sampler.name}, {config.sampler.steps} steps"
+    say(f"sampling   {c.num:,} images of step {step:,} on {describe_devices()}, {how_far}")
     evaluations = experiment.evaluations(chain, c.num)
     with log.Progress(evaluations, unit="step", silent=not first) as progress:
         images = np.concatenate(list(experiment.draw(chain, ema, c.seed, c.num, progress)))
@@ -224,16 +225,19 @@ def checked(function, *args, **kwargs):
         raise Fatal(settings.WORKDIR, str(error)) from error
 
 
-def open_checkpoints(workdir: pathlib.Path, keep: int = 1) -> checkpoint.Checkpoints:
-    def warn(message):
-        log.say(f"ddpm: warning: {message}", sys.stderr)
+def open_checkpoints(workdir: pathlib.Path, **options) -> checkpoint.Checkpoints:
+    """The work directory's checkpoints; options: of checkpoint.Checkpoints."""
 
-    return checked(checkpoint.Checkpoints, workdir / "checkpoints", keep=keep, warn=warn)
+    def warn(message):
+        if jax.process_index() == 0:
+            log.say(f"ddpm: warning: {message}", sys.stderr)
+
+    return checked(checkpoint.Checkpoints, workdir / "checkpoints", warn=warn, **options)
 
 
 def last_state(checkpoints: checkpoint.Checkpoints, abstract: train.State):
     """(step, state) of the newest good checkpoint, or (0, None) where there is none at all."""
-    if checkpoints.latest() is None:
+    if checked(checkpoints.latest) is None:
         return 0, None
     state = checked(checkpoints.restore, abstract)
     return int(state.step), state

@@ -137,7 +137,7 @@ def choose(table: Mapping[str, Any], key: str, name: str) -> Any:
 
 
 def call(function: Callable, key: str, *args, **kwargs) -> Any:
-    """function(*args, **kwargs), its complaints about arguments told as those of the config's key."""
+    """function(...), with its complaints about arguments told as those of the config's key."""
     try:
         inspect.signature(function).bind(*args, **kwargs)
     except TypeError as error:

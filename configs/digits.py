@@ -34,9 +34,9 @@ def get_config(variant: str = "") -> ConfigDict:
         {
             "seed": 0,
             "model": {
-                "ch": 32,
+                "ch": 16,
                 "ch_mult": (1, 2),
-                "num_res_blocks": 2,
+                "num_res_blocks": 1,
                 "attn_resolutions": (4,),
                 "dropout": 0.0,
                 "num_classes": 0,
@@ -63,10 +63,10 @@ def get_config(variant: str = "") -> ConfigDict:
                 "ema": 0.995,
             },
             "train": {
-                "batch_size": 128,
+                "batch_size": 64,
                 "steps": 3000,
                 "log_every": 50,
-                "sample_every": 1000,
+                "sample_every": 1500,
                 "save_every": 1000,
                 "keep": 3,
                 "num_samples": 64,

@@ -1,4 +1,4 @@
-"""main.py as a user runs it: in processes of their own, judged by what they print and leave behind."""
+"""main.py as a user runs it: in its own process, judged by what it prints and leaves behind."""
 
 import concurrent.futures
 import contextlib
@@ -174,10 +174,11 @@ def by_devices(tmp_path_factory):
 
 @pytest.mark.parametrize("other", ["4", "2x2"])
 def test_devices_and_processes_change_nothing_but_rounding(by_devices, other):
-    """Eight Adam steps at 2e-3 amplify the float32 rounding of a differently ordered sum of gradients.
+    """Eight Adam steps at 2e-3 amplify the rounding of a sum of gradients in another order.
 
-    Adam divides by the gradient's own size: where that is near 0, a rounding error becomes a step of
-    a size up to the learning rate, for single weights. So the bulk is held tight, the worst loosely.
+    Adam divides by the gradient's own size: where that is near 0, a rounding error becomes a step
+    of a size up to the learning rate, for single weights. So the bulk is held tight, the worst
+    loosely.
     """
     one, many = last_state(by_devices / "1"), last_state(by_devices / other)
     assert one.keys() == many.keys()

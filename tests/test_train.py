@@ -1,4 +1,4 @@
-"""The optimiser, the average and the step, against the official code and against themselves cut in parts."""
+"""Optimiser, average and step, against the official code, and cut in parts against whole."""
 
 import json
 
@@ -12,8 +12,8 @@ from jax import random
 from diffusion import train
 from tests.conftest import GOLDEN
 
-# Official TensorFlow 1 code (github.com/hojonathanho/diffusion, commit 1e0dceb): utils.make_optimizer
-# and tpu_utils.make_ema fed ten given gradients.
+# Official TensorFlow 1 code (github.com/hojonathanho/diffusion, commit 1e0dceb):
+# utils.make_optimizer and tpu_utils.make_ema fed ten given gradients.
 OFFICIAL = np.load(GOLDEN / "ema_adam.npz")
 # Adam's epsilon stands elsewhere in optax; with these gradients both round at about 1e-7.
 ROUNDING = 2e-6
@@ -80,7 +80,7 @@ def test_ten_steps_equal_the_official_optimiser(name):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_clip_groups_equal_the_official_eight_cores(name):
-    """Each core clips its own mean gradient, before the average: here eight groups of one example."""
+    """Each core clips its own mean gradient before the average: eight groups of one example."""
     gradients = {leaf: OFFICIAL[f"shard_grads.{leaf}"] for leaf in "01"}
     for i, (state, _) in enumerate(run(name, gradients, clip_groups=8, clip=1.0)):
         for leaf in "01":
@@ -90,7 +90,7 @@ def test_clip_groups_equal_the_official_eight_cores(name):
 
 
 def test_clip_groups_are_not_one_clip_of_the_whole():
-    """The two forms must differ where one group's gradient is large, or the setting does nothing."""
+    """The forms must differ where a group's gradient is large, or the setting does nothing."""
     gradients = {leaf: OFFICIAL[f"shard_grads.{leaf}"] for leaf in "01"}
     *_, (by_group, _) = run("fast", gradients, clip_groups=8, clip=1.0)
     *_, (at_once, _) = run("fast", gradients)
@@ -104,7 +104,7 @@ def test_the_learning_rate_of_later_steps():
 
 
 def test_the_average_is_copied_first_and_then_decays_by_its_own_rate():
-    """Official float32 1 - decay is 1.00017e-4; ours is rounded once, from 1e-4: 1.7e-4 relative."""
+    """Official float32 1 - decay is 1.00017e-4; ours is rounded once: 1.7e-4 relative."""
     assert OFFICIAL["ema_decay_f32"][0] < 1e-9  # step 0: a decay of nothing, which is a copy
     ours = np.float32(1 - 0.9999)
     np.testing.assert_allclose(ours, OFFICIAL["ema_one_minus_decay_f32"][2], rtol=2e-4)
@@ -152,7 +152,7 @@ def test_the_mesh_has_every_device():
 
 
 def test_the_optimiser_is_adam_behind_a_clip():
-    """One step from rest: Adam's first update is lr * sign(gradient), whatever the gradient's size."""
+    """Adam's first update is lr * sign(gradient), whatever the gradient's size."""
     tx = train.optimiser(0.1, 0, 1.0)
     for size in (1e-3, 1.0, 1e6):
         gradient = {"w": jnp.asarray([size, -size])}
