@@ -72,10 +72,10 @@ def train_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
         values = {"loss": values.pop("loss"), **values}
         for name, value in values.items():
             if not np.isfinite(value):
-                what = (
-                    f"{name} is {value} at step {step}; nothing was saved since the last good one"
+                message = (
+                    f"{name} is {value} at step {step}; no such state is saved; lower optim.lr"
                 )
-                raise Fatal(settings.NON_FINITE, f"{what}; try a lower optim.lr")
+                raise Fatal(settings.NON_FINITE, message)
         window.append(values)
         progress(step, values)
         if step % c.log_every == 0 or step == c.steps:
@@ -97,16 +97,16 @@ def train_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
                 record(*pending.popleft())
             if save:
                 writer.flush()  # what is said of a saved step must not be lost
-                checked(checkpoints.save, step, state)
+                checkpoints.save(step, state)
             if stopped:
                 break
             if sample:
                 with progress.paused():
                     draw_grids(config, chain, state, step, workdir, writer, stop)
-    if stopped and not last:
+    if stop.asked:
         say(f"stopped    at step {step:,}, saved; the same command goes on from there")
         sys.exit(settings.STOPPED)
-    say(f"done       samples are in {workdir / 'samples'}; more of them:")
+    say(f"done       look at {workdir}/samples and {workdir}/figures; more samples:")
     say(f"           python main.py --mode=sample --workdir={workdir}")
 
 
@@ -114,20 +114,24 @@ def draw_grids(config, chain, state, step, workdir, writer, stop) -> None:
     """Samples of the raw and of the averaged weights, from the same noise, as pictures."""
     n, seed, first = config.train.num_samples, config.sample.seed, jax.process_index() == 0
     evaluations = experiment.evaluations(chain, n)
+    say(f"drawing    {n} samples with raw and with averaged weights")
     with log.Progress(2 * evaluations, unit="sampling step", silent=not first) as progress:
         for done, (name, params) in enumerate((("raw", state.params), ("ema", state.ema))):
 
             def report(i, done=done):
                 progress(done * evaluations + i)
 
-            batches = experiment.draw(chain, params, seed, n, report, lambda: stop.asked)
-            images = list(batches)
+            images = list(experiment.draw(chain, params, seed, n, report, lambda: stop.asked))
             if stop.asked:
                 return
             grid = figures.grid(np.concatenate(images))
             writer.write_images(step, {f"samples/{name}": grid[None]})
             if first:
                 figures.save_png(workdir / "samples" / f"{step:08d}_{name}.png", grid)
+    writer.flush()
+    if first and step >= config.train.log_every:
+        path = workdir / "figures" / "loss.png"
+        figures.loss_curve(workdir / "metrics.jsonl", path, "train/loss")
 
 
 def sample_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -143,7 +147,7 @@ def sample_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
         )
     checkpoints = open_checkpoints(workdir, read_only=True)
     with contextlib.closing(checkpoints):
-        step, ema = checked(checkpoints.restore_ema, experiment.abstract_state(x).ema)
+        step, ema = checkpoints.restore_ema(experiment.abstract_state(x).ema)
     folder = workdir / "samples" / f"{step:08d}_seed{c.seed}"
     how_far = f"{config.sampler.name}, {config.sampler.steps} steps"
     say(f"sampling   {c.num:,} images of step {step:,} on {describe_devices()}, {how_far}")
@@ -217,14 +221,6 @@ def remembered(workdir: pathlib.Path) -> dict | None:
         raise Fatal(settings.WORKDIR, f"{workdir}/config.json: cannot be read: {error}") from error
 
 
-def checked(function, *args, **kwargs):
-    """function(...), with a CheckpointError as a Fatal."""
-    try:
-        return function(*args, **kwargs)
-    except checkpoint.CheckpointError as error:
-        raise Fatal(settings.WORKDIR, str(error)) from error
-
-
 def open_checkpoints(workdir: pathlib.Path, **options) -> checkpoint.Checkpoints:
     """The work directory's checkpoints; options: of checkpoint.Checkpoints."""
 
@@ -232,14 +228,14 @@ def open_checkpoints(workdir: pathlib.Path, **options) -> checkpoint.Checkpoints
         if jax.process_index() == 0:
             log.say(f"ddpm: warning: {message}", sys.stderr)
 
-    return checked(checkpoint.Checkpoints, workdir / "checkpoints", warn=warn, **options)
+    return checkpoint.Checkpoints(workdir / "checkpoints", warn=warn, **options)
 
 
 def last_state(checkpoints: checkpoint.Checkpoints, abstract: train.State):
     """(step, state) of the newest good checkpoint, or (0, None) where there is none at all."""
-    if checked(checkpoints.latest) is None:
+    if checkpoints.latest() is None:
         return 0, None
-    state = checked(checkpoints.restore, abstract)
+    state = checkpoints.restore(abstract)
     return int(state.step), state
 
 
@@ -251,17 +247,19 @@ class Stop:
     """
 
     def __init__(self):
-        self.asked = False
+        self.asked = self._told = False
         signal.signal(signal.SIGINT, self._remember)
         if jax.process_count() == 1:
             signal.signal(signal.SIGTERM, self._remember)
 
     def _remember(self, signum, frame):
-        if self.asked:
+        if self._told:
             os._exit(128 + signum)
-        self.asked = True
+        self._told = True
         if jax.process_count() > 1:
             signal.raise_signal(signal.SIGTERM)
+        else:
+            self.asked = True
 
     def at(self, step: int) -> bool:
         """Whether to stop after this step; of several processes, all ask after every step."""
@@ -312,6 +310,8 @@ def main(argv: list[str]) -> None:
         MODES[MODE.value](config, workdir)
     except Fatal as error:
         settings.end(error)
+    except checkpoint.CheckpointError as error:
+        settings.end(Fatal(settings.WORKDIR, str(error)))
     except KeyboardInterrupt:
         print("ddpm: stopped before the first step", file=sys.stderr)
         sys.exit(settings.STOPPED)

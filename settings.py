@@ -55,6 +55,7 @@ def parse(argv: list[str]) -> list[str]:
         argv = [argv[0], f"--config={DEFAULT}", *argv[1:]]
     try:
         rest = flags.FLAGS(argv)
+        flags.FLAGS["config"].value.items()  # a file that cannot be read is told of at first use
     except Exception as error:  # a config file is code: anything may come out of it
         end(Fatal(CONFIG, _explain(argv, error)))
     if len(rest) > 1:
@@ -235,24 +236,19 @@ def check(config: ConfigDict, devices: int) -> None:
             raise Fatal(CONFIG, f"{key}: no such key; {nearest(key, required)}")
         if key in TABLES:
             choose(TABLES[key], key, value)
-    parts = config.optim.accumulate * config.optim.clip_groups
-    every = math.lcm(devices * config.optim.accumulate, parts)
-    for key in ("train.batch_size",):
-        if flat[key] % every:
-            below = flat[key] // every * every
-            use = f"{below} or {below + every}" if below else f"{every}"
-            why = f"{devices} devices"
-            if parts > 1:
-                why += f", accumulate {config.optim.accumulate}, clip_groups {config.optim.clip_groups}"
-            raise Fatal(
-                CONFIG,
-                f"{key}: expected a multiple of {every} ({why}), found {flat[key]}; use {use}",
-            )
-    if config.sample.label >= max(config.model.num_classes, 1) or config.sample.label < -1:
-        wanted = (
-            f"-1 or a class below {config.model.num_classes}" if config.model.num_classes else "-1"
-        )
-        raise Fatal(CONFIG, f"sample.label: expected {wanted}, found {config.sample.label}")
+    size, parts = config.train.batch_size, config.optim.accumulate
+    every = math.lcm(devices * parts, parts * config.optim.clip_groups)
+    if size % every:
+        above = -(-size // every) * every
+        use = f"{above - every} or {above}" if above > every else f"{above}"
+        why = f"{devices} devices, optim.accumulate {parts}"
+        why += f", optim.clip_groups {config.optim.clip_groups}"
+        message = f"expected a multiple of {every} ({why}), found {size}; use {use}"
+        raise Fatal(CONFIG, f"train.batch_size: {message}")
+    classes, label = config.model.num_classes, config.sample.label
+    if not -1 <= label < classes:  # without classes, -1 alone
+        wanted = f"-1 or a class below {classes}" if classes else "-1, for a model without classes"
+        raise Fatal(CONFIG, f"sample.label: expected {wanted}, found {label}")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -24,7 +24,8 @@ TINY = "--config=configs/digits.py:tiny"
 
 
 def environment(**extra):
-    keep = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    """The tests' own settings of JAX alone; conftest's XLA_FLAGS go along."""
+    keep = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
     cache = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"), "JAX_PLATFORMS": "cpu"}
     return keep | cache | {k: str(v) for k, v in extra.items()}
 
@@ -69,6 +70,12 @@ def last_state(workdir, variant="tiny"):
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
 
 
+def logged(workdir, name="train/loss"):
+    """{step: value} of a metric."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
 def assert_same(a, b, rtol=0.0, atol=0.0):
     assert a.keys() == b.keys()
     for name in a:
@@ -86,12 +93,11 @@ def trained(tmp_path_factory):
 def test_a_run_leaves_what_it_promises(trained):
     workdir, out, err = trained
     assert err == ""
-    for word in ("images of 8x8x1", "parameters", "compiling", "ETA", "done", "steps/s"):
+    for word in ("images of 8x8x1", "parameters", "compiling", "done", "steps/s"):
         assert word in out, out
     config = json.loads((workdir / "config.json").read_text())
     assert config["train"]["steps"] == 8
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    losses = {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+    losses = logged(workdir)
     assert list(losses) == [2, 4, 6, 8] and all(np.isfinite(list(losses.values())))
     assert (workdir / "checkpoints" / "4").is_dir() and (workdir / "checkpoints" / "8").is_dir()
     assert list(workdir.glob("events.out.tfevents.*"))
@@ -102,8 +108,7 @@ def test_a_run_leaves_what_it_promises(trained):
 
 def test_the_first_learning_rate_is_zero_and_the_step_counts_from_one(trained):
     """Warm-up of 2 steps: rates 0, lr/2, lr, ...; the line of step 2 has the rate of its update."""
-    lines = [json.loads(line) for line in (trained[0] / "metrics.jsonl").read_text().splitlines()]
-    rates = {line["step"]: line["train/lr"] for line in lines if "train/lr" in line}
+    rates = logged(trained[0], "train/lr")
     lr = config_of("digits").optim.lr
     np.testing.assert_allclose([rates[2], rates[4]], [lr / 2, lr], rtol=1e-6)
 
@@ -123,7 +128,8 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(tmp_path):
     killed, straight = tmp_path / "killed", tmp_path / "straight"
     args = (TINY, "--config.train.save_every=5", "--config.train.sample_every=100000")
     process = start(*args, f"--workdir={killed}", "--config.train.steps=100000")
-    stop_after(process, r"step (?!1/)", signal.SIGKILL)
+    out, _ = stop_after(process, r"step (?!1/)", signal.SIGKILL)
+    assert re.search(r"step [\d,]+/100,000  0%  ETA \S+  loss \S+ .* steps/s  .* images/s", out)
     assert process.returncode == -signal.SIGKILL
     steps = [int(p.name) for p in (killed / "checkpoints").iterdir() if p.name.isdigit()]
     n = max(steps) + 7
@@ -132,11 +138,10 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(tmp_path):
     assert 0 < resumed_from < n
     run(*args, f"--workdir={straight}", f"--config.train.steps={n}")
     assert_same(last_state(killed), last_state(straight))
-    losses = [
-        [json.loads(line).get("train/loss") for line in (w / "metrics.jsonl").open()]
-        for w in (killed, straight)
-    ]
-    assert losses[0][-8:] == losses[1][-8:]
+    # The mean of the interval that was cut short by the kill is of fewer steps, all others agree.
+    ours, theirs = logged(killed), logged(straight)
+    assert ours.keys() == theirs.keys()
+    assert sum(ours[step] != theirs[step] for step in ours) <= 1
 
 
 @pytest.mark.parametrize("with_signal", [signal.SIGINT, signal.SIGTERM])
@@ -155,7 +160,7 @@ def test_stopped_saves_and_goes_on(tmp_path, with_signal):
 def by_devices(tmp_path_factory):
     """The same run on one device, on four, and on two processes of two devices each."""
     folder = tmp_path_factory.mktemp("devices")
-    args = (TINY, "--config.train.sample_every=100000", "--config.optim.accumulate=2")
+    args = (TINY, "--config.train.sample_every=100000")
     run(*args, f"--workdir={folder / '1'}", JAX_NUM_CPU_DEVICES=1)
     run(*args, f"--workdir={folder / '4'}", JAX_NUM_CPU_DEVICES=4)
     with socket.socket() as free:
@@ -168,7 +173,8 @@ def by_devices(tmp_path_factory):
     ]
     outputs = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
-    assert outputs[1][0] == ""  # only process 0 speaks
+    said = [line for line in outputs[1][0].splitlines() if "peer ranks" not in line]
+    assert said == []  # only process 0 speaks, and Gloo, which connects them
     return folder
 
 
@@ -185,12 +191,9 @@ def test_devices_and_processes_change_nothing_but_rounding(by_devices, other):
     difference = np.concatenate([np.ravel(np.abs(one[k] - many[k])) for k in one if "params" in k])
     assert np.median(difference) < 1e-6
     assert difference.max() < 2 * 8 * 2e-3
-    loss = [
-        [json.loads(line).get("train/loss") for line in (by_devices / w / "metrics.jsonl").open()]
-        for w in ("1", other)
-    ]
-    losses = np.array([[x for x in run if x is not None] for run in loss])
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)  # promise R9
+    losses = [list(logged(by_devices / w).values()) for w in ("1", other)]
+    assert len(losses[0]) == 4
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_samples_do_not_depend_on_the_batch(trained):
@@ -206,7 +209,8 @@ def test_samples_do_not_depend_on_the_batch(trained):
     how = json.loads((folder / "how.json").read_text())
     assert first.shape == (6, 8, 8, 1) and first.dtype == np.uint8
     assert how["step"] == 8 and how["weights"] == "ema"
-    assert Image.open(folder / "grid.png").size[0] > 64
+    with Image.open(folder / "grid.png") as image:
+        assert image.size[0] > 64
     few = ("--config.sample.num=3", "--config.sample.batch_size=2")
     run("--mode=sample", f"--workdir={workdir}", *few, JAX_NUM_CPU_DEVICES=2)
     again = np.load(folder / "samples.npz")["arr_0"].astype(int)
