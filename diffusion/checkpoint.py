@@ -8,13 +8,12 @@ directory with a number for a name as a step; what is a good step is decided her
 """
 
 import contextlib
-import gc
 import itertools
+import json
 import logging
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +26,7 @@ from jax.experimental import multihost_utils
 
 Tree = Any
 ITEMS = ("ema", "state")
+ORBAX = f"{os.sep}orbax{os.sep}"  # in the path of all its files
 
 
 class CheckpointError(Exception):
@@ -57,7 +57,7 @@ class Checkpoints:
         """
         if keep < 1 or (keep_every is not None and keep_every < 1):
             raise ValueError(f"keep, keep_every: expected 1 or more, found {keep}, {keep_every}")
-        get_absl_logger().addFilter(_not_orbax)
+        _hush()
         self._directory = epath.Path(directory).expanduser().resolve()
         self._read_only, self._warn = read_only, warn
         self._saving: int | None = None  # the step that was last handed to orbax
@@ -70,7 +70,7 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(kept),
             read_only=read_only,
             create=not read_only,
-            # Else a save that cannot begin leaves threads that hold up the process's end for minutes.
+            # Else a save that cannot begin leaves threads that hold up the exit for minutes.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._manager = ocp.CheckpointManager(self._directory, options=self._options)
@@ -163,16 +163,13 @@ class Checkpoints:
         items, trouble = None, self._trouble(step, abstract)
         if not _everywhere(not trouble):
             return None, trouble or "another process cannot read it"
-        with _no_dumps():
-            try:
-                for name, tree in abstract.items():
-                    _read_through(self._directory / str(step) / name, len(jax.tree.leaves(tree)))
-                args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-                items = dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
-            except Exception as error:  # orbax and TensorStore raise anything, at any length
-                trouble = f"cannot be restored: {_line(error)}"
-            if trouble:
-                gc.collect()
+        try:
+            for name, tree in abstract.items():
+                _read_through(self._directory / str(step) / name, len(jax.tree.leaves(tree)))
+            args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+            items = dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
+        except Exception as error:  # orbax and TensorStore raise anything, at any length
+            trouble = f"cannot be restored: {_line(error)}"
         if items and "state" in items and (inside := int(items["state"]["step"])) != step:
             trouble = f"holds the state of step {inside}"
         if not _everywhere(not trouble):
@@ -183,17 +180,18 @@ class Checkpoints:
         """'' for a step that is whole by its looks and, if given, has the arrays of `abstract`."""
         folder = self._directory / str(step)
         try:
-            about = self._manager.metadata(step)
-            if about.commit_timestamp_nsecs is None:
+            # Orbax's own reader of this file opens every array as well.
+            about = json.loads((folder / "_CHECKPOINT_METADATA").read_text())
+            if not about["commit_timestamp_nsecs"]:
                 return "is not complete"
             if not all((folder / item / "_METADATA").exists() for item in ITEMS):
                 return "is not complete"
-            note = about.custom_metadata
+            note = about["custom_metadata"]
             if note["step"] != step:
                 return f"holds the state of step {note['step']}"
             found = {k: v for k, v in note["arrays"].items() if k.split("/")[0] in (abstract or {})}
         except Exception as error:  # any file may be cut, or be something else
-            return f"is not complete: {_line(error)}"
+            return f"is not complete: {type(error).__name__}: {_line(error)}"
         wanted = _types(abstract or {})
         for k in sorted(wanted | found):
             if wanted.get(k) != found.get(k):
@@ -229,21 +227,18 @@ class Checkpoints:
 
     def _attempt(self, action: Callable[[], None]) -> None:
         """Part of a save; its error in one line with the step it belongs to, in every process."""
-        trouble = ""
-        with _no_dumps():
-            try:
-                action()
-            except Exception as error:
-                trouble = _line(error)
-            if _everywhere(not trouble):
-                return
-            # The old manager goes on counting the step as saved.
-            with contextlib.suppress(Exception):
-                self._manager.close()
-            self._manager = ocp.CheckpointManager(self._directory, options=self._options)
-            gc.collect()
-        trouble = trouble or "another process failed"
-        raise CheckpointError(f"{self._directory}: step {self._saving} was not saved: {trouble}")
+        trouble, cause = "", None
+        try:
+            action()
+        except Exception as error:
+            trouble, cause = _line(error), error
+        if _everywhere(not trouble):
+            return
+        with contextlib.suppress(Exception):  # the old manager counts the step as saved
+            self._manager.close()
+        self._manager = ocp.CheckpointManager(self._directory, options=self._options)
+        what = f"step {self._saving} was not saved: {trouble or 'another process failed'}"
+        raise CheckpointError(f"{self._directory}: {what}") from cause
 
 
 def _items(state: NamedTuple) -> dict[str, Tree]:
@@ -308,24 +303,29 @@ def _line(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
 
 
-def _not_orbax(record: logging.LogRecord) -> bool:
-    """A filter of absl's log: whatever orbax has to say that matters, it raises too."""
-    return f"{os.sep}orbax{os.sep}" not in record.pathname
+def _hush() -> None:
+    """Once: orbax and its threads repeat on the console, in pages, what they raise as well."""
+    get_absl_logger().addFilter(_not_of_orbax)
+    logging.getLogger("asyncio").addFilter(_not_abandoned)
+    if not isinstance(sys.unraisablehook, _Hook):
+        sys.unraisablehook = _Hook(sys.unraisablehook)
 
 
-@contextlib.contextmanager
-def _no_dumps() -> Iterator[None]:
-    """What orbax leaves behind after an error prints pages that repeat it, from several threads.
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return ORBAX not in record.pathname
 
-    It does so when it is collected; whoever had an error collects within this context.
-    """
-    hooks, asyncio_log = (sys.excepthook, sys.unraisablehook), logging.getLogger("asyncio")
-    sys.excepthook = sys.unraisablehook = lambda *_: None
-    asyncio_log.disabled = True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        sys.excepthook, sys.unraisablehook = hooks
-        asyncio_log.disabled = False
+
+def _not_abandoned(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.msg
+
+
+class _Hook(NamedTuple):
+    """A sys.unraisablehook that passes over what orbax abandons when one of its reads fails."""
+
+    hook: Callable[[Any], None]
+
+    def __call__(self, unraisable: Any) -> None:
+        trace = unraisable.exc_traceback
+        where = trace.tb_frame.f_code.co_filename if trace else ""
+        if ORBAX not in where and str(unraisable.exc_value) != "Event loop is closed":
+            self.hook(unraisable)

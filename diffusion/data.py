@@ -36,7 +36,7 @@ class Dataset(NamedTuple):
 
 
 def load(source: str, split: str, **config: Any) -> Dataset:
-    """SOURCES[source](split, **config). Raises DataError for unknown names and what it cannot do."""
+    """SOURCES[source](split, **config), or a DataError that says what is not as it should be."""
     if source not in SOURCES:
         raise DataError(f"source: {source!r} is not known; {_nearest(source, SOURCES)}")
     known = list(inspect.signature(SOURCES[source]).parameters)[1:]

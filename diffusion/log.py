@@ -406,7 +406,7 @@ def _number(x: float) -> str:
 
 
 def human_time(seconds: float) -> str:
-    """'0.12s', '8.1s', '42s', '3m20s', '1h02m', '51h00m'; '?' for what is not a finite time."""
+    """'0.12s', '8.1s', '42s', '3m20s', '51h00m', '4d04h'; '?' for what is not a finite time."""
     if not 0 <= seconds < float("inf"):
         return "?"
     if seconds < 9.95:
@@ -414,7 +414,9 @@ def human_time(seconds: float) -> str:
     s = round(seconds)
     if s < 60:
         return f"{s}s"
-    m = round(seconds / 60)
+    m, h = round(seconds / 60), round(seconds / 3600)
+    if h >= 72:
+        return f"{h // 24:,}d{h % 24:02d}h"
     return f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{m // 60}h{m % 60:02d}m"
 
 
