@@ -90,10 +90,12 @@ def train_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
         for step in range(start + 1, c.steps + 1):
             state, metrics = update(state, images, labels)
             pending.append((step, metrics))
+            if len(pending) > 1:  # one step late, so that the device has work meanwhile
+                record(*pending.popleft())
             stopped, last = stop.at(step), step == c.steps
             save = step % c.save_every == 0 or last or stopped
             sample = step % c.sample_every == 0 or last
-            while len(pending) > (0 if save or sample else 1):  # one late: the device never waits
+            if save or sample:
                 record(*pending.popleft())
             if save:
                 writer.flush()  # what is said of a saved step must not be lost

@@ -316,7 +316,7 @@ def _not_of_orbax(record: logging.LogRecord) -> bool:
 
 
 def _not_abandoned(record: logging.LogRecord) -> bool:
-    return "exception was never retrieved" not in record.msg
+    return "exception was never retrieved" not in str(record.msg)
 
 
 class _Hook(NamedTuple):

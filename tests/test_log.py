@@ -545,8 +545,8 @@ def test_say_goes_to_stdout_at_once(capsys, monkeypatch):
     "seconds, text",
     [(0, "0.00s"), (0.123, "0.12s"), (0.996, "1.0s"), (8.1, "8.1s"), (9.96, "10s"), (59.4, "59s"),
      (59.6, "1m00s"), (200, "3m20s"), (3599.4, "59m59s"), (3599.6, "1h00m"), (3720, "1h02m"),
-     (7199, "2h00m"), (183600, "51h00m"), (363600, "4d05h"), (float("inf"), "?"), (float("nan"), "?"),
-     (-1, "?")],
+     (7199, "2h00m"), (183600, "51h00m"), (363600, "4d05h"), (float("inf"), "?"),
+     (float("nan"), "?"), (-1, "?")],
 )  # fmt: skip
 def test_human_time(seconds, text):
     assert log.human_time(seconds) == text
