@@ -1,0 +1,390 @@
+"""The bound: the official code's terms, and Gaussian data, whose bound is known in closed form."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import random
+from scipy import integrate, special, stats
+
+from diffusion import likelihood, process, schedules, targets
+from diffusion.likelihood import decoder_log_likelihood, normal_kl, prior_bits, term_bits, terms
+from diffusion.targets import TARGETS, VARIANCES
+from tests import oracle
+from tests.oracle import Gaussian, official
+
+LINEAR = process.from_betas(schedules.linear(1000))
+LEVELS = np.arange(256) / 127.5 - 1
+# The first step hides little of the image but much of a level, so the decoder's 256 bins are fine.
+FINE = process.from_betas(schedules.linear(12, 0.02, 0.4))
+
+
+@official("diffusion", "normal_kl", "cdf.out", "dgll.out", "dgll_all.*.out", "prior_bpd")
+def test_official_pieces(official):
+    x_start, noise, p_noise = (jnp.asarray(official[k]) for k in ("x_start", "noise", "p_noise"))
+    kl = normal_kl(x_start, jnp.full_like(x_start, -1), noise, 0.5 * p_noise)
+    official.close("normal_kl", kl, rtol=1e-5, atol=1e-6)  # float32; sums that may cancel
+    cdf = likelihood._normal_cdf(jnp.asarray(official["cdf.x"]))
+    official.close("cdf.out", cdf, atol=2.5e-7)  # float32: two or three roundings near 1
+    x, mean, log_scale = (jnp.asarray(official[f"dgll.{k}"]) for k in ("x", "means", "log_scales"))
+    out = decoder_log_likelihood(x, mean, log_scale)
+    # A mass is a difference of float32 numbers up to 1, hence good to 2e-7, and 2e-3 of a mass of
+    # 1e-4; smaller ones are noise on both sides.
+    known = official["dgll.out"] > np.log(1e-4)
+    assert known.mean() > 0.3
+    official.close("dgll.out", out, atol=2e-3, at=known)
+    error = np.exp(out) - np.exp(official["dgll.out"])
+    assert np.abs(error).max() < 4e-7  # and these are good to 2e-7 each as well
+    for i in range(3):
+        mean, log_scale = jnp.asarray(official[f"dgll_all.{i}.mean_logscale"])
+        out = decoder_log_likelihood(jnp.asarray(official["dgll_all.x"]), mean, log_scale)
+        theirs = official[f"dgll_all.{i}.out"]
+        official.close(f"dgll_all.{i}.out", out, atol=2e-3, at=theirs > np.log(1e-4))  # as above
+        np.testing.assert_allclose(np.exp(out), np.exp(theirs), atol=4e-7)
+    # 1 - alpha_bar_T = 0.99996: of its logarithm float32 keeps 1e-7, of the prior's 1e-5 bits.
+    official.close("prior_bpd", prior_bits(LINEAR, x_start), rtol=1e-3, atol=1e-8)
+
+
+def build(p, m, v, clip, network):
+    """The predictor of the official names."""
+    learned = v == "learned"
+    target, variance = TARGETS[oracle.TARGETS[m]], VARIANCES[oracle.VARIANCES[v]]
+    return targets.predictor(p, lambda x, t: network(x, t, learned), target, variance, bool(clip))
+
+
+KINDS = list(itertools.product(oracle.VARIANCES, (0, 1)))  # variance and clipping
+
+
+@official("diffusion", "vb.*", "vbB.*")
+def test_official_terms_of_one_time(official):
+    x_0, x_t = jnp.asarray(official["x_start"]), jnp.asarray(official["x_t"])
+    t = jnp.asarray(official["t"]) + 1
+    for m, (v, clip) in itertools.product(oracle.TARGETS, KINDS):
+        for name, network in (("vb", oracle.toy), ("vbB", oracle.toy_b)):
+            key = f"{name}.{m}.{v}.clip{clip}."
+            prediction = build(LINEAR, m, v, clip, network)(x_t, t)
+            bits = term_bits(LINEAR, prediction, x_0, x_t, t)
+            theirs = official[key + "bpd"]
+            # KL: float32 squares of differences of means, and an absolute floor where eps at t near
+            # T leaves 1e-6 bits.
+            np.testing.assert_allclose(bits[1:], theirs[1:], rtol=2e-4, atol=3e-7, err_msg=key)
+            # Decoder: with the first network as x_0 or mu most pixels are so far in the tail that
+            # float32 differences of the CDF are noise and meet the floor of 1e-12; the official
+            # formula in float64 is 4 % from its own float32. Elsewhere plain float32.
+            rtol = 0.06 if name == "vb" and m != "eps" else 1e-5
+            official.close(key + "bpd", bits, rtol=rtol, atol=3e-7)
+            if name == "vb":
+                # Float32, amplified by 157 (eps) or 7800 (mu) at t = T where nothing clips.
+                atol = {"eps": 2e-4, "xstart": 2e-7, "xprev": 2e-2}[m]
+                official.close(key + "pred_xstart", prediction.x_0, rtol=1e-6, atol=atol)
+
+
+@official("diffusion", "T20.bpd_*")
+def test_official_bound(official, monkeypatch):
+    """calc_bpd_loop on a chain of 20 steps, with the noise of each step given."""
+    p = process.from_betas(official["T20.betas"])
+    given = jnp.asarray(official["T20.q_noise"])
+    # All kinds, with noise and without, are parts of one batch.
+    n = len(KINDS)
+    noise = jnp.concatenate([given, 0 * given] * n, axis=1)
+    x_0 = jnp.tile(jnp.asarray(official["T20.x_start"]), (2 * n, 1, 1, 1))
+    monkeypatch.setattr(likelihood, "noise", lambda keys, t, like: noise[t - 1])
+    for m in oracle.TARGETS:
+        predict = oracle.side_by_side([build(p, m, v, clip, oracle.toy) for v, clip in KINDS])
+        out = jax.jit(lambda x, predict=predict: terms(p, predict, random.key(0), x))(x_0)
+        parts = (np.split(np.asarray(part), 2 * n) for part in out)
+        kinds = [(name, *kind) for kind in KINDS for name in ("noise", "zero")]
+        for (name, v, clip), bits, mse in zip(kinds, *parts, strict=True):
+            key = f"T20.bpd_{name}.{m}.{v}.clip{clip}."
+            theirs = official[key + "terms"]
+            # KL: a float32 sum of numbers near 1 that cancel down to 1e-3.
+            close = {"rtol": 5e-5, "atol": 3e-7, "err_msg": key}
+            np.testing.assert_allclose(bits[:, 1:-1], theirs[:, 1:], **close)
+            # Decoder in the far tail, as in the test above.
+            rtol = 1e-5 if m == "eps" else 0.06
+            official.close(key + "terms", bits[:, :-1], rtol=max(rtol, 5e-5), atol=3e-7)
+            np.testing.assert_allclose(bits[:, 0], theirs[:, 0], rtol=rtol, err_msg=key)
+            official.close(key + "prior", bits[:, -1], rtol=1e-5, atol=1e-8)  # float32
+            official.close(key + "total", bits.sum(1), rtol=rtol)
+            # Predictions of x_0 in float32, amplified by at most 1 / weight_0 where nothing clips.
+            official.close(key + "mse", mse, rtol=1e-5, atol=1e-7)
+
+
+def test_decoder_s_masses_sum_to_one(x64):
+    """256 bins, the outer two unbounded (eq. 13), for any mean and scale, far outside as well."""
+    mean = jnp.asarray([-3.0, -1.0, -0.997, -0.3, 0.0, 0.5, 0.999, 1.0, 2.0])
+    log_scale = jnp.linspace(-7, 3, 11)
+    mean, log_scale = (m.reshape(1, -1) for m in jnp.meshgrid(mean, log_scale))
+    masses = np.exp(decoder_log_likelihood(jnp.asarray(LEVELS).reshape(-1, 1), mean, log_scale))
+    # A mass counts as at least 1e-12, so up to 256e-12 too much; else the sum telescopes.
+    np.testing.assert_allclose(masses.sum(0), 1, atol=3e-10)
+    assert masses.min() >= 1e-12 * (1 - 1e-12)
+
+
+def test_decoder_s_masses_are_a_gaussian_s(x64):
+    """Against the true normal CDF on the same intervals."""
+    mean = jnp.linspace(-1.2, 1.2, 25).reshape(1, -1)
+    edges = np.concatenate([[-np.inf], (LEVELS[1:] + LEVELS[:-1]) / 2, [np.inf]])
+    for scale in (0.003, 0.02, 0.3, 2.0):
+        log_scale = jnp.full_like(mean, np.log(scale))
+        masses = np.exp(decoder_log_likelihood(jnp.asarray(LEVELS).reshape(-1, 1), mean, log_scale))
+        true = np.diff(special.ndtr((edges[:, None] - mean) / scale), axis=0)
+        # The tanh formula is at most 1.8e-4 from the CDF, on either edge.
+        np.testing.assert_allclose(masses, true, atol=3.6e-4)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "jsd"])
+def test_prior(name, x64):
+    """L_T is the integral of q(x_T | x_0) log(q(x_T | x_0) / N(x_T; 0, 1)), over ln 2."""
+    p = process.from_betas(schedules.SCHEDULES[name](10, 0.01, 0.2))
+    for x_0 in (-1.0, 0.2, 1.0):
+        a = p.alpha_bar[-1]
+        q = stats.norm(np.sqrt(a) * x_0, np.sqrt(1 - a))
+        nats, _ = integrate.quad(
+            lambda x, q=q: q.pdf(x) * (q.logpdf(x) - stats.norm.logpdf(x)), -12, 12, limit=200
+        )
+        ours = prior_bits(p, jnp.full((1, 2, 2, 1), x_0))
+        np.testing.assert_allclose(ours, nats / np.log(2), atol=1e-8)  # quadrature's own error
+
+
+def test_prior_of_the_paper():
+    """Section 4: with T = 1000, 1e-4 -> 0.02, L_T is about 1e-5 bits per dimension for images."""
+    pixels = jnp.asarray(LEVELS, jnp.float32).reshape(1, 16, 16, 1)
+    assert 0.5e-5 < prior_bits(LINEAR, pixels)[0] < 2e-5
+
+
+def exact(p, known, clip=False):
+    return targets.predictor(
+        p, known.network(p, "eps"), TARGETS["eps"], VARIANCES["learned"], clip=clip
+    )
+
+
+def test_term_is_the_closed_form_for_each_draw(x64):
+    """KL of two Gaussians whose parameters follow from eq. 2 alone, for given x_0 and x_t."""
+    p, known = FINE, Gaussian(0.1, 0.3)
+    t = np.arange(2, p.T + 1)
+    x_0, eps = np.random.RandomState(0).randn(2, p.T - 1, 3, 3, 1)
+    column = (-1, 1, 1, 1)
+    a, b = (p.alpha_bar[i].reshape(column) for i in (t - 1, t))
+    x_t = np.sqrt(b) * x_0 + np.sqrt(1 - b) * eps
+    # q(x_{t-1} | x_t, x_0) is what a prior N(sqrt(a) x_0, 1 - a) for x_{t-1} and the reading x_t of
+    # it with the gain sqrt(b / a) and the noise 1 - b / a make, in precisions.
+    precision = 1 / (1 - a) + (b / a) / (1 - b / a)
+    q_mean = (np.sqrt(a) * x_0 / (1 - a) + np.sqrt(b / a) * x_t / (1 - b / a)) / precision
+    intercept, slope, variance = (c.reshape(column) for c in known.given(p, t - 1, t))
+    p_mean = intercept + slope * x_t
+    ratio = 1 / (precision * variance)
+    nats = 0.5 * (ratio - 1 - np.log(ratio) + (q_mean - p_mean) ** 2 / variance)
+
+    @jax.jit
+    def bits(x_0, x_t, t):
+        return term_bits(p, exact(p, known)(x_t, t), x_0, x_t, t)
+
+    wanted = nats.mean(axis=(1, 2, 3)) / np.log(2)
+    np.testing.assert_allclose(bits(x_0, x_t, t), wanted, rtol=1e-10)  # float64
+
+
+def four_points(p, known, t):
+    """x_0 and x_t [4, n, 1, 1] that make the mean of any quadratic in them its expectation.
+
+    A sign times the standard deviation has a Gaussian's first two moments.
+    """
+    sign_0, sign = np.array([[1, 1, -1, -1], [1, -1, 1, -1]]).reshape(2, 4, 1, 1, 1)
+    x_0 = known.mean + np.sqrt(known.var) * sign_0 + np.zeros((1, len(t), 1, 1))
+    a = p.alpha_bar[t].reshape(1, -1, 1, 1)
+    return x_0, np.sqrt(a) * x_0 + np.sqrt(1 - a) * sign
+
+
+def expected_bits(p, known, predict, t):
+    """E[L_{t-1}] over the data and the noise, for t > 1, where the term is a quadratic."""
+    x_0, x_t = (x.reshape(-1, 1, 1, 1) for x in four_points(p, known, t))
+    times = np.tile(t, 4)
+    bits = jax.jit(lambda x_0, x_t, t: term_bits(p, predict(x_t, t), x_0, x_t, t))(x_0, x_t, times)
+    return np.asarray(bits).reshape(4, -1).mean(0)
+
+
+def information(p, known, s, t):
+    """I(x_0; x_s | x_t) in bits: half the logarithm of the variances without and with x_0."""
+    without = known.given(p, s, t)[2]
+    given_x_0 = Gaussian(0, 0).given(p, s, t)[2]
+    return 0.5 * np.log2(without / given_x_0)
+
+
+def test_expected_terms_are_mutual_informations(x64):
+    """With the exact denoiser and the optimal variance E[L_{t-1}] = I(x_0; x_{t-1} | x_t)."""
+    t = np.arange(2, FINE.T + 1)
+    for known in (Gaussian(0.1, 0.3), Gaussian(-0.4, 1e-3), Gaussian(0, 4)):
+        ours = expected_bits(FINE, known, exact(FINE, known), t)
+        np.testing.assert_allclose(ours, information(FINE, known, t - 1, t), rtol=1e-9)  # float64
+
+
+def fixed(p, known, variance):
+    apply = known.network(p, "x0", learned=False)
+    return targets.predictor(p, apply, TARGETS["x0"], VARIANCES[variance], clip=False)
+
+
+def test_extreme_variances_have_their_extreme_data(x64):
+    """Section 3.2: fixed_large is optimal for unit Gaussian data, fixed_small for a point.
+
+    Optimal: the term is the information that x_{t-1} adds, none for a point. With the other
+    variance, or other data, it costs more.
+    """
+    t = np.arange(2, FINE.T + 1)
+    unit, point, other = Gaussian(0, 1), Gaussian(0.4, 0), Gaussian(0.1, 0.3)
+    bits = {
+        (name, known): expected_bits(FINE, known, fixed(FINE, known, name), t)
+        for name in ("fixed_small", "fixed_large")
+        for known in (unit, point, other)
+    }
+    wanted = information(FINE, unit, t - 1, t)
+    np.testing.assert_allclose(bits["fixed_large", unit], wanted, rtol=1e-9)  # float64
+    np.testing.assert_allclose(bits["fixed_small", point], 0, atol=1e-13)
+    assert np.all(bits["fixed_small", unit] > 1.001 * wanted)
+    assert np.all(bits["fixed_large", point] > 1e-4)
+    wanted = information(FINE, other, t - 1, t)
+    assert np.all(bits["fixed_small", other] > wanted) and np.all(
+        bits["fixed_large", other] > wanted
+    )
+
+
+def test_bound_tightens_with_more_steps(x64):
+    """The price of a variance that is not optimal falls as 1/T on the same stretch of time.
+
+    For fixed_large, that is: fixed_small keeps a price near t = 0, where it takes x_0 as known.
+    """
+    known, gaps = Gaussian(0.1, 0.3), []
+    for T in (50, 100, 200, 400):
+        p = process.from_betas(schedules.linear(T, 0.1 / T, 20 / T))
+        t = np.arange(2, T + 1)
+        excess = expected_bits(p, known, fixed(p, known, "fixed_large"), t)
+        gaps.append((excess - information(p, known, t - 1, t)).sum())
+    orders = np.log2(np.array(gaps[:-1]) / gaps[1:])
+    assert gaps[0] < 0.1
+    np.testing.assert_allclose(orders, 1, atol=0.15)  # the next order in 1/T, at T = 50
+    assert abs(orders[-1] - 1) < abs(orders[0] - 1)
+
+
+def bound_by_quadrature(p, known, x_0, monkeypatch, nodes=48):
+    """E[terms] over the noise, by Gauss-Hermite nodes in place of draws: bits [T+1].
+
+    Exact for the KL terms, which are quadratic, and good to 1e-9 for the decoder, which is smooth.
+    """
+    z, weights = np.polynomial.hermite_e.hermegauss(nodes)
+    batch = jnp.broadcast_to(jnp.asarray(x_0).reshape(1, -1, 1, 1), (nodes, len(x_0), 1, 1))
+    draw = jnp.broadcast_to(jnp.asarray(z).reshape(-1, 1, 1, 1), batch.shape)
+    monkeypatch.setattr(likelihood, "noise", lambda keys, t, like: draw)
+    bits = jax.jit(lambda x: terms(p, exact(p, known), random.key(0), x).bits)(batch)
+    return weights / weights.sum() @ np.asarray(bits)
+
+
+def exact_bits(p, known, x_0):
+    """What the exact model's bound comes to for each x_0, in bits per dimension on 256 levels.
+
+    Where p_theta(x_{t-1} | x_t) = q(x_{t-1} | x_t) the model's joint is q's, with p(x_T) for
+    q(x_T). So the bound is -log q(x_0) + E[log q(x_T) / p(x_T) | x_0], for any number of steps.
+    """
+    a = p.alpha_bar[-1]
+    mean_T, var_T = known.marginal(p, p.T)
+    nll = -stats.norm.logpdf(x_0, known.mean, np.sqrt(known.var))
+    second = a * x_0**2 + 1 - a  # E[x_T^2 | x_0]
+    centred = (np.sqrt(a) * x_0 - mean_T) ** 2 + 1 - a
+    end = -0.5 * np.log(var_T) - centred / (2 * var_T) + second / 2
+    return (nll + end) / np.log(2) + np.log2(127.5)
+
+
+# The decoder against a density: its Gaussian goes through the tanh formula, which costs up to 1e-3
+# bits here; a level is 0.06 of its standard deviation, which costs 1e-4.
+DECODER = 2e-3
+
+
+def test_bound_is_the_likelihood(x64, monkeypatch):
+    """The terms of an image sum to its own negative log-likelihood, on a chain of 12 steps.
+
+    Nothing telescopes unless every term, its index and the prior are right.
+    """
+    p, known = FINE, Gaussian(0.1, 0.06)
+    x_0 = LEVELS[[70, 128, 139, 160, 200]]
+    bits = bound_by_quadrature(p, known, x_0, monkeypatch)
+    assert bits.shape == (p.T + 1,)
+    wanted = exact_bits(p, known, x_0).mean()
+    np.testing.assert_allclose(bits.sum(), wanted, atol=DECODER)
+    # All but the decoder, E[-log N(x_0; E[x_0 | x_1], Var[x_0 | x_1]) | x_0] as a density.
+    intercept, slope, var_0 = known.given(p, 0, 1)
+    a = p.alpha_bar[1]
+    miss = (x_0 - intercept - slope * np.sqrt(a) * x_0) ** 2 + slope**2 * (1 - a)
+    density = (0.5 * np.log(2 * np.pi * var_0) + miss / (2 * var_0)) / np.log(2) + np.log2(127.5)
+    # Float64, sums of a dozen terms.
+    np.testing.assert_allclose(bits[1:].sum(), wanted - density.mean(), rtol=1e-10)
+
+
+def test_bound_of_many_draws():
+    """The same in float32 by Monte Carlo, with the noise of `terms` itself."""
+    p, known = FINE, Gaussian(0.1, 0.06)
+    rng = np.random.RandomState(0)
+    x_0 = known.mean + np.sqrt(known.var) * rng.randn(256, 24, 24, 1)
+    x_0 = (np.round((x_0 + 1) * 127.5).clip(0, 255) / 127.5 - 1).astype(np.float32)
+    out = jax.jit(lambda x: terms(p, exact(p, known), random.key(0), x))(x_0)
+    assert out.bits.shape == (256, p.T + 1) and out.mse.shape == (256, p.T)
+    excess = out.bits.sum(1) - exact_bits(p, known, x_0).mean(axis=(1, 2, 3))
+    error = excess.std() / 16
+    assert error < 4e-3
+    assert abs(excess.mean()) < 5 * error + DECODER
+    # The mean squared error is what is left to know of x_0 at x_t: column t - 1.
+    var_0 = known.given(p, 0, np.arange(1, p.T + 1))[2]
+    assert np.all(np.abs(out.mse.mean(0) - var_0) < 5 * out.mse.std(0) / 16)
+
+
+def test_point_costs_nothing_after_its_decoder(monkeypatch):
+    """Data that is one image: all terms but the decoder's and the prior's are zero."""
+    p = process.from_betas(schedules.linear(20, 1e-3, 0.4))
+    image = jnp.asarray(LEVELS[random.randint(random.key(0), (4, 4, 3), 0, 256)], jnp.float32)
+    x_0 = jnp.broadcast_to(image, (2, 4, 4, 3))
+
+    def apply(x, model_t):
+        return jnp.broadcast_to(image, x.shape)
+
+    predict = targets.predictor(p, apply, TARGETS["x0"], VARIANCES["fixed_small"])
+    monkeypatch.setattr(likelihood, "noise", oracle.cheap_noise)
+    out = jax.jit(lambda x: terms(p, predict, random.key(1), x))(x_0)
+    assert np.all(out.mse == 0)
+    # Rounding of two logarithms of variances, float32: 1e-7 of -9.
+    np.testing.assert_allclose(out.bits[:, 1:-1], 0, atol=1e-6)
+    # log_scale = log(beta~_2) / 2, about 0.009: a level's half-width is 0.44 of it, so the level
+    # holds erf(0.44 / sqrt 2) = 0.34 of the mass, more at the edges.
+    scale = np.sqrt(process.posterior(p, 1, 2).variance)
+    mass = 1 - 2 * special.ndtr(-1 / 255 / scale)
+    edge = np.abs(np.asarray(image)) > 0.999
+    wanted = -np.log2(np.where(edge, (1 + mass) / 2, mass)).mean()
+    np.testing.assert_allclose(out.bits[:, 0], wanted, atol=2e-3)  # the tanh formula
+
+
+def test_an_image_s_terms_are_its_own():
+    """The same numbers alone, in a batch, and with its key given: whatever else is scored."""
+    p, known = FINE, Gaussian(0.1, 0.06)
+    x_0 = jnp.asarray(LEVELS[random.randint(random.key(0), (5, 4, 4, 1), 0, 256)], jnp.float32)
+    run = jax.jit(lambda key, x: terms(p, exact(p, known), key, x))
+    key = random.key(1)
+    whole = run(key, x_0)
+    part = run(key, x_0[:2])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[:2], rtol=1e-6), part, whole)
+    keys = process.example_keys(key, 5)
+    alone = run(keys[3:4], x_0[3:4])
+    # Float32: the mean over pixels may be summed in another order.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b[3], rtol=1e-6), alone, whole)
+    other = run(random.key(2), x_0)
+    assert np.all(np.abs(other.bits[:, :-1] - whole.bits[:, :-1]) > 0)  # noise is drawn, each t
+    np.testing.assert_array_equal(other.bits[:, -1], whole.bits[:, -1])  # but not for the prior
+
+
+def test_a_chain_of_one_step(monkeypatch):
+    """T = 1: a decoder and a prior."""
+    p = process.from_betas(np.array([0.3]))
+    monkeypatch.setattr(likelihood, "noise", oracle.cheap_noise)
+    for variance in VARIANCES:
+        if VARIANCES[variance].outputs == 1:
+            predict = fixed(p, Gaussian(0.1, 0.3), variance)
+            x_0 = jnp.zeros((2, 4, 4, 1))
+            out = jax.jit(lambda x, predict=predict: terms(p, predict, random.key(0), x))(x_0)
+            assert out.bits.shape == (2, 2) and np.all(np.isfinite(out.bits))
