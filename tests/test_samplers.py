@@ -238,7 +238,8 @@ def test_times_on_the_device_are_the_same_times(contract):
 def test_trajectory_ends_in_the_sample(contract):
     sampler, predict, run, _ = contract
     ours = jax.jit(lambda *a: sample(sampler, predict, *a))(KEY, x_T(), TS)
-    np.testing.assert_array_equal(ours, run(KEY, x_T(), TS).x[-1])
+    # Two programs of the same formulas: XLA may fuse, and so round, them differently.
+    np.testing.assert_allclose(ours, run(KEY, x_T(), TS).x[-1], atol=1e-6)
 
 
 def test_trajectory_s_places(contract):
