@@ -13,13 +13,13 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore as ts
 from absl.logging import get_absl_logger
 from etils import epath
 from jax.experimental import multihost_utils
@@ -69,7 +69,6 @@ class Checkpoints:
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept),
             read_only=read_only,
-            create=not read_only,
             # Else a save that cannot begin leaves threads that hold up the exit for minutes.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
@@ -164,8 +163,6 @@ class Checkpoints:
         if not _everywhere(not trouble):
             return None, trouble or "another process cannot read it"
         try:
-            for name, tree in abstract.items():
-                _read_through(self._directory / str(step) / name, len(jax.tree.leaves(tree)))
             args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
             items = dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
         except Exception as error:  # orbax and TensorStore raise anything, at any length
@@ -253,21 +250,6 @@ def _types(tree: Tree) -> dict[str, str]:
     return {name(k, simple=True, separator="/"): f"{x.dtype}{list(x.shape)}" for k, x in leaves}
 
 
-def _read_through(item: epath.Path, arrays: int) -> None:
-    """Reads every value of an item once, or raises the error of the first that cannot be read.
-
-    Orbax reads all at once and, failing, leaves threads behind that print errors of their own.
-    """
-    url = f"{item}/" if "://" in str(item) else f"file://{item}/"
-    store = ts.KvStore.open({"driver": "ocdbt", "base": url}).result()
-    names = store.list().result()
-    if sum(name.endswith(b"/.zarray") for name in names) < arrays:
-        raise ValueError(f"{item} lacks arrays")
-    for name in names:
-        if store.read(name).result().state != "value":
-            raise ValueError(f"{item} lacks {name.decode()}")
-
-
 def _probe(directory: epath.Path) -> None:
     """Makes the directory and writes into it: better an error now than at the first save."""
     trouble = ""
@@ -307,6 +289,7 @@ def _hush() -> None:
     """Once: orbax and its threads repeat on the console, in pages, what they raise as well."""
     get_absl_logger().addFilter(_not_of_orbax)
     logging.getLogger("asyncio").addFilter(_not_abandoned)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     if not isinstance(sys.unraisablehook, _Hook):
         sys.unraisablehook = _Hook(sys.unraisablehook)
 
@@ -325,7 +308,8 @@ class _Hook(NamedTuple):
     hook: Callable[[Any], None]
 
     def __call__(self, unraisable: Any) -> None:
-        trace = unraisable.exc_traceback
-        where = trace.tb_frame.f_code.co_filename if trace else ""
-        if ORBAX not in where and str(unraisable.exc_value) != "Event loop is closed":
+        frame = getattr(unraisable.exc_traceback, "tb_frame", None)
+        codes = getattr(frame, "f_code", None), getattr(unraisable.object, "cr_code", None)
+        of_orbax = any(code and ORBAX in code.co_filename for code in codes)
+        if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
             self.hook(unraisable)
