@@ -77,7 +77,7 @@ def digits(split: str, name: str = "", data_dir: str = "") -> Dataset:
     return Dataset(image[chosen], label[chosen], 10)
 
 
-def tfds(split: str, name: str, data_dir: str) -> Dataset:
+def tfds(split: str, name: str = "", data_dir: str = "") -> Dataset:
     """The data set `name` of TFDS, stored in data_dir in the array_record layout; no TensorFlow.
 
     name: as TFDS has it, `cifar10`, `celeb_a_hq/256`; the newest version is read. The images must
@@ -98,7 +98,7 @@ def tfds(split: str, name: str, data_dir: str) -> Dataset:
         raise DataError(f"{folder}: expected the layout array_record, found {layout}; {advice}")
     _choose_split(split, info.splits, name)
     if not isinstance(kinds.get("image"), features.Image):
-        found = ", ".join(kinds)
+        found = ", ".join(sorted(kinds))
         raise DataError(f"{folder}: expected a feature `image` that is an image, found {found}")
     n, (h, w, c) = info.splits[split].num_examples, kinds["image"].shape
     if c not in (1, 3) or kinds["image"].np_dtype != np.uint8:
@@ -106,27 +106,27 @@ def tfds(split: str, name: str, data_dir: str) -> Dataset:
         raise DataError(f"{folder}: expected uint8 images of 1 or 3 channels, found {found}")
     is_class = isinstance(kinds.get("label"), features.ClassLabel)
 
+    def picture(i: int, record: dict, size: tuple[int, int] | None) -> np.ndarray:
+        try:
+            return _decoded(record["image"], size, c)
+        except Exception as error:
+            what = f"{split} image {i}: {_line(error)}; mend it or leave it out"
+            raise DataError(f"{folder}: {what}") from error
+
+    def read(first: int) -> None:
+        span = range(first, min(first + 256, n))
+        for i, record in zip(span, records.__getitems__(span), strict=True):
+            image[i] = picture(i, record, (h, w))
+            label[i] = record["label"] if is_class else 0
+
     # TFDS decodes one image after the other; their bytes, decoded in threads, are ready sooner.
     decoders = {"image": tensorflow_datasets.decode.SkipDecoding()}
     try:
         records = builder.as_data_source(split=split, decoders=decoders)
         if h is None or w is None:  # not fixed: then that of the first image, if all are like it
-            h, w, _ = _decoded(records[0]["image"], None, c).shape
+            h, w, _ = picture(0, records[0], None).shape
         _check_size(folder, (n, h, w, c))
         image, label = np.empty((n, h, w, c), np.uint8), np.zeros(n, np.int32)
-
-        def read(first: int) -> None:
-            span = range(first, min(first + 256, n))
-            for i, record in zip(span, records.__getitems__(span), strict=True):
-                try:
-                    image[i] = _decoded(record["image"], (h, w), c)
-                except Exception as error:
-                    advice = "mend it or leave it out"
-                    raise DataError(
-                        f"{folder}: {split} image {i}: {_line(error)}; {advice}"
-                    ) from error
-                label[i] = record["label"] if is_class else 0
-
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(read, range(0, n, 256)))
     except DataError:
@@ -147,7 +147,7 @@ def _decoded(encoded: bytes, size: tuple[int, int] | None, channels: int) -> np.
         h, w = size or (image.height, image.width)
         if (image.height, image.width, image.mode) != (h, w, mode):
             found = f"{image.height}x{image.width} {image.mode}"
-            raise ValueError(f"expected {h}x{w} {mode} like the others, found {found}")
+            raise ValueError(f"expected {h}x{w} {mode} like the first, found {found}")
         return np.asarray(image).reshape(h, w, channels)
 
 
@@ -258,12 +258,16 @@ def positions(step: Array, batch_size: int, n: int) -> tuple[Array, Array]:
         raise ValueError(f"expected {wanted}, found {batch_size} and {n}")
     step = jnp.asarray(step).astype(jnp.uint32)
     n_, q_b, r_b = (jnp.uint32(x) for x in (n, batch_size // n, batch_size % n))
+
+    def carried(q, r):  # r < 2 n < 2^32
+        over = (r >= n_).astype(jnp.uint32)
+        return q + over, r - over * n_
+
     q, r = jnp.uint32(0), jnp.uint32(0)  # the product is q n + r, made bit by bit from the top
     for k in reversed(range(31)):
         bit = (step >> np.uint32(k)) & np.uint32(1)
-        q, r = 2 * q + (2 * r) // n_, (2 * r) % n_  # 2 r < 2^32
-        q, r = q + bit * q_b, r + bit * r_b
-        q, r = q + r // n_, r % n_
+        q, r = carried(2 * q, 2 * r)
+        q, r = carried(q + bit * q_b, r + bit * r_b)
     place = r + jnp.arange(batch_size, dtype=jnp.uint32)
     return q + place // n_, place % n_
 

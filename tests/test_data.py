@@ -1,273 +1,528 @@
-"""Sources, and batches as a function of (key, step): orders are permutations, nothing is lost."""
+"""data.py: every image once an epoch, in an order that is random and follows from (key, step)."""
 
-import math
+import io
 import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import random
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from PIL import Image
 from scipy import stats
 
-from diffusion import data, train
-from tests import tiny_tfds
-from tests.conftest import ROOT
+from diffusion import data
+
+ROOT = pathlib.Path(__file__).parent.parent
+TFDS_DIR = os.environ.get("DDPM_TFDS_DIR") or str(ROOT.parent / "shared" / "tfds")
+with_cifar10 = pytest.mark.skipif(
+    not pathlib.Path(TFDS_DIR, "cifar10").is_dir(),
+    reason="needs TFDS's cifar10 in array_record below the folder named by DDPM_TFDS_DIR",
+)
+
+
+def images(n, h=3, w=4, c=1):
+    """Images no two of which are equal, nor any the mirror of another or of itself."""
+    x = np.random.default_rng(0).integers(0, 256, (n, h, w, c), np.uint8)
+    x[:, 0, 0, 0], x[:, 0, 1, 0] = np.arange(n) % 251, np.arange(n) // 251
+    x[:, 0, -1, 0] = 251 + np.arange(n) % 5  # no first pixel is as large as this last one
+    return x
+
+
+draw = jax.jit(data.draw, static_argnums=(4, 5))
+
+
+# ------------------------------------------------------------------------------------- the shuffle
+
+walk = jax.jit(data.walk, static_argnums=3)
 
 
 def order(key, n):
-    i = jnp.arange(n, dtype=jnp.uint32)
-    return np.asarray(jax.jit(data.shuffled, static_argnums=2)(key, i, n))
+    keys = random.bits(key, (data.ROUNDS,), jnp.uint32)
+    return np.asarray(walk(keys, jnp.arange(n, dtype=jnp.uint32), np.uint32(n), data.half_bits(n)))
 
 
-@pytest.mark.parametrize("n", [*range(1, 20), 63, 64, 65, 255, 256, 257, 300, 1797, 50_000])
-def test_an_order_has_every_number_once(n):
-    assert np.array_equal(np.sort(order(random.key(n), n)), np.arange(n))
+def test_shuffled_is_a_bijection_for_every_size_up_to_300():
+    """All sizes in one array each, so that there is one thing to compile, not three hundred."""
+    for low, high in ((1, 257), (257, 301)):  # half_bits is the same within each
+        sizes = np.arange(low, high, dtype=np.uint32)
+        assert {data.half_bits(int(n)) for n in sizes} == {data.half_bits(low)}
+        i = np.minimum(np.arange(high - 1, dtype=np.uint32), sizes[:, None] - 1)  # filled by n - 1
+        keys = random.bits(random.key(low), (len(sizes), data.ROUNDS), jnp.uint32)
+        many = jax.jit(jax.vmap(data.walk, (0, 0, 0, None)), static_argnums=3)
+        for n, x in zip(sizes, np.asarray(many(keys, i, sizes, data.half_bits(low))), strict=True):
+            np.testing.assert_array_equal(np.sort(x[:n]), np.arange(n))
 
 
-def test_the_largest_set_stays_within_its_bounds():
-    n = 2**31 - 1
-    i = jnp.arange(n - 1000, n, dtype=jnp.uint32)
-    values = np.asarray(data.shuffled(random.key(0), i, n))
-    assert len(np.unique(values)) == 1000 and values.max() < n
+@pytest.mark.parametrize("n", [1024, 1025, 1797, 50_000])
+def test_shuffled_is_a_bijection_for_large_sizes(n):
+    np.testing.assert_array_equal(np.sort(order(random.key(n), n)), np.arange(n))
 
 
-@pytest.mark.parametrize("n", [2, 3, 5, 8])
-def test_orders_are_evenly_likely(n):
-    """Chi-square of (place, number) counts over 20,000 keys; fails by chance at 1e-6 a test."""
-    keys = random.split(random.key(1), 20_000)
-    i = jnp.arange(n, dtype=jnp.uint32)
-    orders = np.asarray(jax.jit(jax.vmap(lambda k: data.shuffled(k, i, n)))(keys))
-    counts = np.array([np.bincount(orders[:, j], minlength=n) for j in range(n)])
-    expected = len(keys) / n
-    chi_square = ((counts - expected) ** 2 / expected).sum()
-    assert stats.chi2.sf(chi_square, (n - 1) ** 2) > 1e-6
+def test_shuffled_works_to_the_largest_size():
+    i = np.uint32([0, 1, 2**30, 2**31 - 2])
+    x = np.asarray(data.shuffled(random.key(0), jnp.asarray(i), 2**31 - 1))
+    assert x.dtype == np.uint32 and x.max() < 2**31 - 1 and len(set(x)) == 4
+    for n in (0, 2**31):
+        with pytest.raises(ValueError, match=f"found {n}"):
+            data.shuffled(random.key(0), jnp.asarray(i), n)
 
 
-def test_an_order_is_not_near_the_identity_nor_near_the_next():
-    """Rank correlations of 1,797 independent places: standard deviation 1/sqrt(n - 1), 0.024."""
-    orders = [order(random.fold_in(random.key(2), epoch), 1797) for epoch in range(3)]
-    for a, b in [(np.arange(1797), orders[0]), (orders[0], orders[1]), (orders[1], orders[2])]:
-        assert abs(stats.spearmanr(a, b).statistic) < 5 / math.sqrt(1796)
+def test_numpy_gives_the_same_order():
+    """What reads the images in this order elsewhere, without JAX, can rely on it."""
+    n, key = 1797, random.key(5)
+    keys = np.asarray(random.bits(key, (data.ROUNDS,), jnp.uint32))
+    x = data.feistel(keys, np.arange(n, dtype=np.uint32), data.half_bits(n))
+    while (x >= n).any():
+        x = np.where(x < n, x, data.feistel(keys, x, data.half_bits(n)))
+    np.testing.assert_array_equal(x, data.shuffled(key, jnp.arange(n, dtype=jnp.uint32), n))
 
 
-@pytest.mark.parametrize("n", [1, 7, 1797, 50_000, 2**31 - 1])
-@pytest.mark.parametrize("b", [1, 128, 2**20 - 1])
-@pytest.mark.parametrize("step", [0, 1, 799_999, 2**31 - 1])
-def test_positions_are_those_of_whole_numbers(n, b, step):
-    """Against Python's integers, which do not overflow."""
-    epoch, place = data.positions(jnp.int32(step), b, n)
-    for j in {0, b // 2, b - 1}:
-        e, i = divmod(step * b + j, n)
-        assert (int(epoch[j]), int(place[j])) == (e % 2**32, i)
+def p_uniform(counts):
+    """Chi-square test: how probable it is that equally likely cells differ as much or more."""
+    expected = counts.sum() / counts.size
+    return stats.chi2.sf(((counts - expected) ** 2 / expected).sum(), counts.size - 1)
 
 
-def marked(n, h=2, w=3):
-    """n images that tell who they are and whether they are mirrored."""
-    image = np.zeros((n, h, w, 1), np.uint8)
-    image[:, 0, 0, 0], image[:, 0, -1, 0] = np.arange(n), 255
-    return jnp.asarray(image), jnp.arange(n, dtype=jnp.int32) % 10
+def test_all_orders_of_a_small_set_are_equally_likely():
+    """20,000 keys over n! <= 120 orders. The seed is fixed: 1e-3 is met by 999 seeds of 1000."""
+    keys = random.bits(random.key(0), (20_000, data.ROUNDS), jnp.uint32)
+    many = jax.jit(jax.vmap(data.walk, (0, None, None, None)), static_argnums=3)
+    for n in (2, 3, 4, 5):
+        i = np.minimum(np.arange(5, dtype=np.uint32), n - 1)  # one shape: one compilation
+        orders = np.asarray(many(keys, i, np.uint32(n), data.half_bits(n)))[:, :n]
+        _, counts = np.unique(orders.astype(int) @ n ** np.arange(n), return_counts=True)
+        assert len(counts) == np.prod(np.arange(1, n + 1))
+        assert p_uniform(counts) > 1e-3
 
 
-def draws(n, b, steps, flip=False, key=0):
-    image, label = marked(n)
-    draw = jax.jit(
-        lambda step: data.draw(image, label, random.key(key), step, b, flip), inline=True
+def test_pairs_of_places_are_equally_likely_in_a_larger_set():
+    """What stands at places 0 and 1 of 20: 380 pairs; and at 0 and 19. 1e-3 as above."""
+    n = 20
+    keys = random.bits(random.key(0), (20_000, data.ROUNDS), jnp.uint32)
+    many = jax.jit(jax.vmap(data.walk, (0, None, None, None)), static_argnums=3)
+    x = np.asarray(many(keys, jnp.uint32([0, 1, n - 1]), np.uint32(n), data.half_bits(n)))
+    for other in (1, 2):
+        counts = np.zeros((n, n))
+        np.add.at(counts, (x[:, 0], x[:, other]), 1)
+        assert not np.diag(counts).any()
+        assert p_uniform(counts[~np.eye(n, dtype=bool)]) > 1e-3
+
+
+def test_an_order_is_unlike_the_identity_its_own_shift_and_the_next_epoch():
+    """Correlations of 50,000 independent numbers: standard deviation 1/sqrt(n), 4 of them allowed.
+
+    Of two independent orders one place in n agrees: Poisson of mean 1, over 8 has odds of 1e-6.
+    """
+    n = 50_000
+    a, b = (order(random.fold_in(random.key(0), epoch), n).astype(float) for epoch in (0, 1))
+    for x, y in ((a, np.arange(n)), (a[1:], a[:-1]), (a, b)):
+        assert abs(np.corrcoef(x, y)[0, 1]) < 4 / np.sqrt(n)
+        assert (x == y).sum() <= 8
+    steps = np.diff(a) % n  # uniform too if neighbours are independent
+    assert p_uniform(np.histogram(steps, 100, (0, n))[0]) > 1e-3
+
+
+# ---------------------------------------------------------------------------- which batch is where
+
+
+def test_positions_equal_exact_integers_to_the_largest_step():
+    rng = np.random.default_rng(0)
+    steps = np.uint32([0, 1, 2, 4095, 2**16, 800_000, 2**30, 2**31 - 2, 2**31 - 1])
+    for batch_size, n in ((1, 1), (7, 3), (128, 50_000), (5000, 1797), (4095, 2**31 - 1)):
+        every = jax.jit(lambda s, b=batch_size, n=n: jax.vmap(lambda x: data.positions(x, b, n))(s))
+        for epoch, place, s in zip(*every(steps), steps.tolist(), strict=True):
+            at = [s * batch_size + j for j in range(batch_size)]
+            np.testing.assert_array_equal(epoch, [k // n % 2**32 for k in at])
+            np.testing.assert_array_equal(place, [k % n for k in at])
+    # The largest batch there may be, at its ends only.
+    batch_size, n = 2**20 - 1, int(rng.integers(2**30, 2**31))
+    epoch, place = data.positions(2**31 - 1, batch_size, n)
+    for j in (0, 1, batch_size - 1):
+        assert (epoch[j], place[j]) == divmod((2**31 - 1) * batch_size + j, n)
+    for bad in ((0, 5), (2**20, 5), (5, 0), (5, 2**31)):
+        with pytest.raises(ValueError, match=f"found {bad[0]} and {bad[1]}$"):
+            data.positions(0, *bad)
+
+
+@pytest.mark.parametrize("n, batch_size", [(50, 7), (10, 32), (1, 3)])
+def test_every_image_comes_once_in_every_epoch(n, batch_size):
+    """Also where a batch straddles two epochs, or holds several; the labels go with the images."""
+    x, label = images(n), np.arange(n, dtype=np.int32) + 100
+    steps = -(-4 * n // batch_size)
+    batches = [draw(x, label, random.key(1), jnp.int32(s), batch_size, False) for s in range(steps)]
+    drawn = np.concatenate([b[1] for b in batches])
+    np.testing.assert_array_equal(
+        np.concatenate([data.unscale(b[0]) for b in batches]), x[drawn - 100]
     )
-    x, y = zip(*(draw(jnp.int32(step)) for step in range(steps)), strict=True)
-    return np.asarray(data.unscale(jnp.concatenate(x))), np.concatenate(y)
+    epochs = drawn[: 4 * n].reshape(4, n)
+    np.testing.assert_array_equal(np.sort(epochs), np.tile(label, (4, 1)))
+    if n == 50:
+        assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
-def who(x):
-    """The image that each x is of: its number stands in a corner, 255 in the other."""
-    mirrored = x[:, 0, 0, 0] == 255
-    return np.where(mirrored, x[:, 0, -1, 0], x[:, 0, 0, 0]), mirrored
+def test_batch_is_a_function_of_key_and_step_alone():
+    x, label = images(40), np.arange(40, dtype=np.int32)
+
+    def at(seed, step):
+        x_0, labels = draw(x, label, random.key(seed), jnp.int32(step), 8, True)
+        return np.asarray(x_0).tobytes() + np.asarray(labels).tobytes()
+
+    forward = [at(0, step) for step in range(6)]
+    assert [at(0, step) for step in reversed(range(6))] == forward[::-1]
+    assert len(set(forward) | {at(1, step) for step in range(6)}) == 12
 
 
-def test_an_epoch_shows_every_image_once():
-    """A batch size that does not divide the set: batches straddle epochs, nothing is dropped."""
-    n, b = 50, 8
-    x, label = draws(n, b, 25, flip=True)
-    number, _ = who(x)
-    epochs = number.reshape(4, n)
-    for epoch in epochs:
-        assert np.array_equal(np.sort(epoch), np.arange(n))
-    assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert np.array_equal(label, number % 10)
+def test_draw_at_a_late_step_holds_the_images_that_belong_there():
+    n, batch_size, step, key = 50, 128, 2**31 - 1, random.key(3)
+    label = np.arange(n, dtype=np.int32)
+    _, labels = draw(images(n), label, key, jnp.int32(step), batch_size, False)
+    key_order, _ = random.split(key)
+    at = [divmod(step * batch_size + j, n) for j in range(batch_size)]
+    orders = {e: order(random.fold_in(key_order, np.uint32(e % 2**32)), n) for e, _ in at}
+    np.testing.assert_array_equal(labels, [orders[e][i] for e, i in at])
 
 
-def test_half_of_the_images_are_mirrored_and_not_always_the_same():
-    n, b = 50, 50
-    number, mirrored = who(draws(n, b, 40, flip=True)[0])
-    share = mirrored.mean()
-    assert abs(share - 0.5) < 5 * 0.5 / math.sqrt(40 * n)  # five standard deviations
-    by_image = np.array([mirrored[number == i].mean() for i in range(n)])
-    assert by_image.min() > 0 and by_image.max() < 1
-    assert not who(draws(n, b, 2, flip=False)[0])[1].any()
+def test_draw_is_bit_identical_on_one_and_four_devices():
+    x, label = images(100, c=3), np.arange(100, dtype=np.int32)
+    results = []
+    for devices in (1, 4):
+        mesh = jax.make_mesh(
+            (devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
+        )
+        whole, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+        compiled = jax.jit(
+            lambda x, label, step: data.draw(x, label, random.key(0), step, 16, True),
+            in_shardings=whole,
+            out_shardings=split,
+        )
+        batches = [compiled(x, label, jnp.int32(step)) for step in range(9)]
+        assert len(batches[0][0].sharding.device_set) == devices
+        assert batches[0][0].dtype == jnp.float32 and batches[0][1].dtype == jnp.int32
+        results.append(b"".join(np.asarray(y).tobytes() for batch in batches for y in batch))
+    assert results[0] == results[1]
 
 
-def test_a_mirrored_image_is_the_exact_mirror():
-    image = jnp.asarray(np.random.default_rng(0).integers(0, 256, (1, 4, 6, 3), np.uint8))
-    label = jnp.zeros(1, jnp.int32)
-    x, _ = data.draw(image, label, random.key(0), jnp.int32(0), 32, True)
-    one = np.asarray(data.scale(image[0]))
-    same = [np.array_equal(a, one) for a in x]
-    mirror = [np.array_equal(a, one[:, ::-1]) for a in x]
-    assert all(np.array(same) ^ np.array(mirror)) and any(same) and any(mirror)
+def test_draw_checks_the_data_set():
+    x, label = images(5), np.arange(5, dtype=np.int32)
+    for bad in ((x.astype(np.int32), label), (x[..., 0], label), (x, label[:4])):
+        with pytest.raises(ValueError, match=r"expected image uint8\[n, h, w, c\] and label"):
+            data.draw(*bad, random.key(0), 0, 2, False)
 
 
-def test_a_batch_is_a_function_of_key_and_step():
-    image, label = marked(50)
-    batch = [data.draw(image, label, random.key(k), jnp.int32(s), 8, True)[0] for k, s in
-             [(0, 3), (0, 3), (1, 3), (0, 4)]]  # fmt: skip
-    assert np.array_equal(batch[0], batch[1])
-    assert not np.array_equal(batch[0], batch[2]) and not np.array_equal(batch[0], batch[3])
+# --------------------------------------------------------------------------------- flips and scale
 
 
-def test_four_devices_draw_what_one_draws():
-    image, label = marked(50)
-
-    def draw(image, label, step):
-        return data.draw(image, label, random.key(0), step, 8, True)
-
-    one = jax.jit(draw)(image, label, jnp.int32(7))
-    mesh = train.data_mesh()
-    many = jax.jit(draw, out_shardings=train.sharded(mesh))(image, label, jnp.int32(7))
-    assert len(many[0].sharding.device_set) == 4
-    jax.tree.map(np.testing.assert_array_equal, one, many)
-
-
-@pytest.mark.parametrize("bad", ["float", "flat", "labels"])
-def test_what_is_no_set_of_images_is_refused(bad):
-    image, label = marked(4)
-    image = {"float": image.astype(jnp.float32), "flat": image[0]}.get(bad, image)
-    label = label[:2] if bad == "labels" else label
-    with pytest.raises(ValueError, match="expected image uint8"):
-        data.draw(image, label, random.key(0), jnp.int32(0), 2, False)
+def drawn_and_mirrored(steps=200, batch_size=50, n=60):
+    """(index, mirrored) of every image drawn; each must be one of the two, exactly."""
+    x, label = images(n, c=3), np.arange(n, dtype=np.int32)
+    index, mirrored = [], []
+    for step in range(steps):
+        x_0, labels = draw(x, label, random.key(0), jnp.int32(step), batch_size, True)
+        found, original = np.asarray(data.unscale(x_0)), x[labels]
+        same = (found == original).all((1, 2, 3))
+        other = (found == original[:, :, ::-1]).all((1, 2, 3))
+        assert (same ^ other).all()
+        index.append(labels)
+        mirrored.append(other)
+    return np.concatenate(index), np.concatenate(mirrored)
 
 
-def test_scaling_is_exact_there_and_back():
-    levels = jnp.arange(256, dtype=jnp.uint8)
-    x = data.scale(levels)
-    assert x.dtype == jnp.float32 and x[0] == -1 and x[255] == 1
-    assert np.array_equal(data.unscale(x), levels)
-    # Official code (github.com/hojonathanho/diffusion, commit 1e0dceb), normalize_data.
-    official = np.load(ROOT / "tests" / "golden" / "misc.npz")
-    np.testing.assert_allclose(x, official["norm.x"], atol=1e-7)
-    # It truncates where we round, and so loses a level where float32 fell short of it.
-    lost = official["norm.roundtrip_uint8"].astype(int) - np.arange(256)
-    assert set(lost) == {0, -1} and (lost == -1).sum() == 63
-    assert np.array_equal(data.unscale(jnp.asarray([-9.0, -1.0, 0.0, 9.0])), [0, 0, 128, 255])
+def test_a_random_half_is_mirrored_whatever_the_image_place_and_visit():
+    """Binomial counts of 10,000 flips; every bound has odds of 1e-4 or less under the null."""
+    index, mirrored = drawn_and_mirrored()
+    assert stats.binomtest(int(mirrored.sum()), len(mirrored)).pvalue > 1e-4
+    for groups in (index, np.arange(len(index)) % 50, np.arange(len(index)) // 500):
+        table = np.stack([np.bincount(groups, weights=flag) for flag in (mirrored, ~mirrored)])
+        assert stats.chi2_contingency(table).pvalue > 1e-4
+    # From one visit of an image to its next: as often equal as not.
+    by_image = mirrored[np.argsort(index, kind="stable")]
+    equal = int((by_image[1:] == by_image[:-1]).sum())
+    assert stats.binomtest(equal, len(by_image) - 1).pvalue > 1e-4
 
 
-def test_digits_are_the_bundled_ones():
+def test_no_flip_mirrors_none_and_draws_the_same_images():
+    x, label = images(60, c=3), np.arange(60, dtype=np.int32)
+    for step in range(3):
+        x_0, labels = draw(x, label, random.key(0), jnp.int32(step), 50, False)
+        np.testing.assert_array_equal(data.unscale(x_0), x[labels])
+        flipped = draw(x, label, random.key(0), jnp.int32(step), 50, True)
+        np.testing.assert_array_equal(labels, flipped[1])
+
+
+def test_scale_and_unscale_are_exact_on_all_levels():
+    k = np.arange(256, dtype=np.uint8)
+    x = np.asarray(jax.jit(data.scale)(k))
+    assert x.dtype == np.float32 and (x[0], x[255]) == (-1, 1)
+    # Compilers divide by multiplying with 1 / 127.5: two roundings of numbers up to 2, one up to 1.
+    np.testing.assert_allclose(x, k / 127.5 - 1, rtol=0, atol=3e-7)
+    np.testing.assert_array_equal(jax.jit(data.unscale)(x), k)
+    # What the official code does instead, and how often it is off.
+    x = k.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    truncated = ((x + np.float32(1)) * np.float32(127.5)).astype(np.uint8)
+    assert np.unique(k - truncated, return_counts=True)[1].tolist() == [193, 63]
+
+
+def test_unscale_takes_the_nearest_level_and_cuts_at_the_ends():
+    x = jnp.float32([-7.0, -1.001, -1 + 0.49 / 127.5, -1 + 0.51 / 127.5, 1.001, jnp.inf])
+    assert np.asarray(data.unscale(x)).tolist() == [0, 0, 0, 1, 255, 255]
+    assert data.unscale(x.astype(jnp.bfloat16)).dtype == jnp.uint8
+
+
+# ----------------------------------------------------------------------------------------- sources
+
+
+def test_digits_are_split_without_overlap_and_in_balance():
+    train, test = data.load("digits", "train"), data.load("digits", "test")
+    assert (len(train.label), len(test.label)) == (1501, 296)
+    for x in (train, test):
+        assert x.image.dtype == np.uint8 and x.image.shape[1:] == (8, 8, 1)
+        assert x.label.dtype == np.int32 and x.num_classes == 10
+        assert x.image.min() == 0 and x.image.max() == 255 and len(np.unique(x.image)) == 17
+    share = np.bincount(test.label) / np.bincount(np.concatenate([train.label, test.label]))
+    assert (abs(share - 1 / 6) < 0.01).all()  # 174 to 183 of a class: rounding down costs 1/174
     from sklearn.datasets import load_digits
 
-    bundled = load_digits()
-    splits = [data.load("digits", split) for split in ("train", "test")]
-    # A sixth of each class, rounded down.
-    assert len(splits[1].image) == sum(np.bincount(bundled.target) // 6)
-    rows = [np.rint(s.image.reshape(-1, 64) / 255 * 16) for s in splits]
-    both = sorted(map(tuple, np.concatenate(rows)))
-    assert both == sorted(map(tuple, bundled.data))
-    for s in splits:
-        assert s.image.dtype == np.uint8 and s.image.shape[1:] == (8, 8, 1)
-        assert s.image.min() == 0 and s.image.max() == 255 and s.num_classes == 10
-        share = np.bincount(s.label, minlength=10) / len(s.label)
-        assert abs(share - 0.1).max() < 0.01
+    bunch = load_digits()
+    both = np.concatenate([train.image, test.image])[..., 0] / 255 * 16
+
+    def rows(x, label):
+        return sorted(map(tuple, np.column_stack([np.rint(x.reshape(-1, 64)), label])))
+
+    labels = np.concatenate([train.label, test.label])
+    assert rows(both, labels) == rows(bunch.images, bunch.target)  # every image, once
 
 
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tfds")
-    return folder, {
-        "colour": tiny_tfds.write(folder, "colour", (8, 6, 3), n=20),
-        "grey": tiny_tfds.write(folder, "grey", (5, 5, 1), n=7),
-    }
+def test_fingerprint_sees_every_change():
+    image, label = images(6, 2, 4), np.arange(6, dtype=np.int32)
+    first = data.fingerprint(data.Dataset(image, label, 6))
+    assert len(first) == 16 and int(first, 16) >= 0
+    assert first == data.fingerprint(data.Dataset(image.copy(), label.copy(), 6))
+    assert first == data.fingerprint(data.Dataset(image[:, ::-1][:, ::-1], label, 6))
+    other = image.copy()
+    other[5, 1, 3] ^= 1
+    changed = [
+        (other, label, 6),
+        (image, label[::-1], 6),
+        (image, label, 7),
+        (image[:5], label[:5], 6),
+        (image.reshape(6, 4, 2, 1), label, 6),
+        (image, label.astype(np.int64), 6),
+    ]
+    assert len({first, *(data.fingerprint(data.Dataset(*x)) for x in changed)}) == 7
 
 
-@pytest.mark.parametrize("name", ["colour", "grey"])
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_a_stored_set_is_read_as_it_was_written(stored, name, split):
-    """TFDS stores examples in an order of its own: compared as sets of (pixels, label)."""
-    folder, written = stored
-    dataset = data.load("tfds", split, name=name, data_dir=str(folder))
-    image, label = written[name][split]
-    found = sorted((x.tobytes(), int(y)) for x, y in zip(*dataset[:2], strict=True))
-    assert found == sorted((x.tobytes(), int(y)) for x, y in zip(image, label, strict=True))
-    assert dataset.image.shape == image.shape and dataset.num_classes == 10
+def test_import_is_light():
+    """What only one source needs is not imported by the others."""
+    heavy = "sklearn", "tensorflow_datasets", "tensorflow", "PIL"
+    code = f"import sys, diffusion.data; print([x for x in {heavy} if x in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_the_fingerprint_notices_any_change():
-    dataset = data.load("digits", "test")
-    changed = dataset.image.copy()
-    changed[5, 3, 3, 0] ^= 1
-    prints = {
-        data.fingerprint(d)
-        for d in (
-            dataset,
-            dataset._replace(image=changed),
-            dataset._replace(label=(dataset.label + 1) % 10),
-            dataset._replace(image=dataset.image.reshape(-1, 4, 16, 1)),
-            dataset._replace(num_classes=11),
-        )
-    }
-    assert len(prints) == 5
-    assert data.fingerprint(data.load("digits", "test")) == data.fingerprint(dataset)
+@with_cifar10
+def test_tfds_equals_the_records_decoded_one_by_one():
+    import tensorflow_datasets
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    found = data.load("tfds", "test", name="cifar10", data_dir=TFDS_DIR)
+    assert found.image.shape == (10_000, 32, 32, 3) and found.image.dtype == np.uint8
+    assert found.label.dtype == np.int32 and found.num_classes == 10
+    np.testing.assert_array_equal(np.bincount(found.label), [1000] * 10)
+    folder = next(pathlib.Path(TFDS_DIR, "cifar10").glob("*/dataset_info.json")).parent
+    builder = tensorflow_datasets.builder_from_directory(str(folder))
+    raw = builder.as_data_source(
+        split="test", deserialize_method=tensorflow_datasets.decode.DeserializeMethod.RAW_BYTES
+    )
+    for i in (0, 1, 255, 256, 5000, 9999):  # 256: where another thread's part begins
+        feature = tf_example_pb2.Example.FromString(raw[i]).features.feature
+        with Image.open(io.BytesIO(feature["image"].bytes_list.value[0])) as image:
+            np.testing.assert_array_equal(found.image[i], np.asarray(image))
+        assert found.label[i] == feature["label"].int64_list.value[0]
+    assert "tensorflow" not in sys.modules
 
 
-def error(source="tfds", split="train", **config):
-    with pytest.raises(data.DataError) as caught:
-        data.load(source, split, **config)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+# ------------------------------------------------------------------------------ sources: own sets
 
 
-def test_errors_name_what_is_wrong_and_what_there_is(stored, tmp_path):
-    folder, _ = stored
-    there = {"data_dir": str(folder)}
-    assert "nearest: digits" in error("digit")
-    assert "train" in error("digits", "validation")
-    assert "nme" in error("digits", nme="x") and "name" in error("digits", nme="x")
-    assert "data_dir" in error(name="colour", data_dir="")
-    assert "no-such-folder" in error(name="colour", data_dir="no-such-folder")
-    assert "nearest: colour" in error(name="color", **there)
-    assert "holds no TFDS data set" in error(name="colour", data_dir=str(tmp_path))
-    assert "test, train" in error("tfds", "validation", name="colour", **there)
+@pytest.fixture
+def store(tmp_path):
+    """store(name, pictures, shape, ...) prepares such a data set with TFDS; returns its folder.
+
+    pictures: arrays uint8[h, w, c], or bytes that are to pass for an encoded picture.
+    """
+    import tensorflow_datasets
+
+    def png(x):
+        file = io.BytesIO()
+        Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x).save(file, "png")
+        return file.getvalue()
+
+    def store(name, pictures, shape, version="1.0.0", classes=7):
+        kinds = {"image": tensorflow_datasets.features.Image(shape=shape)}
+        if classes:
+            kinds["label"] = tensorflow_datasets.features.ClassLabel(num_classes=classes)
+
+        class Builder(tensorflow_datasets.core.GeneratorBasedBuilder, skip_registration=True):
+            VERSION = tensorflow_datasets.core.Version(version)
+            pkg_dir_path = tmp_path
+
+            def _info(self):
+                features = tensorflow_datasets.features.FeaturesDict(kinds)
+                return self.dataset_info_from_configs(features=features)
+
+            def _split_generators(self, dl_manager):
+                return {"train": self._generate_examples()}
+
+            def _generate_examples(self):
+                for i, x in enumerate(pictures):
+                    encoded = x if isinstance(x, bytes) else png(x)
+                    label = {"label": i % classes} if classes else {}
+                    yield i, {"image": io.BytesIO(encoded)} | label
+
+        Builder.name = name
+        Builder(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+        return tmp_path / name / version
+
+    return store
 
 
-def test_a_set_larger_than_memory_allows_is_refused_unread(stored, monkeypatch):
-    monkeypatch.setattr(data, "MAX_BYTES", 20 * 8 * 6 * 3 - 1)
-    message = error(name="colour", data_dir=str(stored[0]))
-    assert "20x8x6x3" in message and "at most" in message
+def load(folder, name="some", split="train"):
+    return data.load("tfds", split, name=name, data_dir=str(folder))
 
 
-def test_a_damaged_set_is_one_line(tmp_path):
-    tiny_tfds.write(tmp_path, "hurt", (4, 4, 3), n=6)
-    (file,) = tmp_path.glob("hurt/*/hurt-train.array_record*")
-    file.write_bytes(b"\x55" * file.stat().st_size)
-    assert "hurt" in error(name="hurt", data_dir=str(tmp_path))
+def refused(*args, **kwargs):
+    """The one line that loading ends in."""
+    with pytest.raises(data.DataError) as error:
+        data.load(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
-def test_an_image_of_another_size_is_named(tmp_path, monkeypatch):
-    encode, sizes = tiny_tfds.png, iter([8] * 9 + [4] + [8] * 14)
-    monkeypatch.setattr(tiny_tfds, "png", lambda image: encode(image[: next(sizes)]))
-    tiny_tfds.write(tmp_path, "mixed", (8, 8, 3), n=12)
-    message = error(name="mixed", data_dir=str(tmp_path))
-    assert "train image" in message and "8x8 RGB" in message and "4x8 RGB" in message
+def test_tfds_grey_and_colour_with_and_without_classes(store, tmp_path):
+    """More pictures than one thread takes, in an order that only TFDS knows: compared as sets."""
+    grey = images(600)
+    store("some", list(grey), (3, 4, 1))
+    found = load(tmp_path)
+    assert found.image.shape == (600, 3, 4, 1) and found.num_classes == 7
+    index = {x.tobytes(): i for i, x in enumerate(grey)}
+    order = [index.pop(x.tobytes()) for x in found.image]
+    assert not index
+    np.testing.assert_array_equal(found.label, np.array(order) % 7)
+    colour = images(3, c=3)
+    store("other", list(colour), (None, None, 3), classes=0)  # one size, though nothing says so
+    found = load(tmp_path, "other")
+    assert found.num_classes == 0 and found.label.tolist() == [0, 0, 0]
+    assert {x.tobytes() for x in found.image} == {x.tobytes() for x in colour}
 
 
-TFDS_DIR = pathlib.Path(os.environ.get("DDPM_TFDS_DIR", ROOT.parent / "shared" / "tfds"))
+def test_tfds_takes_the_newest_version(store, tmp_path):
+    for i, version in enumerate(("2.0.0", "10.0.0", "9.1.0")):
+        store("some", list(images(i + 1)), (3, 4, 1), version)
+    assert len(load(tmp_path).image) == 2
 
 
-@pytest.mark.skipif(
-    not (TFDS_DIR / "cifar10").is_dir(),
-    reason="DDPM_TFDS_DIR names no folder with a TFDS data set cifar10",
-)
-def test_a_real_cifar10_has_all_its_images():
-    dataset = data.load("tfds", "test", name="cifar10", data_dir=str(TFDS_DIR))
-    assert dataset.image.shape == (10_000, 32, 32, 3) and dataset.num_classes == 10
-    assert np.array_equal(np.bincount(dataset.label), [1000] * 10)
-    assert 60 < dataset.image.std() < 66 and abs(dataset.image.mean() - 121) < 3
+def test_unknown_names_end_in_the_nearest(store, tmp_path):
+    assert refused("digit", "train") == "source: 'digit' is not known; nearest: digits"
+    assert refused("xyz", "train") == "source: 'xyz' is not known; there are: digits, tfds"
+    said = refused("digits", "train", nmae="x")
+    assert said == "nmae: not a key of source 'digits'; nearest: name"
+    assert refused("digits", "tset") == "split: digits has no split 'tset'; nearest: test"
+    store("some", list(images(2)), (3, 4, 1))
+    store("other", list(images(2)), (3, 4, 1))
+    here = {"data_dir": str(tmp_path)}
+    said = refused("tfds", "test", name="some", **here)
+    assert said == "split: some has no split 'test'; there are: train"
+    said = refused("tfds", "train", name="somme", **here)
+    assert said == f"name: no data set 'somme' in {tmp_path}; nearest: some; prepare it with TFDS"
+    assert "there are: other, some" in refused("tfds", "train", name="cifar10", **here)
+
+
+def test_no_place_no_folder_and_an_empty_one(tmp_path):
+    said = refused("tfds", "train", name="cifar10", data_dir="")
+    assert said == "data_dir: expected the folder that holds 'cifar10', found none; give one"
+    gone = str(tmp_path / "gone")
+    said = refused("tfds", "train", name="cifar10", data_dir=gone)
+    assert said == f"data_dir: expected a folder, found no {gone!r}; check the path"
+    said = refused("tfds", "train", name="cifar10", data_dir=str(tmp_path))
+    assert "no data set 'cifar10' in" in said and "it holds no TFDS data set" in said
+
+
+def test_too_large_is_refused_before_anything_is_read(store, tmp_path, monkeypatch):
+    store("some", list(images(5)), (3, 4, 1))
+    monkeypatch.setattr(data, "MAX_BYTES", 60)
+    assert len(load(tmp_path).image) == 5
+    monkeypatch.setattr(data, "MAX_BYTES", 59)
+    monkeypatch.setattr(data, "_decoded", None)  # to be called by nobody
+    said = refused("tfds", "train", name="some", data_dir=str(tmp_path))
+    assert ": expected at most 5.49e-08 GiB of pixels, found 5.59e-08 GiB (5x3x4x1); use" in said
+
+
+def test_pictures_of_mixed_sizes_and_kinds_are_named(store, tmp_path):
+    here = {"name": "some", "data_dir": str(tmp_path)}
+    for odd, found in ((images(1, 5, 4, 3)[0], "5x4 RGB"), (images(1, 3, 4, 1)[0], "3x4 L")):
+        folder = store("some", [*images(4, c=3), odd], (None, None, 3))
+        said = refused("tfds", "train", **here)
+        assert f"{folder}: train image " in said
+        if f"found {found}" in said:
+            assert f"expected 3x4 RGB like the first, found {found}; mend it" in said
+        else:  # in TFDS's order it came first, and the others are odd
+            assert f"expected {found} like the first, found 3x4 RGB; mend it" in said
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+
+
+def test_a_damaged_picture_is_named(store, tmp_path):
+    folder = store("some", [*images(2), b"no picture"], (3, 4, 1))
+    said = refused("tfds", "train", name="some", data_dir=str(tmp_path))
+    assert said.startswith(f"{folder}: train image ") and "cannot identify image file" in said
+
+
+def edited(folder, name, old, new):
+    text = (folder / name).read_text()
+    assert old in text
+    (folder / name).write_text(text.replace(old, new))
+
+
+DAMAGES = {
+    "layout": (
+        lambda x: edited(x, "dataset_info.json", "array_record", "tfrecord"),
+        ": expected the layout array_record, found tfrecord; prepare it again with",
+    ),
+    "no image": (
+        lambda x: edited(
+            x, "features.json", '"image": {\n                "image"', '"a": {"image"'
+        ),
+        ": expected a feature `image` that is an image, found a, label",
+    ),
+    "four channels": (
+        lambda x: edited(x, "features.json", '"1"\n', '"4"\n'),
+        ": expected uint8 images of 1 or 3 channels, found uint8 and 4",
+    ),
+    "description": (
+        lambda x: (x / "dataset_info.json").write_text("{"),
+        ": not readable as a TFDS data set: ",
+    ),
+    "records cut": (
+        lambda x: os.truncate(next(x.glob("*array_record-0*")), 100),
+        ": train cannot be read: ",
+    ),
+    "records gone": (
+        lambda x: next(x.glob("*array_record-0*")).unlink(),
+        ": train cannot be read: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_data_set_that_does_not_fit_is_refused(store, tmp_path, damage):
+    folder = store("some", list(images(5)), (3, 4, 1))
+    inflict, what = DAMAGES[damage]
+    inflict(folder)
+    said = refused("tfds", "train", name="some", data_dir=str(tmp_path))
+    assert said.startswith(f"{folder}{what}")

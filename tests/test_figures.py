@@ -39,11 +39,15 @@ def test_grid_pixel_by_pixel():
         np.testing.assert_array_equal(page[..., channel], expected)
 
 
-def test_grid_enlarges_pixels_to_squares():
-    images = np.array([[[1, 2], [3, 4]]], np.uint8)[..., None]
-    page = figures.grid(images, scale=2, pad=0)
-    expected = [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]
-    np.testing.assert_array_equal(page[..., 0], expected)
+def test_grid_enlarges_smoothly():
+    """Bicubic interpolation keeps what is linear: a ramp stays one, but for the ends, rounded."""
+    ramp = np.broadcast_to(np.arange(8, dtype=np.uint8)[:, None] * 30, (8, 8))[None, ..., None]
+    for images in (ramp, ramp.swapaxes(1, 2)):
+        page = figures.grid(images, scale=4, pad=0)[..., 0].astype(float)
+        page = page if images is ramp else page.T
+        np.testing.assert_array_equal(page, page[:, :1].repeat(32, 1))
+        centres = (np.arange(32) + 0.5) / 4 - 0.5  # of the new pixels, in the old ones
+        np.testing.assert_allclose(page[8:-8, 0], 30 * centres[8:-8], atol=0.5 + 1e-9)
 
 
 def test_grid_keeps_colours_and_order():

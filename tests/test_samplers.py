@@ -309,8 +309,8 @@ def test_uniform_is_even():
     np.testing.assert_array_equal(uniform(20, 20), ALL)
     np.testing.assert_array_equal(uniform(1000, 10), np.arange(1000, -1, -100))
     for steps in range(1, 1001):
-        # Each time is rounded by at most a half, so a distance by at most one.
-        assert np.abs(-np.diff(uniform(1000, steps)) - 1000 / steps).max() <= 1
+        # Rounded to the nearest, so at most a half from where evenness would put it.
+        assert np.abs(uniform(1000, steps) - np.linspace(1000, 0, steps + 1)).max() <= 0.5
 
 
 @pytest.mark.parametrize("name", GRIDS)
