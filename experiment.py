@@ -4,6 +4,9 @@
 Configuration ends here: nothing below sees a ConfigDict.
 """
 
+import collections
+import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,7 +19,7 @@ from ml_collections import ConfigDict
 from optax import GradientTransformation
 
 import settings
-from diffusion import data, losses, process, samplers, schedules, targets, train, unet
+from diffusion import batches, data, losses, process, samplers, schedules, targets, train, unet
 from settings import Fatal
 
 
@@ -86,9 +89,31 @@ def make_initial_state(config: ConfigDict, x: Experiment) -> Callable[[], train.
 def make_update(config: ConfigDict, x: Experiment) -> Callable:
     """update(state, images uint8[n, h, w, c], labels int[n]) -> (state, metrics): a whole step.
 
-    Batch, flips, t, eps and dropout follow from the seed and state.step alone, so that a resumed
-    run is the uninterrupted one.
+    The whole set lies on every device. Batch, flips, t, eps and dropout follow from the seed and
+    state.step alone, so that a resumed run is the uninterrupted one.
     """
+    size, flip = config.train.batch_size, config.data.flip
+
+    def draw(key, step, images, labels):
+        return batches.draw(images, labels, key, step, size, flip)
+
+    return _compiled_update(config, x, draw, train.replicated(x.mesh))
+
+
+def make_streamed_update(config: ConfigDict, x: Experiment) -> Callable:
+    """update(state, image uint8[b, h, w, c], label int[b]) -> (state, metrics): the same step.
+
+    The batch comes from outside, cut over the devices; its flips are drawn here, as above.
+    """
+
+    def augment(key, step, image, label):
+        return batches.augment(image, key, step, config.data.flip), label
+
+    return _compiled_update(config, x, augment, train.sharded(x.mesh))
+
+
+def _compiled_update(config, x, batch, sharding):
+    """batch: (key, step, *inputs) -> (x_0, label); sharding: of the inputs."""
 
     def apply(params, key, x_t, t, label):
         rngs = {"dropout": key}
@@ -99,14 +124,62 @@ def make_update(config: ConfigDict, x: Experiment) -> Callable:
 
     def update(state, images, labels):
         _, key_data, key_step = keys_of(config.seed)
-        size, flip = config.train.batch_size, config.data.flip
-        batch = data.draw(images, labels, key_data, state.step, size, flip)
-        x_0, label = jax.lax.with_sharding_constraint(batch, train.sharded(x.mesh))
+        drawn = batch(key_data, state.step, images, labels)
+        x_0, label = jax.lax.with_sharding_constraint(drawn, train.sharded(x.mesh))
         label = label if config.model.num_classes else None
         return step(state, random.fold_in(key_step, state.step), (x_0, label))
 
     whole = train.replicated(x.mesh)
-    return jax.jit(update, donate_argnums=0, in_shardings=whole, out_shardings=whole)
+    shardings = {"in_shardings": (whole, sharding, sharding), "out_shardings": whole}
+    return jax.jit(update, donate_argnums=0, **shardings)
+
+
+Inputs = Callable[[int], Iterator[tuple[Array, Array]]]  # the step to start from -> of each step
+
+
+def fits(config: ConfigDict, images: data.Images) -> bool:
+    """Whether the whole set may lie on every device."""
+    return images.nbytes <= config.data.on_device_gib * 2**30
+
+
+def feed(config: ConfigDict, x: Experiment, images: data.Images) -> tuple[Callable, Inputs]:
+    """(update, inputs: the step to start from -> what update takes at each step).
+
+    A set that fits lies on every device; a larger one is streamed. Both give the same batches.
+    Raises Fatal, at once or while reading.
+    """
+    if not fits(config, images):
+        return make_streamed_update(config, x), lambda start: _streamed(config, x, images, start)
+    with _data_errors():
+        image, label, _ = data.load(images)
+
+    def inputs(start):
+        whole = train.replicated(x.mesh)
+        return itertools.repeat(tuple(train.spread(a, whole, a.shape) for a in (image, label)))
+
+    return make_update(config, x), inputs
+
+
+def _streamed(config, x, images, start):
+    """The batches of every step, two of them on the way to the devices while one is used."""
+    size, sharding = config.train.batch_size, train.sharded(x.mesh)
+    rows, steps = train.rows_here(sharding, size), range(start, config.train.steps)
+    _, key_data, _ = keys_of(config.seed)
+    ahead = collections.deque()
+    with _data_errors():
+        for batch in data.stream(images, key_data, steps, size, rows, config.data.workers):
+            ahead.append(tuple(train.spread(a, sharding, (size, *a.shape[1:])) for a in batch))
+            if len(ahead) > 2:
+                yield ahead.popleft()
+    yield from ahead
+
+
+@contextlib.contextmanager
+def _data_errors():
+    try:
+        yield
+    except data.DataError as error:
+        raise Fatal(settings.DATA, f"data: {error}") from error
 
 
 class Chain(NamedTuple):
@@ -160,7 +233,7 @@ def make_chain(config: ConfigDict, x: Experiment, batch_size: int) -> Chain:
             out_shardings=split,
             donate_argnums=3,
         ),
-        jax.jit(data.unscale, in_shardings=split, out_shardings=whole),
+        jax.jit(batches.unscale, in_shardings=split, out_shardings=whole),
         ts,
         size,
     )
@@ -199,25 +272,26 @@ def draw(
         yield np.asarray(chain.finish(carry.x))[: n - first]
 
 
-def load(config: ConfigDict, x: Experiment) -> data.Dataset:
+def find_images(config: ConfigDict, x: Experiment) -> data.Images:
     """The training images, seen to be what the config says they are. Raises Fatal."""
-    options = without(config.data, "source", "image_size", "channels", "flip")
+    c = config.data
+    source = c.source if c.source in data.SOURCES else "tfds"  # the others are prepared beforehand
     try:
-        dataset = data.load(config.data.source, "train", **options)
+        images = data.find(source, "train", name=c.name, data_dir=c.data_dir)
     except data.DataError as error:
         key = str(error).partition(":")[0]  # a key of the source is one of the config's `data`
-        raise Fatal(settings.DATA, f"{'data.' if key in config.data else ''}{error}") from error
-    found, wanted = dataset.image.shape[1:], x.image_shape
-    if found != wanted:
+        raise Fatal(settings.DATA, f"{'data.' if key in c else ''}{error}") from error
+    if images.shape != x.image_shape:
+        found, wanted = ("x".join(map(str, shape)) for shape in (images.shape, x.image_shape))
         message = (
-            f"data: expected images of {'x'.join(map(str, wanted))} (data.image_size, "
-            f"data.channels), found {'x'.join(map(str, found))}; change these two keys"
+            f"data: expected images of {wanted} (data.image_size, data.channels), found {found}; "
+            "change these two keys"
         )
         raise Fatal(settings.DATA, message)
-    if config.model.num_classes not in (0, dataset.num_classes):
+    if config.model.num_classes not in (0, images.num_classes):
         message = (
-            f"model.num_classes: expected the data's {dataset.num_classes}, or 0 for a model "
+            f"model.num_classes: expected the data's {images.num_classes}, or 0 for a model "
             f"without classes, found {config.model.num_classes}"
         )
         raise Fatal(settings.DATA, message)
-    return dataset
+    return images

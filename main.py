@@ -10,11 +10,13 @@ what a run has besides mathematics: the work directory, the screen, the processe
 
 import collections
 import contextlib
+import itertools
 import json
 import os
 import pathlib
 import signal
 import sys
+import threading
 import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no remarks of XLA's on the processor
@@ -42,24 +44,25 @@ def train_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     c, first = config.train, jax.process_index() == 0
     x = experiment.build(config)
     chain = experiment.make_chain(config, x, c.num_samples)
-    dataset = experiment.load(config, x)
+    images = experiment.find_images(config, x)
+    update, inputs = experiment.feed(config, x, images)
     open_workdir(workdir, config)
     checkpoints = open_checkpoints(workdir, keep=c.keep)
     start, state = last_state(checkpoints, experiment.abstract_state(x))
-    say(f"data       {describe_data(config, dataset)}")
+    say(f"data       {describe_data(config, images)}")
     say(f"network    {describe_network(x)} on {describe_devices()}")
     say(f"work in    {workdir}; watch it with: tensorboard --logdir={workdir}")
     if start >= c.steps:
         say(f"nothing to do: trained for {start:,} steps already; raise train.steps to go on")
         return
 
-    whole = train.replicated(x.mesh)
     if state is None:
         state = experiment.make_initial_state(config, x)()
-    images, labels = (to_devices(a, whole) for a in (dataset.image, dataset.label))
+    inputs = inputs(start)
+    first_inputs = next(inputs)
     say("compiling  the training step; the next start finds it compiled")
     began = time.monotonic()
-    update = experiment.make_update(config, x).lower(state, images, labels).compile()
+    update = update.lower(state, *first_inputs).compile()
     say(f"training   from step {start:,}, after {log.human_time(time.monotonic() - began)}")
 
     lr = train.warmup(config.optim.lr, config.optim.warmup)
@@ -87,8 +90,9 @@ def train_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     with contextlib.closing(checkpoints), contextlib.closing(writer), progress:
         if not start:
             log.write_config(writer, config.to_dict(), state.params)
-        for step in range(start + 1, c.steps + 1):
-            state, metrics = update(state, images, labels)
+        steps = range(start + 1, c.steps + 1)
+        for step, batch in zip(steps, itertools.chain([first_inputs], inputs), strict=False):
+            state, metrics = update(state, *batch)
             pending.append((step, metrics))
             if len(pending) > 1:  # one step late, so that the device has work meanwhile
                 record(*pending.popleft())
@@ -182,14 +186,10 @@ def describe_network(x: experiment.Experiment) -> str:
     return f"{n:,} parameters"
 
 
-def describe_data(config: ConfigDict, dataset) -> str:
-    n, h, w, c = dataset.image.shape
-    return f"{config.data.name or config.data.source}: {n:,} images of {h}x{w}x{c}"
-
-
-def to_devices(a: np.ndarray, sharding) -> jax.Array:
-    """The same array of every process as one global array."""
-    return jax.make_array_from_process_local_data(sharding, a, a.shape)
+def describe_data(config: ConfigDict, images) -> str:
+    shape = "x".join(map(str, images.shape))
+    where = "on every device" if experiment.fits(config, images) else "streamed"
+    return f"{config.data.name or config.data.source}: {images.n:,} images of {shape}, {where}"
 
 
 def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
@@ -244,24 +244,31 @@ def last_state(checkpoints: checkpoint.Checkpoints, abstract: train.State):
 class Stop:
     """Ctrl-C and SIGTERM, remembered until the loop asks; the second one ends the program at once.
 
+    A thread listens: the main one may wait for the device for minutes, deaf to both meanwhile.
     Several processes must stop after the same step: there SIGTERM is left to JAX, which makes them
     agree, and Ctrl-C becomes SIGTERM.
     """
 
     def __init__(self):
-        self.asked = self._told = False
-        signal.signal(signal.SIGINT, self._remember)
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._remember)
+        self.asked = False
+        heard, tell = os.pipe()
+        os.set_blocking(tell, False)
+        signal.set_wakeup_fd(tell)  # every signal's number goes there the moment it comes
+        alone = jax.process_count() == 1
+        for signum in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):
+            signal.signal(signum, lambda *_: None)
+        threading.Thread(target=self._listen, args=(heard, alone), daemon=True).start()
 
-    def _remember(self, signum, frame):
-        if self._told:
-            os._exit(128 + signum)
-        self._told = True
-        if jax.process_count() > 1:
-            signal.raise_signal(signal.SIGTERM)
-        else:
+    def _listen(self, heard: int, alone: bool) -> None:
+        signals = iter(lambda: os.read(heard, 1)[0], None)
+        stops = filter((signal.SIGINT, signal.SIGTERM).__contains__, signals)
+        next(stops)
+        say("stopping   after the step in work; once more: at once, and nothing is saved")
+        if alone:
             self.asked = True
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(128 + next(stops))
 
     def at(self, step: int) -> bool:
         """Whether to stop after this step; of several processes, all ask after every step."""

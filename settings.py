@@ -25,10 +25,13 @@ DEFAULT = str(HERE / "configs" / "digits.py")  # what `python main.py` alone tra
 # Exit codes, one for each kind of thing that a user can mend.
 CONFIG, DATA, WORKDIR, NON_FINITE, STOPPED = 2, 3, 4, 5, 75
 
-# Keys that may change when a work directory is used again: they leave the training as it was.
+# Keys that may change when a work directory is used again: they leave the training as it was, or
+# have done their work when the data set was prepared.
 FREE = (
     *("train.steps", "train.log_every", "train.sample_every", "train.save_every", "train.keep"),
-    *("train.num_samples", "data.data_dir", "sampler.", "sample."),
+    *("train.num_samples", "sampler.", "sample.", "data.data_dir", "data.on_device_gib"),
+    *("data.workers", "data.archive", "data.accept_incomplete", "data.on_error", "data.holdout"),
+    *("data.holdout_names", "data.background"),
 )
 
 ABSENT = "absent"
@@ -151,8 +154,16 @@ def call(function: Callable, key: str, *args, **kwargs) -> Any:
         raise Fatal(CONFIG, f"{key}: {' '.join(str(error).split())}") from error
 
 
+def _number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and -math.inf < x < math.inf
+
+
 def _positive(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf
+    return _number(x) and x > 0
+
+
+def _flag(x: Any) -> bool:
+    return isinstance(x, bool)
 
 
 def _count(x: Any) -> bool:
@@ -178,7 +189,18 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.data_dir": (lambda x: isinstance(x, str), "a folder"),
     "data.image_size": (lambda x: _count(x) or (_counts(x) and len(x) == 2), "an int or (h, w)"),
     "data.channels": (_count, "an int, 1 or more"),
-    "data.flip": (lambda x: isinstance(x, bool), "True or False"),
+    "data.flip": (_flag, "True or False"),
+    "data.on_device_gib": (lambda x: _number(x) and x >= 0, "a number, 0 or more"),
+    "data.workers": (lambda x: x == 0 or _count(x), "an int, 0 for threads"),
+    "data.archive": (lambda x: isinstance(x, str), "a file or folder"),
+    "data.accept_incomplete": (_flag, "True or False"),
+    "data.on_error": (lambda x: x in ("skip", "fail"), "skip or fail"),
+    "data.holdout": (lambda x: _number(x) and 0 <= x < 1, "a fraction in [0, 1)"),
+    "data.holdout_names": (lambda x: isinstance(x, str), "a file of names"),
+    "data.background": (
+        lambda x: len(x) == 3 and all(isinstance(v, int) and 0 <= v <= 255 for v in x),
+        "three ints in 0..255",
+    ),
     "process.schedule": (lambda x: isinstance(x, str), "a name"),
     "process.T": (_count, "an int, 1 or more"),
     "process.beta_start": (lambda x: _positive(x) and x <= 1, "a number in (0, 1]"),

@@ -300,7 +300,7 @@ class Progress:
         self._open = not silent
         self._began = self._due = clock()
         self._bar = None
-        if self._open and self._stream.isatty():
+        if self._open and _is_screen(self._stream):
             self._bar = _Bar(
                 desc=self._line(None),
                 total=total,
@@ -399,6 +399,15 @@ class Progress:
 
     def __exit__(self, *error) -> None:
         self.close()
+
+
+def _is_screen(stream: TextIO) -> bool:
+    """A terminal that a bar fits in: some, in containers, say that they are none wide."""
+    if not stream.isatty():
+        return False
+    with contextlib.suppress(OSError):  # not the system's: then its width is whatever it says
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    return True
 
 
 def _number(x: float) -> str:

@@ -87,7 +87,7 @@ def sample(sampler: Sampler, predict: Predict, key: Array, x_T: Array, ts: np.nd
 
     key: one key, or one per example [b], so that an image does not depend on its batch; x_T:
          standard normal [b, ...];
-    ts: strictly falling int[n+1], T to 0. The result is not clipped: round it with data.unscale.
+    ts: strictly falling int[n+1], T to 0. The result is not clipped: round it with batches.unscale.
         Raises ValueError.
     """
     return advance(sampler, predict, key, sampler.init(x_T), ts).x

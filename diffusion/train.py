@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array, random
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -152,3 +153,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def sharded(mesh: Mesh) -> NamedSharding:
     """The first axis cut over the devices."""
     return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def rows_here(sharding: NamedSharding, n: int) -> np.ndarray:
+    """Which of n rows, cut as `sharding` says, lie on this process's devices: int[r], rising."""
+    here = sharding.addressable_devices_indices_map((n,)).values()
+    return np.unique(np.concatenate([np.arange(n)[index] for index in here]))
+
+
+def spread(rows: np.ndarray, sharding: NamedSharding, shape: tuple[int, ...]) -> Array:
+    """A global array of `shape`, of which each process gives the rows that are `rows_here`."""
+    here = rows_here(sharding, shape[0])
+
+    def part(index):
+        start, stop, _ = index[0].indices(shape[0])
+        first = np.searchsorted(here, start)
+        return rows[first : first + stop - start]
+
+    return jax.make_array_from_callback(shape, sharding, part)

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pathlib
+import pty
 import re
 import subprocess
 import sys
@@ -512,6 +513,16 @@ def test_progress_on_a_terminal_uses_the_recent_window():
         run(clock, progress, 22, 23, 1.0)  # in the last 4 s: 8 steps of 0.25 s and 2 of 1 s
         assert "2.5 steps/s" in out.screen()[-1] and "ETA 6m31s" in out.screen()[-1]  # 977 / 2.5
         assert set(threading.enumerate()) <= threads  # tqdm's monitor would be one more
+
+
+def test_progress_on_a_terminal_of_no_width_is_lines():
+    """A container's terminal, whose size nobody has set: the bar would have no place there."""
+    ours, theirs = pty.openpty()
+    clock = Clock()
+    with open(theirs, "w") as stream, log.Progress(9, 0, stream=stream, clock=clock) as progress:
+        run(clock, progress, 1, 9, 1.0)
+        assert b"step 1/9" in os.read(ours, 10_000)
+    os.close(ours)
 
 
 def test_say_stands_above_the_bar():

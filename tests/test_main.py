@@ -156,29 +156,58 @@ def test_stopped_saves_and_goes_on(tmp_path, with_signal):
     assert f"from step {step:,}" in out
 
 
+def test_the_second_signal_ends_it_at_once(tmp_path):
+    """Two different ones: of two alike, so near to each other, the system may deliver one."""
+    args = (TINY, f"--workdir={tmp_path}", "--config.train.sample_every=100000")
+    args += ("--config.train.steps=100000", "--config.train.save_every=100000")
+    with start(*args) as process:
+        next(line for line in process.stdout if line.startswith("step "))
+        process.send_signal(signal.SIGINT)
+        said = next(line for line in process.stdout if not line.startswith("step "))
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+    assert "once more" in said
+    assert process.returncode == 128 + signal.SIGTERM  # it comes long before the save is done
+
+
+STREAMED = ("--config.data.on_device_gib=0", "--config.data.workers=1")
+
+
 @pytest.fixture(scope="session")
 def by_devices(tmp_path_factory):
-    """The same run on one device, on four, and on two processes of two devices each."""
+    """The same run on one device, on four, and on two processes of two devices each, streamed too.
+
+    The streamed run stops half-way and is resumed.
+    """
     folder = tmp_path_factory.mktemp("devices")
     args = (TINY, "--config.train.sample_every=100000")
+
+    def two_processes(name, *more):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        cluster = {"JAX_NUM_CPU_DEVICES": 2, "JAX_NUM_PROCESSES": 2}
+        cluster["JAX_COORDINATOR_ADDRESS"] = f"localhost:{port}"
+        both = [
+            start(*args, *more, f"--workdir={folder / name}", JAX_PROCESS_ID=i, **cluster)
+            for i in (0, 1)
+        ]
+        outputs = [process.communicate() for process in both]
+        assert [process.returncode for process in both] == [0, 0], outputs
+        said = [line for line in outputs[1][0].splitlines() if "peer ranks" not in line]
+        assert said == []  # only process 0 speaks, and Gloo, which connects them
+        return outputs[0][0]
+
     run(*args, f"--workdir={folder / '1'}", JAX_NUM_CPU_DEVICES=1)
     run(*args, f"--workdir={folder / '4'}", JAX_NUM_CPU_DEVICES=4)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    cluster = {"JAX_NUM_CPU_DEVICES": 2, "JAX_NUM_PROCESSES": 2}
-    cluster["JAX_COORDINATOR_ADDRESS"] = f"localhost:{port}"
-    both = [
-        start(*args, f"--workdir={folder / '2x2'}", JAX_PROCESS_ID=i, **cluster) for i in (0, 1)
-    ]
-    outputs = [process.communicate() for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
-    said = [line for line in outputs[1][0].splitlines() if "peer ranks" not in line]
-    assert said == []  # only process 0 speaks, and Gloo, which connects them
+    assert "on every device" in two_processes("2x2")
+    two_processes("2x2 streamed", *STREAMED, "--config.train.steps=4")
+    said = two_processes("2x2 streamed", *STREAMED)
+    assert ", streamed" in said and "from step 4" in said
     return folder
 
 
-@pytest.mark.parametrize("other", ["4", "2x2"])
+@pytest.mark.parametrize("other", ["4", "2x2", "2x2 streamed"])
 def test_devices_and_processes_change_nothing_but_rounding(by_devices, other):
     """Eight Adam steps at 2e-3 amplify the rounding of a sum of gradients in another order.
 
