@@ -279,8 +279,7 @@ def find_images(config: ConfigDict, x: Experiment) -> data.Images:
     try:
         images = data.find(source, "train", name=c.name, data_dir=c.data_dir)
     except data.DataError as error:
-        key = str(error).partition(":")[0]  # a key of the source is one of the config's `data`
-        raise Fatal(settings.DATA, f"{'data.' if key in c else ''}{error}") from error
+        raise Fatal(settings.DATA, settings.of_data(error, c)) from error
     if images.shape != x.image_shape:
         found, wanted = ("x".join(map(str, shape)) for shape in (images.shape, x.image_shape))
         message = (

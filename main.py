@@ -1,4 +1,4 @@
-"""Denoising Diffusion Probabilistic Models: one command line that trains, resumes and samples.
+"""Denoising Diffusion Probabilistic Models: one command line from images to samples.
 
     python main.py [--config=configs/digits.py] [--workdir=runs/digits] [--mode=train]
                    [--config.a.b=value ...]
@@ -27,16 +27,22 @@ from absl import app, flags
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 
+import bench
 import experiment
 import settings
 from diffusion import checkpoint, figures, log, train
+from diffusion.ingest import pictures, prepare, sources
 from settings import Fatal
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configs/NAME.py or configs/NAME.py:VARIANT; default configs/digits.py"
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "where everything goes; default runs/NAME")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "sample"], "what to do; train resumes")
+MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "sample", "prepare", "bench"], "what to do; train resumes"
+)
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "with --mode=prepare: look, but prepare nothing")
+PART = flags.DEFINE_enum("part", "all", ["all", *bench.PARTS], "with --mode=bench: of what")
 
 
 def train_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -168,6 +174,75 @@ def sample_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     say(
         f"done       {folder}/samples.npz (uint8 {list(images.shape)} in arr_0), grid.png, how.json"
     )
+
+
+def prepare_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """data.source -> the data set data.name in data.data_dir; with --dry_run, only a look at it.
+
+    Without JAX: no accelerator is taken for this.
+    """
+    c = config.data
+    h, w = (c.image_size, c.image_size) if isinstance(c.image_size, int) else c.image_size
+    rule = pictures.Rule(h, w, c.channels, tuple(c.background))
+    downloads = os.path.join(c.data_dir, "downloads")
+    try:
+        source = sources.open_source(
+            c.source, c.archive, downloads, c.accept_incomplete, Transfers()
+        )
+        log.say(f"reading    {source.about}")
+        with log.Progress(source.count, unit="image") as progress:
+            options = {"holdout": holdout(c), "on_error": c.on_error, "workers": c.workers or None}
+            if DRY_RUN.value:
+                summary = prepare.survey(source, rule, report=progress, **options)
+            else:
+                args = source, rule, c.data_dir, c.name
+                summary = prepare.prepare(*args, report=progress, **options)
+    except (sources.SourceError, prepare.PrepareError) as error:
+        raise Fatal(settings.DATA, settings.of_data(error, c)) from error
+    for line in prepare.describe(summary):
+        log.say(f"           {line}")
+    if summary.skipped:
+        path = workdir / "figures" / "skipped.txt"
+        figures.save_text(path, "".join(f"{name}: {why}\n" for name, why in summary.skipped))
+        log.say(f"           all that were skipped: {path}")
+    picture = workdir / "figures" / "data.png"
+    figures.save_png(picture, figures.grid(summary.sample))
+    what = "nothing was prepared" if DRY_RUN.value else f"{c.data_dir}/{c.name}"
+    log.say(f"done       {what}; a look at some of the images: {picture}")
+
+
+def holdout(c: ConfigDict) -> float | list[str]:
+    """The fraction of the images that goes to the split test, or their names, one a line."""
+    if not c.holdout_names:
+        return c.holdout
+    try:
+        lines = pathlib.Path(c.holdout_names).expanduser().read_text().splitlines()
+    except (OSError, ValueError) as error:
+        message = f"data.holdout_names: {c.holdout_names}: cannot be read: {error}"
+        raise Fatal(settings.DATA, message) from error
+    return list(filter(None, lines))
+
+
+class Transfers:
+    """Progress of what is counted in bytes, such as downloads, if it takes more than a moment."""
+
+    def __init__(self):
+        self.began: dict[str, float] = {}
+        self.shown: dict[str, log.Progress] = {}
+
+    def __call__(self, what: str, done: int, total: int | None) -> None:
+        waited = time.monotonic() - self.began.setdefault(what, time.monotonic())
+        if what not in self.shown and waited > 1 and total and done < total:
+            log.say(f"{what}, {log.human_bytes(total)}")
+            megabytes = -(-total // 10**6)
+            self.shown[what] = log.Progress(megabytes, done // 10**6, unit="megabyte")
+        if what in self.shown:
+            self.shown[what](-(-total // 10**6) if done >= total else done // 10**6)
+
+
+def bench_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Measures parts of the program on this machine."""
+    bench.run(config, workdir, list(bench.PARTS) if PART.value == "all" else [PART.value])
 
 
 def say(message: str) -> None:
@@ -305,7 +380,12 @@ def compile_once() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-MODES = {"train": train_mode, "sample": sample_mode}
+MODES = {
+    "train": train_mode,
+    "sample": sample_mode,
+    "prepare": prepare_mode,
+    "bench": bench_mode,
+}
 
 
 def main(argv: list[str]) -> None:
@@ -313,16 +393,19 @@ def main(argv: list[str]) -> None:
     log.quiet()
     try:
         config, workdir = settings.resolve(CONFIG.value, WORKDIR.value, remembered)
-        compile_once()
-        start_processes()
-        settings.check(config, jax.device_count())
+        if MODE.value == "prepare":
+            settings.check(config, devices=1)
+        else:
+            compile_once()
+            start_processes()
+            settings.check(config, jax.device_count())
         MODES[MODE.value](config, workdir)
     except Fatal as error:
         settings.end(error)
     except checkpoint.CheckpointError as error:
         settings.end(Fatal(settings.WORKDIR, str(error)))
     except KeyboardInterrupt:
-        print("ddpm: stopped before the first step", file=sys.stderr)
+        print("ddpm: stopped before anything was saved", file=sys.stderr)
         sys.exit(settings.STOPPED)
 
 

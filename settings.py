@@ -18,6 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from diffusion import data, losses, samplers, schedules, targets
+from diffusion.ingest import sources
 
 HERE = pathlib.Path(__file__).resolve().parent
 DEFAULT = str(HERE / "configs" / "digits.py")  # what `python main.py` alone trains
@@ -91,7 +92,8 @@ def _explain(argv: list[str], error: Exception) -> str:
             old = known[key]
             return f"{key}: expected {type(old).__name__} such as {old!r}, found {value!r}"
     if isinstance(error, flags.UnrecognizedFlagError):
-        return f"--{error.flagname}: no such flag; there are --config, --workdir, --mode, --help"
+        known = "--config, --workdir, --mode, --dry_run, --part, --help"
+        return f"--{error.flagname}: no such flag; there are {known}"
     return " ".join(str(error).split())
 
 
@@ -234,7 +236,7 @@ TABLES = {
     "loss.name": losses.LOSSES,
     "sampler.name": samplers.SAMPLERS,
     "sampler.grid": samplers.GRIDS,
-    "data.source": data.SOURCES,
+    "data.source": data.SOURCES | sources.ORIGINS,
 }
 
 
@@ -282,6 +284,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for k in keys
         if old.get(k, ABSENT) != new.get(k, ABSENT)
     ]
+
+
+def of_data(error: Exception, section: ConfigDict) -> str:
+    """An error of data or its preparation; what begins with a key gets the key's full name."""
+    key = str(error).partition(":")[0]
+    return f"data.{error}" if key in section else str(error)
 
 
 def end(fatal: Fatal) -> NoReturn:

@@ -1,11 +1,11 @@
-r"""CelebA-HQ 256x256: the paper's experiment (Section B).
+"""CelebA-HQ 256x256: the paper's experiment (Section B).
 
-    python main.py --config=configs/celebahq256.py --workdir=runs/celebahq256 \
-        --config.data.data_dir=DIR
+    python main.py --mode=prepare --config=configs/celebahq256.py --config.data.archive=IMAGES
+    python main.py --config=configs/celebahq256.py --workdir=runs/celebahq256
 
-DIR holds the data set `celebahq256` (30,000 images) in TFDS's array_record layout. 113,673,219
-parameters, 500,000 steps of batch 64; the paper trained at 2.2 steps/s on a TPU v3-8 and publishes
-pictures, no score. This repository has no score of its own yet. The base of the LSUN configs too.
+IMAGES: a folder, zip, tar or npz of the 30,000 images, of any size. 113,673,219 parameters, 500,000
+steps of batch 64; the paper trained at 2.2 steps/s on a TPU v3-8 and publishes pictures, no score.
+This repository has no score of its own yet. The base of the LSUN configs too.
 Variants: `:tiny` (seconds, for tests), `:bfloat16`; they combine with a comma.
 """
 
@@ -48,7 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
                 "dtype": "float32",
             },
             "data": {
-                "source": "tfds",
+                "source": "celebahq",
                 "name": "celebahq256",
                 "data_dir": "data",
                 "image_size": 256,

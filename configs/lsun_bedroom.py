@@ -1,9 +1,9 @@
-r"""LSUN bedroom 256x256: the paper's experiment (Section B), FID 6.36 there (large: 4.90).
+"""LSUN bedroom 256x256: the paper's experiment (Section B), FID 6.36 there (large: 4.90).
 
-    python main.py --config=configs/lsun_bedroom.py --workdir=runs/lsun_bedroom \
-        --config.data.data_dir=DIR
+    python main.py --mode=prepare --config=configs/lsun_bedroom.py --config.data.archive=IMAGES
+    python main.py --config=configs/lsun_bedroom.py --workdir=runs/lsun_bedroom
 
-DIR holds the data set `lsun_bedroom` in TFDS's array_record layout. CelebA-HQ's network and
+IMAGES: the official LMDB folder, or a folder or zip of its images. CelebA-HQ's network and
 settings, 2,400,000 steps of batch 64 at 2.2 steps/s on the paper's TPU v3-8. This repository has no
 score of its own yet. Bedroom alone is trained without flips (Section B; a comment in the official
 script names cat instead). Variants as in celebahq256.py, and `:large`: half as many filters again,
@@ -19,6 +19,7 @@ VARIANTS = celebahq256.VARIANTS | {"large": {"model.ch": 192, "train.steps": 1_1
 
 def get_config(variant: str = "") -> ConfigDict:
     config = celebahq256.get_config()
+    config.data.source = "lsun"
     config.data.name = "lsun_bedroom"
     config.train.steps = 2_400_000
     config.data.flip = False

@@ -121,6 +121,12 @@ def save_npz(path: str | os.PathLike, images: np.ndarray, labels: np.ndarray | N
         np.savez(file, *arrays)
 
 
+def save_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a text, atomically; folders are made. Raises OSError."""
+    with _replacing(path) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
+
+
 def read_curve(path: str | os.PathLike, name: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps int[n], values float64[n]) of one metric in a metrics.jsonl, by rising step.
 

@@ -14,15 +14,20 @@ MATHEMATICS = (
     ("process",),
     ("targets",),
     ("likelihood",),
-    ("losses", "samplers"),
+    ("losses", "samplers", "bounds", "ode"),
 )
 # Each its own outside library, and of diffusion/ at most what is named here, so that the world can
 # be changed alone.
 WORLD = {
     "data": {"diffusion.batches"},
     "pictures": set(),
-    "sources": set(),
-    "prepare": {"diffusion.pictures", "diffusion.sources"},
+    "archives": set(),
+    "arrays": {"diffusion.ingest.archives"},
+    "downloads": {"diffusion.ingest.archives"},
+    "sources": {f"diffusion.ingest.{name}" for name in ("archives", "arrays", "downloads")},
+    "crew": set(),
+    "records": set(),
+    "prepare": {f"diffusion.ingest.{name}" for name in ("crew", "pictures", "records", "sources")},
     "checkpoint": set(),
     "convert": set(),
     "log": set(),
@@ -41,9 +46,10 @@ LAYERS = {
 for i, row in enumerate(MATHEMATICS):
     before = {f"diffusion.{name}" for names in MATHEMATICS[:i] for name in names}
     LAYERS |= {name: {"numpy", "jax"} | before for name in row}
+LAYERS["ode"] |= {"scipy"}  # its adaptive solver
 
 # The only files that see flags and configs: together they are main.
-TOP = {"main", "experiment", "settings"}
+TOP = {"main", "experiment", "settings", "bench"}
 # flax and absl by their bare names would reach what is refused.
 NOT_IN_DIFFUSION = {"flax.linen", "absl.flags", "ml_collections", "configs", "tests", *TOP}
 NOT_IN_DIFFUSION_BARE = {"flax", "absl", "diffusion"}
@@ -132,7 +138,8 @@ def test_the_tree_is_walked():
         ("diffusion/train.py", "from diffusion import losses"),
         ("diffusion/data.py", "from diffusion import log"),
         ("diffusion/data.py", "from diffusion import batches, train"),
-        ("diffusion/sources.py", "from diffusion import prepare"),
+        ("diffusion/ingest/sources.py", "from diffusion.ingest import prepare"),
+        ("diffusion/ingest/pictures.py", "from diffusion import data"),
         ("diffusion/data.py", "from ml_collections import ConfigDict"),
         ("diffusion/data.py", "import settings"),
         ("diffusion/convert.py", "import flax"),

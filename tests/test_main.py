@@ -16,9 +16,10 @@ import pytest
 from PIL import Image
 
 import experiment
-from diffusion import checkpoint
+from diffusion import checkpoint, data, figures
 from tests.conftest import ROOT
 from tests.test_configs import config_of
+from tests.test_pictures import MALFORMED
 
 TINY = "--config=configs/digits.py:tiny"
 
@@ -225,6 +226,43 @@ def test_devices_and_processes_change_nothing_but_rounding(by_devices, other):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+def test_prepare_names_what_cannot_be_used_and_makes_a_set_of_the_rest(tmp_path):
+    """A folder with one of every malformed kind and a few good ones: looked at, prepared, read."""
+    folder = tmp_path / "mine"
+    bad = {re.sub("[/:]", "", f"{name}.png"): x for name, (x, _) in MALFORMED.items()}
+    bad = {name: content for name, content in bad.items() if isinstance(content, bytes)}
+    good = np.random.default_rng(0).integers(0, 256, (5, 40, 50, 3), np.uint8)
+    for i, image in enumerate(good):
+        figures.save_png(folder / f"good{i}.png", image)
+    for name, content in bad.items():
+        (folder / name).write_bytes(content)
+    os.mkfifo(folder / "pipe.png")
+    (folder / "away.png").symlink_to("/etc/passwd")
+    (folder / "notes.txt").write_text("no picture")
+    config = f"--config={ROOT}/configs/folder.py"
+    args = (config, f"--config.data.archive={folder}", "--config.data.image_size=16")
+
+    out, err = run("--mode=prepare", *args, "--dry_run", cwd=tmp_path)
+    assert err == "" and "5 images" in out and f"{len(bad) + 2} skipped" in out
+    assert not (tmp_path / "data").exists()
+    with Image.open(tmp_path / "runs" / "folder" / "figures" / "data.png") as picture:
+        assert min(picture.size) > 64
+
+    out, err = run("--mode=prepare", *args, cwd=tmp_path)
+    assert err == "" and f"{len(bad) + 2} skipped" in out
+    said = (tmp_path / "runs" / "folder" / "figures" / "skipped.txt").read_text()
+    assert {line.partition(":")[0] for line in said.splitlines()} == {*bad, "pipe.png", "away.png"}
+    there = data.find("tfds", "train", name="images", data_dir=str(tmp_path / "data"))
+    assert (there.n, there.shape, there.num_classes) == (5, (16, 16, 3), 0)
+
+    fail = (*args, "--config.data.name=other", "--config.data.on_error=fail")
+    _, err = run("--mode=prepare", *fail, cwd=tmp_path, code=3)
+    assert err.count("\n") == 1
+    assert not (tmp_path / "data" / "other").exists()
+    _, err = run("--mode=prepare", *args, cwd=tmp_path, code=3)
+    assert err.count("\n") == 1 and "expected no such data set yet" in err
+
+
 def test_samples_do_not_depend_on_the_batch(trained):
     """Six in batches of four, then three in batches of two: the same first three images.
 
@@ -290,6 +328,18 @@ WRONG = {
     "flag": (["--wrokdir=x"], 2, ["wrokdir", "--workdir"]),
     "mode": (["--mode=sampel"], 2, ["sampel", "sample"]),
     "no flag": (["train"], 2, ["train", "--mode"]),
+    "source to prepare": (
+        ["--mode=prepare", "--config.data.source=flder"],
+        2,
+        ["data.source", "flder", "nearest: folder"],
+    ),
+    "no archive": (["--mode=prepare", "--config.data.source=zip"], 3, ["data.archive=PATH"]),
+    "archive not there": (
+        ["--mode=prepare", "--config.data.source=folder", "--config.data.archive=/nowhere"],
+        3,
+        ["data.archive", "/nowhere"],
+    ),
+    "on_error": (["--config.data.on_error=ignore"], 2, ["data.on_error", "skip or fail"]),
     "nothing trained": (["--mode=sample"], 4, ["trained"]),
     "work directory is a file": (["--workdir={file}/run"], 4, ["{file}"]),
 }

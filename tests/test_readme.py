@@ -1,12 +1,16 @@
 """Every command that the README shows runs, on the tiny variant of its config."""
 
+import io
 import pathlib
 import re
 import shlex
 import subprocess
+import tarfile
 
+import numpy as np
 import pytest
 
+from diffusion import figures
 from tests import tiny_tfds
 from tests.conftest import ROOT
 from tests.test_main import run
@@ -22,10 +26,31 @@ MAIN = [c for c in COMMANDS if "python main.py" in c and "..." not in c]
 def place(tmp_path_factory):
     """A folder with tiny data sets of all the names that the configs ask for, and a trained run."""
     folder = tmp_path_factory.mktemp("readme")
-    for name in ("cifar10", "celebahq256", "lsun_bedroom"):
-        tiny_tfds.write(folder / "DIR", name, n=8)
+    for name, size in (("cifar10", 32), ("celebahq256", 32), ("lsun_bedroom", 32), ("images", 64)):
+        tiny_tfds.write(folder / "data", name, (size, size, 3), n=8)
+    (folder / "IMAGES").mkdir()
+    for i in range(3):
+        noise = np.random.default_rng(i).integers(0, 256, (40, 50 + i, 3), np.uint8)
+        figures.save_png(folder / "IMAGES" / f"{i}.png", noise)
+    tiny_cifar10(folder / "cifar-10-binary.tar.gz")
     run(f"--config={ROOT}/configs/digits.py:tiny", "--workdir=runs/digits", cwd=folder)
     return folder
+
+
+def tiny_cifar10(path):
+    """The published archive's layout with two images in each file: a label, then three planes."""
+    with tarfile.open(path, "w:gz") as tar:
+
+        def add(name, content):
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+        add("batches.meta.txt", "\n".join(f"class{i}" for i in range(10)).encode())
+        for i in range(6):
+            pixels = np.random.default_rng(i).integers(0, 256, (2, 3072), np.uint8).tobytes()
+            content = b"".join(bytes([k]) + pixels[3072 * k : 3072 * (k + 1)] for k in (0, 1))
+            add(f"data_batch_{i}.bin" if i else "test_batch.bin", content)
 
 
 def test_the_readme_s_commands_were_found():
@@ -43,7 +68,12 @@ def test_command_runs(place, command):
             path, _, variant = word.partition(":")
             word = f"{path}:{','.join(filter(None, ['tiny', variant]))}"
         arguments.append(word.replace("=configs/", f"={ROOT}/configs/"))
-    if "--mode=sample" not in arguments:
+    if "--mode=prepare" in arguments:
+        arguments.append("--config.data.data_dir=prepared/" + re.sub(r"\W+", "_", command))
+        if not any("data.archive=" in a for a in arguments):  # nothing is downloaded in a test
+            arguments.append("--config.data.archive=cifar-10-binary.tar.gz")
+            arguments.append("--config.data.accept_incomplete=True")
+    elif "--mode=sample" not in arguments:
         workdir = re.sub(r"\W+", "_", command)
         arguments = [a for a in arguments if not a.startswith("--workdir=")]
         arguments.append(f"--workdir={workdir}")

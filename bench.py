@@ -1,0 +1,131 @@
+"""--mode=bench: how fast the parts are on this machine, each with its median and its spread.
+
+A part is a function (config, experiment) -> measurements; its line in PARTS is all it takes.
+Compare figures of one run only: another machine, or this one an hour later, is another scale.
+"""
+
+import collections
+import json
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import random
+from ml_collections import ConfigDict
+
+import experiment
+from diffusion import data, log, train
+from diffusion.ingest import pictures, prepare, sources
+
+REPETITIONS = 5
+
+
+class Measured(NamedTuple):
+    """What one thing took or gave, in `unit`, in each repetition."""
+
+    what: str
+    unit: str
+    values: list[float]
+
+    def line(self) -> str:
+        middle, low, high = statistics.median(self.values), min(self.values), max(self.values)
+        return f"{self.what:58} {middle:10,.4g}  ({low:,.4g} to {high:,.4g}) {self.unit}"
+
+
+def seconds(run: Callable[[], None], n: int = REPETITIONS) -> Iterator[tuple[float, float]]:
+    """(wall seconds, this process's processor seconds) of each of n runs, after one unmeasured."""
+    run()
+    for _ in range(n):
+        wall, cpu = time.perf_counter(), time.process_time()
+        run()
+        yield time.perf_counter() - wall, time.process_time() - cpu
+
+
+# ------------------------------------------------------------------------------------------- data
+
+
+def data_part(config: ConfigDict, x: experiment.Experiment) -> Iterator[Measured]:
+    """Streaming of photographs, and what drawing batches on the device adds to a training step."""
+    for side, n in ((32, 4096), (256, 512)):
+        with tempfile.TemporaryDirectory() as folder:
+            prepare.prepare(_photographs(n, side), pictures.Rule(side, side, 3), folder, "photos")
+            images = data.find("tfds", "train", name="photos", data_dir=folder)
+
+            def read(images=images, steps=range(n // 64)):
+                collections.deque(data.stream(images, random.key(0), steps, 64), maxlen=0)
+
+            took = list(seconds(read))
+        what = f"streaming {side}x{side} PNG"
+        yield Measured(what, "images/s", [n / wall for wall, _ in took])
+        yield Measured(f"{what}, a core", "images/s", [n / cpu for _, cpu in took])
+    yield from _steps(config, x)
+
+
+def _photographs(n: int, side: int) -> sources.Source:
+    """Crops of scikit-learn's two photographs: how fast a PNG is depends on what it shows."""
+    from sklearn.datasets import load_sample_images
+
+    photographs = load_sample_images().images  # 427 x 640
+    rng = np.random.default_rng(0)
+
+    def items():
+        for i in range(n):
+            photograph = photographs[i % 2]
+            y, x = (rng.integers(0, size - 256 + 1) for size in photograph.shape[:2])
+            crop = photograph[y : y + 256, x : x + 256]
+            yield sources.Item(f"{i}", np.ascontiguousarray(crop), 0, "train")
+
+    return sources.Source(items, (), "crops of photographs", n)
+
+
+def _steps(config: ConfigDict, x: experiment.Experiment) -> Iterator[Measured]:
+    """A training step of the config that draws its batch, and one that is handed a batch."""
+    size, shape = config.train.batch_size, x.image_shape
+    n = max(size, 2**24 // int(np.prod(shape)))  # 16 MiB of random bytes: content has no part in it
+    image = np.random.default_rng(0).integers(0, 256, (n, *shape), np.uint8)
+    label = np.zeros(n, np.int32)
+
+    def stepper(update, sharding, k):
+        arrays = [train.spread(a[:k], sharding, a[:k].shape) for a in (image, label)]
+        state = experiment.make_initial_state(config, x)()
+        update = update.lower(state, *arrays).compile()
+
+        def run():
+            nonlocal state
+            state, metrics = update(state, *arrays)
+            jax.block_until_ready(metrics)
+
+        return run
+
+    draws = stepper(experiment.make_update(config, x), train.replicated(x.mesh), n)
+    handed = stepper(experiment.make_streamed_update(config, x), train.sharded(x.mesh), size)
+    # In turn, so that what else the machine does falls on both.
+    pairs = [(a, b) for (a, _), (b, _) in zip(seconds(draws, 20), seconds(handed, 20), strict=True)]
+    yield Measured("training step that draws its batch on the device", "s", [a for a, _ in pairs])
+    yield Measured("training step that is handed its batch", "s", [b for _, b in pairs])
+    yield Measured("the first over the second", "", [a / b for a, b in pairs])
+    yield Measured("training", "images/s", [size / a for a, _ in pairs])
+
+
+PARTS = {"data": data_part}
+
+
+def run(config: ConfigDict, workdir: pathlib.Path, parts: list[str]) -> None:
+    """Measures the parts, says each line as it comes, and writes workdir/bench/PART.json."""
+    x = experiment.build(config)
+    for part in parts:
+        log.say(f"{part}: median (lowest to highest)")
+        lines = []
+        for measured in PARTS[part](config, x):
+            log.say(measured.line())
+            lines.append(measured._asdict())
+        folder = workdir / "bench"
+        folder.mkdir(parents=True, exist_ok=True)
+        device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        about = {"device": device, "jax": jax.__version__, "measured": lines}
+        (folder / f"{part}.json").write_text(json.dumps(about, indent=2) + "\n")
