@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import random
 from ml_collections import ConfigDict
 
 import experiment
-from diffusion import data, log, train
+import likelihoods
+from diffusion import data, likelihood, log, train
 from diffusion.ingest import pictures, prepare, sources
 
 REPETITIONS = 5
@@ -112,7 +114,45 @@ def _steps(config: ConfigDict, x: experiment.Experiment) -> Iterator[Measured]:
     yield Measured("training", "images/s", [size / a for a, _ in pairs])
 
 
-PARTS = {"data": data_part}
+# ------------------------------------------------------------------------------------- likelihood
+
+
+def likelihood_part(config: ConfigDict, x: experiment.Experiment) -> Iterator[Measured]:
+    """The bound on 50 times of the chain, and the network alone at as many times."""
+    size = -(-config.bpd.batch_size // x.mesh.size) * x.mesh.size
+    ts = np.unique(np.linspace(1, x.p.T, 50).round().astype(int))
+    chain = likelihoods.trained_chain(config, x, x.variance)
+    chain = likelihoods.shortened(chain, x.variance, ts)
+    state = experiment.make_initial_state(config, x)()
+    images = data.Images(size, x.image_shape, 0, None)
+    work = likelihoods.Pass(images, size, size, 0, x, "")
+    split = train.sharded(x.mesh)
+    image = np.random.default_rng(0).integers(0, 256, (size, *x.image_shape), np.uint8)
+    arrays = image, np.zeros(size, np.int32), np.arange(size, dtype=np.uint32)
+    batch = likelihoods.Batch(*(train.spread(a, split, a.shape) for a in arrays))
+
+    def apply(params, label):
+        return lambda x_t, t: x.net.apply({"params": params}, x_t, t, train=False)
+
+    def alone(p, network, keys, x_0):
+        def one(x_t, t):
+            output = network(x_t, jnp.broadcast_to(t, (size,)))
+            return 0.5 * x_t + 0.1 * output[..., : x_0.shape[-1]], None  # each needs the last one
+
+        return jax.lax.scan(one, x_0, jnp.asarray(p.model_t[1:], x_0.dtype))[0]
+
+    runs = []
+    for args in ((chain, likelihood.terms), (likelihoods.Chain(chain.p, apply), alone)):
+        compiled = work.compiled(*args)
+        runs.append(lambda run=compiled: jax.block_until_ready(run(state.params, batch)))
+    pairs = [(a, b) for (a, _), (b, _) in zip(*map(seconds, runs), strict=True)]
+    n = size * len(ts)
+    yield Measured("bound, images x times", "/s", [n / a for a, _ in pairs])
+    yield Measured("network alone, images x times", "/s", [n / b for _, b in pairs])
+    yield Measured("seconds of the bound over those of the network", "", [a / b for a, b in pairs])
+
+
+PARTS = {"data": data_part, "likelihood": likelihood_part}
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, parts: list[str]) -> None:

@@ -272,12 +272,12 @@ def draw(
         yield np.asarray(chain.finish(carry.x))[: n - first]
 
 
-def find_images(config: ConfigDict, x: Experiment) -> data.Images:
-    """The training images, seen to be what the config says they are. Raises Fatal."""
+def find_images(config: ConfigDict, x: Experiment, split: str = "train") -> data.Images:
+    """The images of a split, seen to be what the config says they are. Raises Fatal."""
     c = config.data
     source = c.source if c.source in data.SOURCES else "tfds"  # the others are prepared beforehand
     try:
-        images = data.find(source, "train", name=c.name, data_dir=c.data_dir)
+        images = data.find(source, split, name=c.name, data_dir=c.data_dir)
     except data.DataError as error:
         raise Fatal(settings.DATA, settings.of_data(error, c)) from error
     if images.shape != x.image_shape:

@@ -29,6 +29,7 @@ from ml_collections import ConfigDict, config_flags
 
 import bench
 import experiment
+import likelihoods
 import settings
 from diffusion import checkpoint, figures, log, train
 from diffusion.ingest import pictures, prepare, sources
@@ -39,7 +40,7 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "where everything goes; default runs/NAME")
 MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "sample", "prepare", "bench"], "what to do; train resumes"
+    "mode", "train", ["train", "sample", "bpd", "prepare", "bench"], "what to do; train resumes"
 )
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "with --mode=prepare: look, but prepare nothing")
 PART = flags.DEFINE_enum("part", "all", ["all", *bench.PARTS], "with --mode=bench: of what")
@@ -52,6 +53,7 @@ def train_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     chain = experiment.make_chain(config, x, c.num_samples)
     images = experiment.find_images(config, x)
     update, inputs = experiment.feed(config, x, images)
+    bits = likelihoods.quick(config, x) if c.eval_every else None
     open_workdir(workdir, config)
     checkpoints = open_checkpoints(workdir, keep=c.keep)
     start, state = last_state(checkpoints, experiment.abstract_state(x))
@@ -112,6 +114,12 @@ def train_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
                 checkpoints.save(step, state)
             if stopped:
                 break
+            if bits and step % c.eval_every == 0:
+                with progress.paused():
+                    average = bits(state.ema)
+                say(f"bits/dim   {average.mean:.3f} +- {average.error:.3f} on {config.bpd.split}")
+                scalars = {"eval/bpd": average.mean, "eval/bpd_error": average.error}
+                writer.write_scalars(step, {k: float(v) for k, v in scalars.items()})
             if sample:
                 with progress.paused():
                     draw_grids(config, chain, state, step, workdir, writer, stop)
@@ -151,15 +159,7 @@ def sample_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     c, first = config.sample, jax.process_index() == 0
     x = experiment.build(config)
     chain = experiment.make_chain(config, x, min(c.num, c.batch_size))
-    if not (workdir / "checkpoints").is_dir():
-        raise Fatal(
-            settings.WORKDIR,
-            f"{workdir}: expected a trained work directory, found none; "
-            "train first, or name it with --workdir",
-        )
-    checkpoints = open_checkpoints(workdir, read_only=True)
-    with contextlib.closing(checkpoints):
-        step, ema = checkpoints.restore_ema(experiment.abstract_state(x).ema)
+    step, ema = last_average(workdir, x)
     folder = workdir / "samples" / f"{step:08d}_seed{c.seed}"
     how_far = f"{config.sampler.name}, {config.sampler.steps} steps"
     say(f"sampling   {c.num:,} images of step {step:,} on {describe_devices()}, {how_far}")
@@ -174,6 +174,25 @@ def sample_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     say(
         f"done       {folder}/samples.npz (uint8 {list(images.shape)} in arr_0), grid.png, how.json"
     )
+
+
+def last_average(workdir: pathlib.Path, x: experiment.Experiment):
+    """(step, averaged weights) of the newest good checkpoint."""
+    if not (workdir / "checkpoints").is_dir():
+        raise Fatal(
+            settings.WORKDIR,
+            f"{workdir}: expected a trained work directory, found none; "
+            "train first, or name it with --workdir",
+        )
+    checkpoints = open_checkpoints(workdir, read_only=True)
+    with contextlib.closing(checkpoints):
+        return checkpoints.restore_ema(experiment.abstract_state(x).ema)
+
+
+def bpd_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Bits per dimension of bpd.split under the averaged weights of the last checkpoint."""
+    step, ema = last_average(workdir, experiment.build(config))
+    likelihoods.run(config, workdir, step, ema, say)
 
 
 def prepare_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -383,6 +402,7 @@ def compile_once() -> None:
 MODES = {
     "train": train_mode,
     "sample": sample_mode,
+    "bpd": bpd_mode,
     "prepare": prepare_mode,
     "bench": bench_mode,
 }

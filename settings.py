@@ -30,7 +30,8 @@ CONFIG, DATA, WORKDIR, NON_FINITE, STOPPED = 2, 3, 4, 5, 75
 # have done their work when the data set was prepared.
 FREE = (
     *("train.steps", "train.log_every", "train.sample_every", "train.save_every", "train.keep"),
-    *("train.num_samples", "sampler.", "sample.", "data.data_dir", "data.on_device_gib"),
+    "train.eval_every",
+    *("train.num_samples", "sampler.", "sample.", "bpd.", "data.data_dir", "data.on_device_gib"),
     *("data.workers", "data.archive", "data.accept_incomplete", "data.on_error", "data.holdout"),
     *("data.holdout_names", "data.background"),
 )
@@ -112,7 +113,9 @@ def resolve(
     workdir = pathlib.Path(workdir or pathlib.Path("runs", name))
     old = remembered(workdir) if filename == DEFAULT else None
     if old:
-        config = ConfigDict(_tuples(old))
+        # What came into the program after that run, and has no part in training, as by default.
+        new = {key: value for key, value in flatten(config).items() if key.startswith(FREE)}
+        config = ConfigDict(nest(new | flatten(_tuples(old))))
         config.update_from_flattened_dict(config_flags.get_override_values(flag))
     return config, workdir
 
@@ -133,6 +136,18 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             flatten(value, f"{name}.") if isinstance(value, Mapping | ConfigDict) else {name: value}
         )
     return flat
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a.b": 1} -> {"a": {"b": 1}}: the inverse of `flatten`."""
+    nested: dict = {}
+    for key, value in flat.items():
+        *path, last = key.split(".")
+        section = nested
+        for name in path:
+            section = section.setdefault(name, {})
+        section[last] = value
+    return nested
 
 
 def choose(table: Mapping[str, Any], key: str, name: str) -> Any:
@@ -220,8 +235,17 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "train.log_every": (_count, "an int, 1 or more"),
     "train.sample_every": (_count, "an int, 1 or more"),
     "train.save_every": (_count, "an int, 1 or more"),
+    "train.eval_every": (lambda x: x == 0 or _count(x), "an int, 0 for never"),
     "train.keep": (_count, "an int, 1 or more"),
     "train.num_samples": (_count, "an int, 1 or more"),
+    "bpd.split": (lambda x: isinstance(x, str), "a name"),
+    "bpd.num": (lambda x: x == 0 or _count(x), "an int, 0 for all"),
+    "bpd.quick": (lambda x: _count(x) and x > 1, "an int, 2 or more"),
+    "bpd.batch_size": (_count, "an int, 1 or more"),
+    "bpd.seed": (lambda x: isinstance(x, int) and 0 <= x < 2**32, "an int in 0..2^32-1"),
+    "bpd.estimate": (lambda x: x == 0 or (_count(x) and x > 1), "an int, 2 or more, 0 for none"),
+    "bpd.steps": (lambda x: not len(x) or _counts(x), "a tuple of ints"),
+    "bpd.ode": (lambda x: x == 0 or (_count(x) and x > 1), "an int, 2 or more, 0 for none"),
     "sample.num": (_count, "an int, 1 or more"),
     "sample.batch_size": (_count, "an int, 1 or more"),
     "sample.seed": (lambda x: isinstance(x, int) and 0 <= x < 2**32, "an int in 0..2^32-1"),

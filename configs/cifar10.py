@@ -48,6 +48,8 @@ VARIANTS = {
         "sampler.steps": 20,
         "sample.num": 4,
         "sample.batch_size": 4,
+        "train.eval_every": 0,
+        "bpd.batch_size": 4,
     },
 }
 
@@ -100,9 +102,20 @@ def get_config(variant: str = "") -> ConfigDict:
                 "sample_every": 20_000,
                 "save_every": 5_000,
                 "keep": 3,
+                "eval_every": 10_000,
                 "num_samples": 64,
             },
             "sampler": {"name": "ancestral", "grid": "uniform", "steps": 1000, "clip": True},
+            "bpd": {
+                "split": "test",
+                "num": 0,
+                "quick": 200,
+                "batch_size": 100,
+                "seed": 0,
+                "estimate": 0,
+                "steps": (),
+                "ode": 0,
+            },
             "sample": {"num": 64, "batch_size": 64, "seed": 0, "label": -1},
         }
     )

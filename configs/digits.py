@@ -24,6 +24,9 @@ VARIANTS = {
         "sampler.steps": 20,
         "sample.num": 6,
         "sample.batch_size": 4,
+        "train.eval_every": 4,
+        "bpd.batch_size": 4,
+        "bpd.quick": 8,
     },
     "conditional": {"model.num_classes": 10},
 }
@@ -77,9 +80,20 @@ def get_config(variant: str = "") -> ConfigDict:
                 "sample_every": 1500,
                 "save_every": 1000,
                 "keep": 3,
+                "eval_every": 1_000,
                 "num_samples": 64,
             },
             "sampler": {"name": "ancestral", "grid": "uniform", "steps": 1000, "clip": True},
+            "bpd": {
+                "split": "test",
+                "num": 0,
+                "quick": 100,
+                "batch_size": 100,
+                "seed": 0,
+                "estimate": 0,
+                "steps": (),
+                "ode": 0,
+            },
             "sample": {"num": 100, "batch_size": 100, "seed": 0, "label": -1},
         }
     )

@@ -129,19 +129,24 @@ MAX_EPOCHS = 2**20  # 32 bytes each: what names the orders of all of them is mad
 
 
 def in_order(
-    images: Images, batch_size: int, rows: np.ndarray | slice = slice(None), workers: int = 0
+    images: Images,
+    batch_size: int,
+    rows: np.ndarray | slice = slice(None),
+    workers: int = 0,
+    first: int = 0,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(uint8[r, h, w, c], int32[r], bool[r]) of each batch: every image once, in order.
 
     The last batch is filled up with the last image, and False says so: nothing is dropped, and all
-    batches have one shape. rows, workers: as in `stream`. Raises DataError.
+    batches have one shape. rows, workers: as in `stream`. first: the batch to start from. Raises
+    DataError.
     """
 
     def read(batch):
         at = (batch * batch_size + np.arange(batch_size))[rows]
         return *images.read(np.minimum(at, images.n - 1)), at < images.n
 
-    yield from _ahead(read, range(-(-images.n // batch_size)), workers)
+    yield from _ahead(read, range(first, -(-images.n // batch_size)), workers)
 
 
 def _ahead(read: Callable[[int], Any], numbers: range, workers: int) -> Iterator[Any]:

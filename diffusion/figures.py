@@ -121,10 +121,15 @@ def save_npz(path: str | os.PathLike, images: np.ndarray, labels: np.ndarray | N
         np.savez(file, *arrays)
 
 
-def save_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a text, atomically; folders are made. Raises OSError."""
+def save_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Writes a file, atomically; folders are made. Raises OSError."""
     with _replacing(path) as file:
-        file.write(text.encode("utf-8", "backslashreplace"))
+        file.write(content)
+
+
+def save_text(path: str | os.PathLike, text: str) -> None:
+    """The same for a text, in UTF-8."""
+    save_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def read_curve(path: str | os.PathLike, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -232,3 +237,29 @@ def loss_curve(
 
 def _spans(values: np.ndarray, factor: float) -> bool:
     return values.size > 1 and values.min() > 0 and values.max() >= factor * values.min()
+
+
+def rate_distortion(png_path: str | os.PathLike, rate: np.ndarray, rmse: np.ndarray) -> None:
+    """Draws the three panels of the paper's Figure 5.
+
+    rate: float[T], bits/dim sent until x_k is known, at k - 1; rmse: float[T], distortion there, on
+    0-255. Steps are counted as there, from x_T on. Raises OSError.
+    """
+    from matplotlib.figure import Figure
+
+    rate, rmse = rate[::-1], rmse[::-1]
+    steps = np.arange(1, len(rate) + 1)
+    panels = [
+        ("reverse steps (T - t)", steps, "distortion (RMSE)", rmse),
+        ("reverse steps (T - t)", steps, "rate (bits/dim)", rate),
+        ("rate (bits/dim)", rate, "distortion (RMSE)", rmse),
+    ]
+    figure = Figure(figsize=(12, 3.6), dpi=120, layout="constrained")
+    for axes, (x_name, x, y_name, y) in zip(figure.subplots(1, 3), panels, strict=True):
+        axes.plot(x, y, color="#1f5fa8", linewidth=2)
+        axes.set(xlabel=x_name, ylabel=y_name, ylim=(0, None))
+        axes.grid(True, color="#e3e6ea", linewidth=0.8)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0, colors="#5a6270")
+    with _replacing(png_path) as file:
+        figure.savefig(file, format="png")

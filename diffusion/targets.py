@@ -19,6 +19,7 @@ from diffusion.process import (
     noise_share,
     posterior,
     q_posterior,
+    respace,
 )
 
 
@@ -143,6 +144,44 @@ VARIANCES = {
 }
 
 
+def analytic(var_0: np.ndarray, decoder: np.ndarray | None = None) -> Variance:
+    """The isotropic variance that makes the bound least: beta~ + weight_0^2 var_0[t].
+
+    Bao et al. 2022, arXiv 2201.06503, Theorem 1, with a measured Var[x_0 | x_t] (bounds.optimum).
+
+    var_0:   float64[T+1], one for each t of the trained chain; entry 0 is not read.
+    decoder: float64[T+1], the variance of p(x_0 | x_t) for a chain whose first step is t -> 0;
+             entry 0 is not read. None: that of the fixed variances.
+    Entries are found by what the network is told, t - 1, so they hold for every respaced chain.
+    Raises ValueError for tables of other shapes or with negative entries.
+    """
+    var_0 = np.asarray(var_0, np.float64)
+    decoder = None if decoder is None else np.asarray(decoder, np.float64)
+    for table in (var_0, var_0 if decoder is None else decoder):
+        if table.ndim != 1 or table.shape != var_0.shape or not np.all(table[1:] >= 0):
+            raise ValueError(f"analytic: expected T + 1 numbers, none below 0; found {table}")
+
+    def trained(p: Process) -> np.ndarray:
+        times = np.round(p.model_t).astype(int) + 1
+        if times[-1] >= len(var_0):
+            raise ValueError(f"analytic: the table ends at t = {len(var_0) - 1} < {times[-1]}")
+        return times
+
+    def log_var(p: Process, extra: Array | None, t: Array) -> Array:
+        steps, times = np.arange(1, p.T + 1), trained(p)
+        c = posterior(p, steps - 1, steps)
+        table = np.append(0, c.variance + c.weight_0**2 * var_0[times[1:]])
+        if decoder is None:
+            return at(_log_table(p, table), t)
+        table[:2] = decoder[times[1]]
+        return at(np.log(table), t)
+
+    def of_x_0(p: Process, log_var: Array, t: Array) -> Array:
+        return expand(at(var_0[trained(p)], t), log_var)
+
+    return Variance(1, log_var, of_x_0)
+
+
 class Prediction(NamedTuple):
     """What a model says of (x_t, t): the only thing samplers, likelihood and codec know of it.
 
@@ -226,6 +265,39 @@ def reverse(p: Process, prediction: Prediction, x_t: Array, s, t) -> tuple[Array
     weight_0 = expand(posterior(p, s, t).weight_0, x_t)
     long_step = jnp.log(variance + weight_0**2 * var_0)
     return mean, jnp.where(one_step, prediction.log_var, long_step)
+
+
+def respaced(p: Process, predict: Predict, variance: Variance, ts: np.ndarray) -> Predict:
+    """The same model on the chain `process.respace(p, ts)`, for every target: (x, i) -> Prediction.
+
+    predict: the model on p, asked at the trained time ts[i], from which a step of the shorter chain
+             goes down to ts[i - 1].
+    variance: the choice for the longer steps. One that the network does not give is that of the
+             shorter chain's own tables, whatever `predict` was built with. A learned one is carried
+             over by what it says of x_0, except where the step is a trained one; at the first step
+             not below the shorter chain's clipped variance, as x_0 may count as known there.
+    Where the network gives the mean, it is kept for trained steps. All of p's times: all the same.
+    ts: distinct ints in 1..T, in any order. Raises ValueError for others.
+    """
+    q = respace(p, ts)
+    times = np.append(0, np.sort(np.asarray(ts)))
+
+    def shorter(x_t: Array, i: Array) -> Prediction:
+        i = jnp.broadcast_to(jnp.asarray(i), x_t.shape[:1])
+        s, t = at(times, i - 1), at(times, i)
+        prediction = predict(x_t, t)
+        mean, log_var = reverse(p, prediction, x_t, s, t)
+        var_0 = prediction.var_0
+        if variance.outputs == 1:
+            log_var = expand(variance.log_var(q, None, i), x_t)
+            var_0 = variance.var_0(q, log_var, i)
+        else:
+            floor = jnp.maximum(log_var, expand(posterior_log_var(q, i), x_t))
+            log_var = jnp.where(expand(s == t - 1, x_t) > 0, log_var, floor)
+        mean = None if prediction.mean is None else mean
+        return prediction._replace(log_var=log_var, var_0=var_0, mean=mean)
+
+    return shorter
 
 
 TARGETS = {

@@ -283,6 +283,11 @@ def test_in_order_gives_every_image_once_and_masks_the_rest(stored):
         np.testing.assert_array_equal(mask, np.arange(len(mask)) < 60)
         np.testing.assert_array_equal(image[mask], whole.image)
         np.testing.assert_array_equal(label[mask], whole.label)
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            list(data.in_order(stored, batch_size, first=1)),
+            parts[1:],
+        )
         halves = [data.in_order(stored, batch_size, rows) for rows in (slice(0, 3), slice(3, None))]
         together = [
             [np.concatenate(x) for x in zip(*p, strict=True)] for p in zip(*halves, strict=True)

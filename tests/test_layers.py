@@ -49,7 +49,7 @@ for i, row in enumerate(MATHEMATICS):
 LAYERS["ode"] |= {"scipy"}  # its adaptive solver
 
 # The only files that see flags and configs: together they are main.
-TOP = {"main", "experiment", "settings", "bench"}
+TOP = {"main", "experiment", "settings", "bench", "likelihoods"}
 # flax and absl by their bare names would reach what is refused.
 NOT_IN_DIFFUSION = {"flax.linen", "absl.flags", "ml_collections", "configs", "tests", *TOP}
 NOT_IN_DIFFUSION_BARE = {"flax", "absl", "diffusion"}

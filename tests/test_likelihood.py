@@ -220,6 +220,18 @@ def test_expected_terms_are_mutual_informations(x64):
         np.testing.assert_allclose(ours, information(FINE, known, t - 1, t), rtol=1e-9)  # float64
 
 
+RESPACED = np.array([2, 3, 7, 12])
+
+
+def test_expected_terms_of_a_respaced_chain(x64):
+    """E[L_{i-1}] = I(x_0; x_s | x_t), s and t the trained times, from a network of single steps."""
+    known, q = Gaussian(0.1, 0.3), process.respace(FINE, RESPACED)
+    predict = targets.respaced(FINE, exact(FINE, known), VARIANCES["learned"], RESPACED)
+    ours = expected_bits(q, known, predict, np.arange(2, 5))
+    wanted = information(FINE, known, RESPACED[:-1], RESPACED[1:])
+    np.testing.assert_allclose(ours, wanted, rtol=1e-9)  # float64
+
+
 def fixed(p, known, variance):
     apply = known.network(p, "x0", learned=False)
     return targets.predictor(p, apply, TARGETS["x0"], VARIANCES[variance], clip=False)
@@ -266,7 +278,7 @@ def test_bound_tightens_with_more_steps(x64):
     assert abs(orders[-1] - 1) < abs(orders[0] - 1)
 
 
-def bound_by_quadrature(p, known, x_0, monkeypatch, nodes=48):
+def bound_by_quadrature(p, predict, x_0, monkeypatch, nodes=48):
     """E[terms] over the noise, by Gauss-Hermite nodes in place of draws: bits [T+1].
 
     Exact for the KL terms, which are quadratic, and good to 1e-9 for the decoder, which is smooth.
@@ -275,7 +287,7 @@ def bound_by_quadrature(p, known, x_0, monkeypatch, nodes=48):
     batch = jnp.broadcast_to(jnp.asarray(x_0).reshape(1, -1, 1, 1), (nodes, len(x_0), 1, 1))
     draw = jnp.broadcast_to(jnp.asarray(z).reshape(-1, 1, 1, 1), batch.shape)
     monkeypatch.setattr(likelihood, "noise", lambda keys, t, like: draw)
-    bits = jax.jit(lambda x: terms(p, exact(p, known), random.key(0), x).bits)(batch)
+    bits = jax.jit(lambda x: terms(p, predict, random.key(0), x).bits)(batch)
     return weights / weights.sum() @ np.asarray(bits)
 
 
@@ -306,7 +318,7 @@ def test_bound_is_the_likelihood(x64, monkeypatch):
     """
     p, known = FINE, Gaussian(0.1, 0.06)
     x_0 = LEVELS[[70, 128, 139, 160, 200]]
-    bits = bound_by_quadrature(p, known, x_0, monkeypatch)
+    bits = bound_by_quadrature(p, exact(p, known), x_0, monkeypatch)
     assert bits.shape == (p.T + 1,)
     wanted = exact_bits(p, known, x_0).mean()
     np.testing.assert_allclose(bits.sum(), wanted, atol=DECODER)
@@ -319,8 +331,18 @@ def test_bound_is_the_likelihood(x64, monkeypatch):
     np.testing.assert_allclose(bits[1:].sum(), wanted - density.mean(), rtol=1e-10)
 
 
+def test_bound_of_a_respaced_chain_is_the_likelihood(x64, monkeypatch):
+    """Exact steps of any length telescope: fewer of them have the same bound and the same prior."""
+    p, known, ts = FINE, Gaussian(0.1, 0.06), np.array([1, 2, 5, 12])
+    x_0 = LEVELS[[70, 128, 139, 160, 200]]
+    predict = targets.respaced(p, exact(p, known), VARIANCES["learned"], ts)
+    bits = bound_by_quadrature(process.respace(p, ts), predict, x_0, monkeypatch)
+    assert bits.shape == (5,)
+    np.testing.assert_allclose(bits.sum(), exact_bits(p, known, x_0).mean(), atol=DECODER)
+
+
 def test_bound_of_many_draws():
-    """The same in float32 by Monte Carlo, with the noise of `terms` itself."""
+    """The same in float32 by Monte Carlo, with the noise of `terms` itself; rate and distortion."""
     p, known = FINE, Gaussian(0.1, 0.06)
     rng = np.random.RandomState(0)
     x_0 = known.mean + np.sqrt(known.var) * rng.randn(256, 24, 24, 1)
@@ -334,6 +356,59 @@ def test_bound_of_many_draws():
     # The mean squared error is what is left to know of x_0 at x_t: column t - 1.
     var_0 = known.given(p, 0, np.arange(1, p.T + 1))[2]
     assert np.all(np.abs(out.mse.mean(0) - var_0) < 5 * out.mse.std(0) / 16)
+
+    both = likelihood.rate_distortion(out)
+    assert both.rate.shape == both.rmse.shape == (256, p.T)
+    rate, rmse = (likelihood.average(a) for a in both)
+    # What x_k, ..., x_T say of x_0 in all: I(x_0; x_k), and L_T for x_T.
+    k = np.arange(1, p.T)
+    wanted = np.append(np.cumsum(information(p, known, k, k + 1)[::-1])[::-1], 0)
+    assert np.all(np.abs(rate.mean - out.bits[:, -1].mean() - wanted)[:-1] < 5 * rate.error[:-1])
+    # The mean of a root is below the root of the mean, by 1/8 of the relative variance, 2/576.
+    wanted = 127.5 * np.sqrt(var_0)
+    assert np.all(np.abs(rmse.mean - wanted) < 5 * rmse.error + wanted / 8 * 2 / 576)
+    # With every transmission the rate does not fall and the distortion does, from x_T to x_1.
+    assert np.all(np.diff(rate.mean[::-1]) >= 0) and np.all(np.diff(rmse.mean[::-1]) < 0)
+
+
+def test_rate_and_distortion_of_an_image():
+    """Column k - 1 is where x_k is known: all of L but L_0, ..., L_{k-1} has been sent."""
+    bits = np.array([[8.0, 4, 2, 1], [80, 40, 20, 10]])  # L_0, L_1, L_2 and the prior
+    mse = np.array([[1 / 127.5**2, 0.01, 0.25], [0, 1, 4]])
+    out = likelihood.rate_distortion(likelihood.Terms(jnp.asarray(bits), jnp.asarray(mse)))
+    np.testing.assert_allclose(out.rate, [[7, 3, 1], [70, 30, 10]], rtol=1e-12)  # float64
+    np.testing.assert_allclose(out.rmse, [[1, 12.75, 63.75], [0, 127.5, 255]], rtol=1e-6)
+
+
+def test_average():
+    """Of n independent draws: the error of their mean, of any shape."""
+    values = np.random.RandomState(0).randn(2000, 50, 3).astype(np.float32)
+    mean, error = likelihood.average(values[:50])
+    assert mean.shape == error.shape == (50, 3) and mean.dtype == np.float64
+    np.testing.assert_allclose(likelihood.average([1.0, 3.0]), (2, 1))  # sqrt(2) / sqrt(2)
+    means, errors = zip(*(likelihood.average(v) for v in np.split(values, 400)), strict=True)
+    means, errors = np.array(means), np.array(errors)
+    np.testing.assert_allclose((errors**2).mean(), means.var(), rtol=0.03)  # 60,000 of each
+    for few in ([], [1.0]):
+        with pytest.raises(ValueError, match="two or more"):
+            likelihood.average(few)
+
+
+def test_the_paper_s_table_4():
+    """Its last row is where x_1 is known: rate 1.78 and L_0 = 1.97 make the codelength 3.75."""
+    steps, rate, rmse = np.array(likelihood.TABLE_4).T
+    np.testing.assert_array_equal(steps, np.arange(1000, 0, -100))
+    assert rate[0] + 1.97 == pytest.approx(3.75, abs=0.005)  # Section 4.3, two digits
+    assert np.all(np.diff(rate) < 0) and np.all(np.diff(rmse) > 0)
+    # Rows are the same places of one's own chain: r transmissions leave x_{T-r+1} known.
+    k = np.arange(1.0, 1001)
+    rows = likelihood.table_4(likelihood.RateDistortion(*np.stack([[k, -k], [k + 2, -k]], axis=1)))
+    assert [row.step for row in rows] == list(steps)
+    np.testing.assert_array_equal([row.rate.mean for row in rows], 1001 - steps + 1)
+    np.testing.assert_array_equal([row.rate.error for row in rows], 1)
+    np.testing.assert_array_equal([row.rmse.mean for row in rows], steps - 1001)
+    with pytest.raises(ValueError, match="10 n steps"):
+        likelihood.table_4(likelihood.RateDistortion(np.ones((2, 25)), np.ones((2, 25))))
 
 
 def test_point_costs_nothing_after_its_decoder(monkeypatch):

@@ -2,9 +2,11 @@
 
 import concurrent.futures
 import contextlib
+import csv
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -122,6 +124,18 @@ def test_a_finished_run_says_so(trained):
 def test_the_work_directory_remembers_its_config(trained):
     out, _ = run(f"--workdir={trained[0]}")
     assert "nothing to do" in out  # the embedded default would be another config: an error
+
+
+def test_a_work_directory_from_before_a_key_came_goes_on(trained, tmp_path):
+    """Its config.json lacks what later versions added; nothing of that has a part in training."""
+    workdir = tmp_path / "old"
+    shutil.copytree(trained[0], workdir)
+    config = json.loads((workdir / "config.json").read_text())
+    del config["bpd"], config["data"]["workers"], config["train"]["eval_every"]
+    (workdir / "config.json").write_text(json.dumps(config))
+    for args in ([], [TINY]):
+        out, _ = run(f"--workdir={workdir}", *args)
+        assert "nothing to do" in out
 
 
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(tmp_path):
@@ -286,6 +300,40 @@ def test_samples_do_not_depend_on_the_batch(trained):
     run("--mode=sample", f"--workdir={workdir}", *few, "--config.sample.seed=1")
     other = np.load(workdir / "samples" / "00000008_seed1" / "samples.npz")["arr_0"]
     assert np.abs(other.astype(int) - again).mean() > 1
+
+
+def test_bits_per_dimension_add_up_whatever_the_batches_and_devices(trained):
+    """The whole report of 24 images, on four devices and on one, in other batches."""
+    workdir = trained[0]
+    folder = workdir / "eval" / "00000008"
+    every = ("--mode=bpd", f"--workdir={workdir}", "--config.bpd.num=24")
+    more = ("--config.bpd.estimate=8", "--config.bpd.steps=(5,)", "--config.bpd.ode=4")
+    out, err = run(*every, *more, JAX_NUM_CPU_DEVICES=4)
+    assert err == "" and "Table 4" not in out  # these are no CIFAR-10 images
+    about = json.loads((folder / "bpd.json").read_text())
+    assert (about["step"], about["images"], about["split"]) == (8, 24, "test")
+    bits = list(about["bits_per_dim"].values())
+    assert len(bits) == 4 and all(np.isfinite(x["mean"]) and x["error"] > 0 for x in bits)
+    assert abs(about["rate"]["mean"] + about["L_0"]["mean"] - bits[0]["mean"]) < 1e-6
+    with open(folder / "rate_distortion.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["t"]) for row in rows] == list(range(20, 0, -1))
+    assert float(rows[-1]["rate"]) == pytest.approx(about["rate"]["mean"], rel=1e-5)
+    # An unweighted check of the columns: the rate grows by L_{t-1} from row to row.
+    grown = np.diff([float(row["rate"]) for row in rows])
+    np.testing.assert_allclose(grown, [float(row["L_t-1"]) for row in rows[:-1]], atol=2e-5)
+    with Image.open(folder / "rate_distortion.png") as image:
+        assert image.size[0] > 2 * image.size[1]
+    assert not list(folder.glob("*partial*"))
+    run(*every, "--config.bpd.batch_size=7", JAX_NUM_CPU_DEVICES=1)
+    again = json.loads((folder / "bpd.json").read_text())["bits_per_dim"]
+    # Float32 sums in another order, through 20 steps.
+    assert next(iter(again.values()))["mean"] == pytest.approx(bits[0]["mean"], rel=1e-5)
+
+
+def test_a_training_logs_its_bits_per_dimension(trained):
+    bits, errors = (logged(trained[0], f"eval/{name}") for name in ("bpd", "bpd_error"))
+    assert list(bits) == [4, 8] and all(errors[step] > 0 for step in bits)
 
 
 def test_a_second_start_compiles_nothing(tmp_path):

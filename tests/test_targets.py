@@ -350,6 +350,116 @@ def test_long_steps_are_steps_of_the_respaced_chain(target, variance, x64):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
+RESPACED = [np.arange(1, 21), np.array([2, 7, 8, 20]), np.array([9, 1, 10])]
+VAR_0 = np.append(0, np.geomspace(1e-3, 0.5, SHORT.T))
+
+
+@pytest.mark.parametrize("variance", [*VARIANCES, "analytic"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_respacing_to_all_times_changes_nothing(target, variance):
+    """Bit for bit, whatever is predicted and with which variance."""
+    variance = VARIANCES.get(variance) or targets.analytic(VAR_0)
+    apply = functools.partial(network, outputs=variance.outputs)
+    predict = targets.predictor(SHORT, apply, TARGETS[target], variance)
+    same = targets.respaced(SHORT, predict, variance, np.arange(1, 21))
+    t = jnp.array([1, 2, 3, 11, 20])  # not compiled: two programs may round differently
+    jax.tree.map(np.testing.assert_array_equal, same(X_T, t), predict(X_T, t))
+
+
+@pytest.mark.parametrize("ts", RESPACED, ids=["all", "from 2", "from 1"])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "analytic"])
+def test_respaced_is_the_shorter_chain_s_own_predictor(variance, ts):
+    """Bit for bit, its first step included, where a network gives no variance and no mean."""
+    tables = VAR_0, 2 * VAR_0
+    variance = VARIANCES.get(variance) or targets.analytic(*tables)
+    apply = functools.partial(network, outputs=1)
+    q = process.respace(SHORT, ts)
+    i = jnp.minimum(jnp.array([1, 2, 3, 3, len(ts)]), len(ts))
+    for target in ("eps", "v"):
+        # Whatever variance the longer chain had.
+        longer = targets.predictor(SHORT, apply, TARGETS[target], VARIANCES["fixed_large"])
+        wanted = targets.predictor(q, apply, TARGETS[target], variance)(X_T, i)
+        ours = targets.respaced(SHORT, longer, variance, ts)(X_T, i)
+        jax.tree.map(np.testing.assert_array_equal, ours, wanted)
+
+
+@pytest.mark.parametrize("ts", RESPACED, ids=["all", "from 2", "from 1"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_respaced_is_exact_for_gaussian_data(target, ts, x64):
+    """A learned variance of single steps, and the mean of a mu-network, on longer steps."""
+    p, known = SHORT, Gaussian(0.3, 0.4)
+    learned = VARIANCES["learned"]
+    predict = targets.predictor(p, known.network(p, target), TARGETS[target], learned, clip=False)
+    q, i = process.respace(p, ts), np.arange(1, len(ts) + 1)
+    x_t = random.normal(random.key(0), (len(ts), 2, 2, 1), jnp.float64)
+
+    @jax.jit
+    def step(x_t, i):
+        return targets.reverse(q, targets.respaced(p, predict, learned, ts)(x_t, i), x_t, i - 1, i)
+
+    mean, log_var = step(x_t, i)
+    times = np.append(0, np.sort(ts))
+    intercept, slope, variance = (column(c) for c in known.given(p, times[:-1], times[1:]))
+    # Float64 roundings, amplified by 1 / weight_0^2, up to 2e3, in the way to var_0 and back.
+    np.testing.assert_allclose(mean, intercept + slope * x_t, atol=1e-11)
+    wanted = jnp.broadcast_to(variance, x_t.shape)
+    np.testing.assert_allclose(jnp.exp(log_var), wanted, rtol=1e-10)
+
+
+def test_a_respaced_decoder_has_a_floor():
+    """A learned variance that takes x_0 as known: at the first step it is clipped as beta~ is."""
+    ts = np.array([3, 8, 20])
+
+    def apply(x, model_t):  # far below beta~
+        return jnp.concatenate([0.1 * x, jnp.full_like(x, -30)], -1)
+
+    learned = VARIANCES["learned"]
+    predict = targets.predictor(SHORT, apply, TARGETS["x0"], learned)
+    i = jnp.array([1, 1, 2, 3, 3])
+    log_var = targets.respaced(SHORT, predict, learned, ts)(X_T, i).log_var
+    wanted = column(targets.posterior_log_var(process.respace(SHORT, ts), i))
+    # Float32: beta~ on the device, of logarithms' differences, and on the host.
+    np.testing.assert_allclose(log_var, jnp.broadcast_to(wanted, X_T.shape), rtol=1e-5)
+    # But a trained step says what the network says.
+    log_var = targets.respaced(SHORT, predict, learned, [1, 2, 9])(X_T, jnp.array(2)).log_var
+    assert np.all(log_var == -30)
+
+
+def test_analytic_variance_is_exact_for_gaussian_data(x64):
+    """Theorem 1 of Analytic-DPM (arXiv 2201.06503): one Var[x_0 | x_t] for steps of any length."""
+    known, t = Gaussian(0.3, 0.4), np.arange(1, SHORT.T + 1)
+    _, _, var_0 = known.given(SHORT, 0, t)
+    variance = targets.analytic(np.append(np.nan, var_0), np.append(np.nan, 3 * var_0))
+    for ts in RESPACED:
+        q, times = process.respace(SHORT, ts), np.append(0, np.sort(ts))
+        i = np.arange(1, len(ts) + 1)
+        ours = np.exp(variance.log_var(q, None, jnp.asarray(i)))
+        np.testing.assert_allclose(ours[1:], known.given(SHORT, times[1:-1], times[2:])[2], 1e-10)
+        np.testing.assert_allclose(ours[0], 3 * var_0[times[1] - 1], rtol=1e-12)  # float64
+        of_x_0 = variance.var_0(q, column(jnp.zeros(len(ts))), jnp.asarray(i))
+        np.testing.assert_allclose(of_x_0, column(var_0[times[1:] - 1]), rtol=1e-12)
+        # Without a decoder's table: as the fixed variances.
+        without = targets.analytic(np.append(0, var_0)).log_var(q, None, jnp.asarray(i))
+        np.testing.assert_allclose(without[1:], np.log(ours[1:]), rtol=1e-12)
+        np.testing.assert_allclose(without[0], targets.posterior_log_var(q, 1), rtol=1e-12)
+
+
+def test_analytic_variance_between_the_fixed_ones(x64):
+    """Nothing known of x_0, as of unit Gaussian data, is fixed_large; all known, fixed_small."""
+    t = jnp.arange(1, SHORT.T + 1)
+    for var_0, fixed in ((0 * VAR_0, "fixed_small"), (1 - SHORT.alpha_bar, "fixed_large")):
+        ours = targets.analytic(var_0).log_var(SHORT, None, t)
+        np.testing.assert_allclose(ours, VARIANCES[fixed].log_var(SHORT, None, t), rtol=1e-12)
+
+
+def test_analytic_tables_are_checked():
+    for tables in ([[0, -1.0]], [[0, 1.0], [0, 1.0, 2.0]], [[[0, 1.0]]], [[0, np.nan]]):
+        with pytest.raises(ValueError, match=r"expected T \+ 1 numbers"):
+            targets.analytic(*tables)
+    with pytest.raises(ValueError, match="ends at t = 3 < 20"):
+        targets.analytic(np.ones(4)).log_var(SHORT, None, jnp.array([1]))
+
+
 def test_last_long_step():
     """x_s = x_0: certain where x_0 counts as known, else with the variance of x_0 itself."""
     x = random.normal(random.key(0), (2, 4, 4, 1))
