@@ -169,3 +169,4 @@ def run(config: ConfigDict, workdir: pathlib.Path, parts: list[str]) -> None:
         device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         about = {"device": device, "jax": jax.__version__, "measured": lines}
         (folder / f"{part}.json").write_text(json.dumps(about, indent=2) + "\n")
+        log.say(f"done       {folder / part}.json")

@@ -73,7 +73,9 @@ def test_command_runs(place, command):
         if not any("data.archive=" in a for a in arguments):  # nothing is downloaded in a test
             arguments.append("--config.data.archive=cifar-10-binary.tar.gz")
             arguments.append("--config.data.accept_incomplete=True")
-    elif "--mode=sample" not in arguments:
+    elif "--mode=bench" in arguments:
+        arguments += ["--part=likelihood", f"--config={ROOT}/configs/digits.py:tiny"]
+    elif "--workdir=runs/digits" not in arguments:
         workdir = re.sub(r"\W+", "_", command)
         arguments = [a for a in arguments if not a.startswith("--workdir=")]
         arguments.append(f"--workdir={workdir}")
