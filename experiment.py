@@ -47,13 +47,18 @@ def build(config: ConfigDict) -> Experiment:
     betas = schedule(c.process.T, c.process.beta_start, c.process.beta_end)
     p = settings.call(process.from_betas, "process", betas)
     loss = settings.call(make_loss, "loss", p, target, variance, **without(c.loss, "name"))
-    size = c.data.image_size
-    image_shape = (*((size, size) if isinstance(size, int) else size), c.data.channels)
+    image_shape = shape_of(c)
     net = unet.UNet(**c.model, out_ch=c.data.channels * variance.outputs)
     tx = train.optimiser(c.optim.lr, c.optim.warmup, c.optim.clip)
     x = Experiment(p, target, variance, loss, net, tx, image_shape, train.data_mesh())
     settings.call(abstract_state, "model", x)  # sizes that do not divide are found here
     return x
+
+
+def shape_of(config: ConfigDict) -> tuple[int, int, int]:
+    """(height, width, channels) of the images."""
+    c = config.data
+    return c.image_size, c.image_width or c.image_size, c.channels
 
 
 def without(config: ConfigDict, *names: str) -> dict[str, Any]:
@@ -283,8 +288,8 @@ def find_images(config: ConfigDict, x: Experiment, split: str = "train") -> data
     if images.shape != x.image_shape:
         found, wanted = ("x".join(map(str, shape)) for shape in (images.shape, x.image_shape))
         message = (
-            f"data: expected images of {wanted} (data.image_size, data.channels), found {found}; "
-            "change these two keys"
+            f"data: expected images of {wanted} (data.image_size, data.image_width, "
+            f"data.channels), found {found}; change these keys"
         )
         raise Fatal(settings.DATA, message)
     if config.model.num_classes not in (0, images.num_classes):

@@ -201,8 +201,7 @@ def prepare_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     Without JAX: no accelerator is taken for this.
     """
     c = config.data
-    h, w = (c.image_size, c.image_size) if isinstance(c.image_size, int) else c.image_size
-    rule = pictures.Rule(h, w, c.channels, tuple(c.background))
+    rule = pictures.Rule(*experiment.shape_of(config), tuple(c.background))
     downloads = os.path.join(c.data_dir, "downloads")
     try:
         source = sources.open_source(

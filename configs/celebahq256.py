@@ -54,6 +54,7 @@ def get_config(variant: str = "") -> ConfigDict:
                 "name": "celebahq256",
                 "data_dir": "data",
                 "image_size": 256,
+                "image_width": 0,
                 "channels": 3,
                 "flip": True,
                 "on_device_gib": 4.0,

@@ -72,6 +72,7 @@ def get_config(variant: str = "") -> ConfigDict:
                 "name": "cifar10",
                 "data_dir": "data",
                 "image_size": 32,
+                "image_width": 0,
                 "channels": 3,
                 "flip": True,
                 "on_device_gib": 4.0,

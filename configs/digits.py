@@ -50,6 +50,7 @@ def get_config(variant: str = "") -> ConfigDict:
                 "name": "",
                 "data_dir": "",
                 "image_size": 8,
+                "image_width": 0,
                 "channels": 1,
                 "flip": False,
                 "on_device_gib": 4.0,

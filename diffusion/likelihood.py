@@ -171,16 +171,14 @@ class Row(NamedTuple):
     rmse: Average
 
 
-def table_4(out: RateDistortion) -> list[Row]:
-    """The paper's Table 4 from one's own images: after T, 9T/10, ... T/10 transmissions.
+def table_4(rate: Average, rmse: Average) -> list[Row]:
+    """The paper's Table 4 from one's own averages [T]: after T, 9T/10, ... T/10 transmissions.
 
-    For T = 1000 these are the rows of TABLE_4. Raises ValueError if 10 does not divide T, or for
-    fewer than two images.
+    For T = 1000 these are the rows of TABLE_4. Raises ValueError if 10 does not divide T.
     """
-    T = out.rate.shape[1]
+    T = len(rate.mean)
     if T % 10:
         raise ValueError(f"table_4: expected a chain of 10 n steps, found {T}")
-    rate, rmse = average(out.rate), average(out.rmse)
     # Column k - 1 = T - r.
     return [
         Row(r, *(Average(a.mean[T - r], a.error[T - r]) for a in (rate, rmse)))

@@ -402,13 +402,14 @@ def test_the_paper_s_table_4():
     assert np.all(np.diff(rate) < 0) and np.all(np.diff(rmse) > 0)
     # Rows are the same places of one's own chain: r transmissions leave x_{T-r+1} known.
     k = np.arange(1.0, 1001)
-    rows = likelihood.table_4(likelihood.RateDistortion(*np.stack([[k, -k], [k + 2, -k]], axis=1)))
+    values = np.stack([[k, -k], [k + 2, -k]], axis=1)
+    rows = likelihood.table_4(*map(likelihood.average, values))
     assert [row.step for row in rows] == list(steps)
     np.testing.assert_array_equal([row.rate.mean for row in rows], 1001 - steps + 1)
     np.testing.assert_array_equal([row.rate.error for row in rows], 1)
     np.testing.assert_array_equal([row.rmse.mean for row in rows], steps - 1001)
     with pytest.raises(ValueError, match="10 n steps"):
-        likelihood.table_4(likelihood.RateDistortion(np.ones((2, 25)), np.ones((2, 25))))
+        likelihood.table_4(*[likelihood.average(np.ones((2, 25)))] * 2)
 
 
 def test_point_costs_nothing_after_its_decoder(monkeypatch):

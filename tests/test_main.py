@@ -254,7 +254,8 @@ def test_prepare_names_what_cannot_be_used_and_makes_a_set_of_the_rest(tmp_path)
     (folder / "away.png").symlink_to("/etc/passwd")
     (folder / "notes.txt").write_text("no picture")
     config = f"--config={ROOT}/configs/folder.py"
-    args = (config, f"--config.data.archive={folder}", "--config.data.image_size=16")
+    size = ("--config.data.image_size=16", "--config.data.image_width=24")
+    args = (config, f"--config.data.archive={folder}", *size)
 
     out, err = run("--mode=prepare", *args, "--dry_run", cwd=tmp_path)
     assert err == "" and "5 images" in out and f"{len(bad) + 2} skipped" in out
@@ -267,7 +268,7 @@ def test_prepare_names_what_cannot_be_used_and_makes_a_set_of_the_rest(tmp_path)
     said = (tmp_path / "runs" / "folder" / "figures" / "skipped.txt").read_text()
     assert {line.partition(":")[0] for line in said.splitlines()} == {*bad, "pipe.png", "away.png"}
     there = data.find("tfds", "train", name="images", data_dir=str(tmp_path / "data"))
-    assert (there.n, there.shape, there.num_classes) == (5, (16, 16, 3), 0)
+    assert (there.n, there.shape, there.num_classes) == (5, (16, 24, 3), 0)
 
     fail = (*args, "--config.data.name=other", "--config.data.on_error=fail")
     _, err = run("--mode=prepare", *fail, cwd=tmp_path, code=3)
