@@ -113,8 +113,8 @@ def resolve(
     workdir = pathlib.Path(workdir or pathlib.Path("runs", name))
     old = remembered(workdir) if filename == DEFAULT else None
     if old:
-        # What came into the program after that run, and has no part in training, as by default.
-        new = {key: value for key, value in flatten(config).items() if key.startswith(FREE)}
+        # Keys that came into the program after that run are as by default.
+        new = {key: value for key, value in flatten(config).items() if key in RULES}
         config = ConfigDict(nest(new | flatten(_tuples(old))))
         config.update_from_flattened_dict(config_flags.get_override_values(flag))
     return config, workdir
@@ -301,13 +301,16 @@ def check(config: ConfigDict, devices: int) -> None:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`key: was X, now Y` for every key that decides what a training is and is not the same."""
+    """`key: was X, now Y` for every key that decides what a training is and is not the same.
+
+    A key that came after the old run has a value that means "none", or it was not the same.
+    """
     old, new = flatten(_tuples(old)), flatten(new)
     keys = [k for k in sorted(old | new) if not k.startswith(FREE)]
     return [
         f"{k}: was {old.get(k, ABSENT)}, now {new.get(k, ABSENT)}"
         for k in keys
-        if old.get(k, ABSENT) != new.get(k, ABSENT)
+        if old.get(k, ABSENT) != new.get(k, ABSENT) and (k in old or new[k])
     ]
 
 

@@ -131,7 +131,7 @@ def test_a_work_directory_from_before_a_key_came_goes_on(trained, tmp_path):
     workdir = tmp_path / "old"
     shutil.copytree(trained[0], workdir)
     config = json.loads((workdir / "config.json").read_text())
-    del config["bpd"], config["data"]["workers"], config["train"]["eval_every"]
+    del config["bpd"], config["data"]["workers"], config["data"]["image_width"]
     (workdir / "config.json").write_text(json.dumps(config))
     for args in ([], [TINY]):
         out, _ = run(f"--workdir={workdir}", *args)
