@@ -317,10 +317,10 @@ def run(config: ConfigDict, workdir: pathlib.Path, step: int, params: Any, say: 
             kept.unlink()
         say(f"done       {folder}/bpd.json, rate_distortion.csv, rate_distortion.png")
     if x.p.T == 1000 and config.data.name == "cifar10":
-        say("Table 4    steps     rate     RMSE   the paper's")
+        say("Table 4    steps      rate      RMSE   the paper's")
         ours = likelihood.table_4(whole.rate, whole.rmse)
         for row, (_, rate, rmse) in zip(ours, likelihood.TABLE_4, strict=True):
-            numbers = f"{row.rate.mean:8.5f} {row.rmse.mean:8.5f}   {rate:8.5f} {rmse:8.5f}"
+            numbers = f"{row.rate.mean:9.5f} {row.rmse.mean:9.5f}   {rate:8.5f} {rmse:8.5f}"
             say(f"           {row.step:5} {numbers}")
 
 
