@@ -5,7 +5,6 @@ Configuration ends here: nothing below sees a ConfigDict.
 """
 
 import collections
-import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -151,12 +150,11 @@ def feed(config: ConfigDict, x: Experiment, images: data.Images) -> tuple[Callab
     """(update, inputs: the step to start from -> what update takes at each step).
 
     A set that fits lies on every device; a larger one is streamed. Both give the same batches.
-    Raises Fatal, at once or while reading.
+    Raises DataError, at once or while reading.
     """
     if not fits(config, images):
         return make_streamed_update(config, x), lambda start: _streamed(config, x, images, start)
-    with _data_errors():
-        image, label, _ = data.load(images)
+    image, label, _ = data.load(images)
 
     def inputs(start):
         whole = train.replicated(x.mesh)
@@ -171,20 +169,11 @@ def _streamed(config, x, images, start):
     rows, steps = train.rows_here(sharding, size), range(start, config.train.steps)
     _, key_data, _ = keys_of(config.seed)
     ahead = collections.deque()
-    with _data_errors():
-        for batch in data.stream(images, key_data, steps, size, rows, config.data.workers):
-            ahead.append(tuple(train.spread(a, sharding, (size, *a.shape[1:])) for a in batch))
-            if len(ahead) > 2:
-                yield ahead.popleft()
+    for batch in data.stream(images, key_data, steps, size, rows, config.data.workers):
+        ahead.append(tuple(train.spread(a, sharding, (size, *a.shape[1:])) for a in batch))
+        if len(ahead) > 2:
+            yield ahead.popleft()
     yield from ahead
-
-
-@contextlib.contextmanager
-def _data_errors():
-    try:
-        yield
-    except data.DataError as error:
-        raise Fatal(settings.DATA, f"data: {error}") from error
 
 
 class Chain(NamedTuple):

@@ -11,6 +11,7 @@ import io
 import json
 import pathlib
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -168,10 +169,10 @@ def summed(
 def _resumed(kept: pathlib.Path, setting: str) -> tuple[int, Sums]:
     """(batches done, their sums) of an earlier pass of the same setting, or of none."""
     try:
-        with np.load(kept) as file:
+        with np.load(io.BytesIO(kept.read_bytes())) as file:
             if str(file["setting"]) == setting:
                 return int(file["done"]), Sums(int(file["n"]), file["total"], file["square"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         pass
     return 0, Sums()
 
@@ -266,13 +267,19 @@ def quick(config: ConfigDict, x: Experiment) -> Callable[[Any], likelihood.Avera
 # -------------------------------------------------------------------------------------- the mode
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, step: int, params: Any, say: Callable) -> None:
+def run(
+    config: ConfigDict,
+    x: Experiment,
+    workdir: pathlib.Path,
+    step: int,
+    params: Any,
+    say: Callable[[str], None],
+) -> None:
     """Every reading that config.bpd asks for; writes workdir/eval/<step>/bpd.json and what it drew.
 
-    params: the averaged weights. say: prints one line.
+    params: the averaged weights. say: prints one line. Raises Fatal, DataError.
     """
     c, first = config.bpd, jax.process_index() == 0
-    x = experiment.build(config)
     folder = workdir / "eval" / f"{step:08d}"
     if c.ode:  # what cannot be done is said before hours are spent
         settings.choose(ode.TO_EPS, "target", config.target)

@@ -31,7 +31,7 @@ import bench
 import experiment
 import likelihoods
 import settings
-from diffusion import checkpoint, figures, log, train
+from diffusion import checkpoint, data, figures, log, train
 from diffusion.ingest import pictures, prepare, sources
 from settings import Fatal
 
@@ -191,8 +191,9 @@ def last_average(workdir: pathlib.Path, x: experiment.Experiment):
 
 def bpd_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Bits per dimension of bpd.split under the averaged weights of the last checkpoint."""
-    step, ema = last_average(workdir, experiment.build(config))
-    likelihoods.run(config, workdir, step, ema, say)
+    x = experiment.build(config)
+    step, ema = last_average(workdir, x)
+    likelihoods.run(config, x, workdir, step, ema, say)
 
 
 def prepare_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -203,11 +204,13 @@ def prepare_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     c = config.data
     rule = pictures.Rule(*experiment.shape_of(config), tuple(c.background))
     downloads = os.path.join(c.data_dir, "downloads")
+    picture = workdir / "figures" / "data.png"
     try:
         source = sources.open_source(
             c.source, c.archive, downloads, c.accept_incomplete, Transfers()
         )
         log.say(f"reading    {source.about}")
+        make_folder(picture.parent)  # better an error now than after an hour
         with log.Progress(source.count, unit="image") as progress:
             options = {"holdout": holdout(c), "on_error": c.on_error, "workers": c.workers or None}
             if DRY_RUN.value:
@@ -223,10 +226,16 @@ def prepare_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
         path = workdir / "figures" / "skipped.txt"
         figures.save_text(path, "".join(f"{name}: {why}\n" for name, why in summary.skipped))
         log.say(f"           all that were skipped: {path}")
-    picture = workdir / "figures" / "data.png"
     figures.save_png(picture, figures.grid(summary.sample))
     what = "nothing was prepared" if DRY_RUN.value else f"{c.data_dir}/{c.name}"
     log.say(f"done       {what}; a look at some of the images: {picture}")
+
+
+def make_folder(folder: pathlib.Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Fatal(settings.WORKDIR, f"{folder}: cannot write there: {error.strerror}") from error
 
 
 def holdout(c: ConfigDict) -> float | list[str]:
@@ -423,6 +432,8 @@ def main(argv: list[str]) -> None:
         settings.end(error)
     except checkpoint.CheckpointError as error:
         settings.end(Fatal(settings.WORKDIR, str(error)))
+    except data.DataError as error:
+        settings.end(Fatal(settings.DATA, f"data: {error}"))
     except KeyboardInterrupt:
         print("ddpm: stopped before anything was saved", file=sys.stderr)
         sys.exit(settings.STOPPED)

@@ -84,7 +84,7 @@ def load(images: Images) -> Dataset:
     if images.nbytes > MAX_BYTES:
         wanted = f"expected at most {MAX_BYTES / 2**30:.3g} GiB of pixels"
         found = f"{images.nbytes / 2**30:.3g} GiB ({images.n}x{'x'.join(map(str, images.shape))})"
-        raise DataError(f"{wanted}, found {found}; stream it, or use smaller images")
+        raise DataError(f"{wanted}, found {found}; stream it by data.on_device_gib=0")
     image = np.empty((images.n, *images.shape), np.uint8)
     label = np.empty(images.n, np.int32)
 
@@ -116,7 +116,9 @@ def stream(
     first, last = (step * batch_size // images.n for step in (steps[0], steps[-1] + 1))
     if last - first > MAX_EPOCHS:
         wanted = f"expected at most {MAX_EPOCHS:,} epochs of a set that is streamed"
-        raise DataError(f"{wanted}, found {last - first:,}; let so small a set live on the device")
+        raise DataError(
+            f"{wanted}, found {last - first:,}; let it live on the device: data.on_device_gib=1"
+        )
     words = batches.epoch_words(key, first, last)
 
     def read(step):

@@ -216,7 +216,7 @@ def test_too_large_is_refused_before_anything_is_read(store, tmp_path, monkeypat
     said = refused("tfds", "train", name="some", data_dir=str(tmp_path))
     assert said == (
         "expected at most 5.49e-08 GiB of pixels, found 5.59e-08 GiB (5x3x4x1); "
-        "stream it, or use smaller images"
+        "stream it by data.on_device_gib=0"
     )
 
 

@@ -68,8 +68,12 @@ def test_a_killed_pass_goes_on_and_another_config_starts_anew(setting, tmp_path,
         seen.clear()
         assert likelihoods.summed(other, noted, kept, lambda n: None).n == other.n
         assert seen[0] == 0 and len(seen) == -(-other.n // other.size)
-    kept.write_bytes(b"cut short")
-    assert likelihoods.summed(make(setting), noted, kept, lambda n: None).n == 30
+    whole = kept.read_bytes()
+    for damaged in (b"", b"cut short", whole[: len(whole) // 2]):
+        kept.write_bytes(damaged)
+        seen.clear()
+        assert likelihoods.summed(make(setting), noted, kept, lambda n: None).n == 30
+        assert seen == [0, 8, 16, 24]
 
 
 def test_more_images_than_there_are_is_an_error(setting):

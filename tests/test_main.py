@@ -19,6 +19,7 @@ from PIL import Image
 
 import experiment
 from diffusion import checkpoint, data, figures
+from tests import tiny_tfds
 from tests.conftest import ROOT
 from tests.test_configs import config_of
 from tests.test_pictures import MALFORMED
@@ -330,6 +331,16 @@ def test_bits_per_dimension_add_up_whatever_the_batches_and_devices(trained):
     again = json.loads((folder / "bpd.json").read_text())["bits_per_dim"]
     # Float32 sums in another order, through 20 steps.
     assert next(iter(again.values()))["mean"] == pytest.approx(bits[0]["mean"], rel=1e-5)
+
+
+def test_a_damaged_image_of_the_test_split_ends_in_one_line(trained, tmp_path):
+    """Training does not read it; the bound does, and says which image it was."""
+    tiny = ["--config=configs/cifar10.py:tiny", f"--workdir={tmp_path / 'run'}"]
+    tiny += [f"--config.data.data_dir={tmp_path}", "--config.train.sample_every=1000"]
+    tiny_tfds.write(tmp_path, "cifar10", n=8, damaged=True)
+    run(*tiny, "--config.train.steps=2")
+    _, err = run(*tiny, "--mode=bpd", code=3)
+    assert err.count("\n") == 1 and "test image " in err and "cannot identify" in err
 
 
 def test_a_training_logs_its_bits_per_dimension(trained):

@@ -13,8 +13,11 @@ def png(image):
     return file.getvalue()
 
 
-def write(data_dir, name, shape=(32, 32, 3), n=24, classes=10):
-    """Writes data_dir/name/1.0.0 with splits train and test; returns {split: (image, label)}."""
+def write(data_dir, name, shape=(32, 32, 3), n=24, classes=10, damaged=False):
+    """Writes data_dir/name/1.0.0 with splits train and test; returns {split: (image, label)}.
+
+    damaged: the first image of test is none.
+    """
     rng = np.random.default_rng(0)
     splits = {}
     for split in ("train", "test"):
@@ -37,7 +40,8 @@ def write(data_dir, name, shape=(32, 32, 3), n=24, classes=10):
 
         def _generate_examples(self, split):
             for i, (image, label) in enumerate(zip(*splits[split], strict=True)):
-                yield i, {"image": io.BytesIO(png(image)), "label": int(label)}
+                encoded = b"none" if damaged and split == "test" and not i else png(image)
+                yield i, {"image": io.BytesIO(encoded), "label": int(label)}
 
     Tiny.name = name
     Tiny(data_dir=str(data_dir), file_format="array_record").download_and_prepare()
