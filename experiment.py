@@ -1,6 +1,7 @@
 """What a config means: the objects of diffusion/, wired together and compiled.
 
-`build` turns names into functions, `make_update` is one training step, `make_draw` makes samples.
+`build` turns names into functions, `make_update` is one training step, `make_predictor` and
+`make_sampler` are what samples are made of.
 Configuration ends here: nothing below sees a ConfigDict.
 """
 
@@ -176,94 +177,30 @@ def _streamed(config, x, images, start):
     yield from ahead
 
 
-class Chain(NamedTuple):
-    """The compiled parts of sampling `size` images, sharded over the devices.
+def make_predictor(config: ConfigDict, x: Experiment, variance: targets.Variance | None = None):
+    """(params, label int[b]) -> Predict, on the chain of the training; x_0 clipped as in sampling.
 
-    start:   (seed uint32[], indices int32[size]) -> (keys, label, carry): x_T and what goes with
-             it.
-    advance: (params, keys, label, carry, ts) -> carry, as far along the chain as ts goes.
-    finish:  x_0 -> uint8[size, h, w, c].
-    ts:      int32[steps + 1], all the times to visit.
+    variance: of the reverse steps; None: the one that was trained with.
     """
 
-    start: Callable
-    advance: Callable
-    finish: Callable
-    ts: np.ndarray
-    size: int
+    def predictor(params: Any, label: Array) -> targets.Predict:
+        def apply(x_t, t):
+            y = label if config.model.num_classes else None
+            return x.net.apply({"params": params}, x_t, t, y, train=False)
+
+        args = x.p, apply, x.target, variance or x.variance, config.sampler.clip
+        return targets.predictor(*args)
+
+    return predictor
 
 
-def make_chain(config: ConfigDict, x: Experiment, batch_size: int) -> Chain:
-    """The config's sampler for `batch_size` images at a time, rounded up to the devices."""
+def make_sampler(config: ConfigDict, x: Experiment) -> tuple[samplers.Sampler, np.ndarray]:
+    """The config's sampler and the times ts, int32[steps + 1], that it visits. Raises Fatal."""
     make = settings.choose(samplers.SAMPLERS, "sampler.name", config.sampler.name)
     grid = settings.choose(samplers.GRIDS, "sampler.grid", config.sampler.grid)
     options = without(config.sampler, "name", "grid", "steps", "clip")
     sampler = settings.call(make, "sampler", x.p, **options)
-    ts = settings.call(grid, "sampler.steps", x.p.T, config.sampler.steps)
-    size = -(-batch_size // x.mesh.size) * x.mesh.size
-    classes, fixed = config.model.num_classes, config.sample.label
-    whole, split = train.replicated(x.mesh), train.sharded(x.mesh)
-
-    def start(seed, indices):
-        indices = jax.lax.with_sharding_constraint(indices, split)
-        keys = jax.vmap(random.fold_in, (None, 0))(random.key(seed), indices)
-        x_T = process.noise(keys, 0, jnp.zeros((size, *x.image_shape)))
-        label = indices % classes if classes and fixed < 0 else jnp.full_like(indices, fixed)
-        return keys, label, sampler.init(x_T)
-
-    def advance(params, keys, label, carry, ts):
-        def apply(x_t, t):
-            y = label if classes else None
-            return x.net.apply({"params": params}, x_t, t, y, train=False)
-
-        predict = targets.predictor(x.p, apply, x.target, x.variance, config.sampler.clip)
-        return samplers.advance(sampler, predict, keys, carry, ts)
-
-    return Chain(
-        jax.jit(start, in_shardings=whole, out_shardings=split),
-        jax.jit(
-            advance,
-            in_shardings=(whole, split, split, split, whole),
-            out_shardings=split,
-            donate_argnums=3,
-        ),
-        jax.jit(batches.unscale, in_shardings=split, out_shardings=whole),
-        ts,
-        size,
-    )
-
-
-def evaluations(chain: Chain, n: int) -> int:
-    """How many evaluations of the network n samples take, one after the other."""
-    return -(-n // chain.size) * (len(chain.ts) - 1)
-
-
-def draw(
-    chain: Chain,
-    params: Any,
-    seed: int,
-    n: int,
-    report: Callable[[int], None] = lambda done: None,
-    stopped: Callable[[], bool] = lambda: False,
-) -> Iterator[np.ndarray]:
-    """n samples, uint8[<= size, h, w, c] at a time.
-
-    Sample i of a seed is the same image whatever n, the batches and the devices. A chain is walked
-    in up to 25 parts of one length, so that a long wait can be watched: `report` is told the
-    evaluations done, and once `stopped()` is true no more images come.
-    """
-    steps, done = len(chain.ts) - 1, 0
-    length = min(k for k in range(1, steps + 1) if steps % k == 0 and steps // k <= 25)
-    for first in range(0, n, chain.size):
-        indices = np.arange(first, first + chain.size, dtype=np.int32)
-        keys, label, carry = chain.start(np.uint32(seed), indices)
-        for i in range(0, steps, length):
-            carry = chain.advance(params, keys, label, carry, chain.ts[i : i + length + 1])
-            jax.block_until_ready(carry)
-            report(done := done + length)
-            if stopped():
-                return
-        yield np.asarray(chain.finish(carry.x))[: n - first]
+    return sampler, settings.call(grid, "sampler.steps", x.p.T, config.sampler.steps)
 
 
 def find_images(config: ConfigDict, x: Experiment, split: str = "train") -> data.Images:

@@ -53,14 +53,7 @@ class Chain(NamedTuple):
 def trained_chain(config: ConfigDict, x: Experiment, variance: targets.Variance) -> Chain:
     """The chain of the training, x_0 clipped as in sampling."""
 
-    def predictor(params, label):
-        def apply(x_t, t):
-            y = label if x.net.num_classes else None
-            return x.net.apply({"params": params}, x_t, t, y, train=False)
-
-        return targets.predictor(x.p, apply, x.target, variance, config.sampler.clip)
-
-    return Chain(x.p, predictor)
+    return Chain(x.p, experiment.make_predictor(config, x, variance))
 
 
 def shortened(chain: Chain, variance: targets.Variance, ts: np.ndarray) -> Chain:

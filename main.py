@@ -30,6 +30,7 @@ from ml_collections import ConfigDict, config_flags
 import bench
 import experiment
 import likelihoods
+import sampling
 import settings
 from diffusion import checkpoint, data, figures, log, train
 from diffusion.ingest import pictures, prepare, sources
@@ -50,7 +51,7 @@ def train_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Trains from the work directory's last checkpoint, or from nothing, to train.steps."""
     c, first = config.train, jax.process_index() == 0
     x = experiment.build(config)
-    chain = experiment.make_chain(config, x, c.num_samples)
+    chain = sampling.make_chain(config, x, c.num_samples)
     images = experiment.find_images(config, x)
     update, inputs = experiment.feed(config, x, images)
     bits = likelihoods.quick(config, x) if c.eval_every else None
@@ -133,7 +134,7 @@ def train_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
 def draw_grids(config, chain, state, step, workdir, writer, stop) -> None:
     """Samples of the raw and of the averaged weights, from the same noise, as pictures."""
     n, seed, first = config.train.num_samples, config.sample.seed, jax.process_index() == 0
-    evaluations = experiment.evaluations(chain, n)
+    evaluations = sampling.evaluations(chain, n)
     say(f"drawing    {n} samples with raw and with averaged weights")
     with log.Progress(2 * evaluations, unit="sampling step", silent=not first) as progress:
         for done, (name, params) in enumerate((("raw", state.params), ("ema", state.ema))):
@@ -141,7 +142,7 @@ def draw_grids(config, chain, state, step, workdir, writer, stop) -> None:
             def report(i, done=done):
                 progress(done * evaluations + i)
 
-            images = list(experiment.draw(chain, params, seed, n, report, lambda: stop.asked))
+            images = list(sampling.draw(chain, params, seed, n, report, lambda: stop.asked))
             if stop.asked:
                 return
             grid = figures.grid(np.concatenate(images))
@@ -155,25 +156,11 @@ def draw_grids(config, chain, state, step, workdir, writer, stop) -> None:
 
 
 def sample_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """sample.num images from the averaged weights of the last checkpoint: npz, grid and how."""
-    c, first = config.sample, jax.process_index() == 0
+    """sample.num images from the averaged weights of the last checkpoint."""
     x = experiment.build(config)
-    chain = experiment.make_chain(config, x, min(c.num, c.batch_size))
+    sampling.make_chain(config, x, 1)  # what is wrong with the sampler is said first
     step, ema = last_average(workdir, x)
-    folder = workdir / "samples" / f"{step:08d}_seed{c.seed}"
-    how_far = f"{config.sampler.name}, {config.sampler.steps} steps"
-    say(f"sampling   {c.num:,} images of step {step:,} on {describe_devices()}, {how_far}")
-    evaluations = experiment.evaluations(chain, c.num)
-    with log.Progress(evaluations, unit="step", silent=not first) as progress:
-        images = np.concatenate(list(experiment.draw(chain, ema, c.seed, c.num, progress)))
-    if first:
-        how = {"step": step, "weights": "ema", "config": config.to_dict()}
-        figures.save_npz(folder / "samples.npz", images)
-        figures.save_png(folder / "grid.png", figures.grid(images[:100]))
-        (folder / "how.json").write_text(json.dumps(how, indent=2) + "\n")
-    say(
-        f"done       {folder}/samples.npz (uint8 {list(images.shape)} in arr_0), grid.png, how.json"
-    )
+    sampling.run(config, x, workdir, step, ema, say)
 
 
 def last_average(workdir: pathlib.Path, x: experiment.Experiment):

@@ -31,7 +31,15 @@ CONFIG, DATA, WORKDIR, NON_FINITE, STOPPED = 2, 3, 4, 5, 75
 FREE = (
     *("train.steps", "train.log_every", "train.sample_every", "train.save_every", "train.keep"),
     "train.eval_every",
-    *("train.num_samples", "sampler.", "sample.", "bpd.", "data.data_dir", "data.on_device_gib"),
+    *(
+        "train.num_samples",
+        "sampler.",
+        "sample.",
+        "bpd.",
+        "eval.",
+        "data.data_dir",
+        "data.on_device_gib",
+    ),
     *("data.workers", "data.archive", "data.accept_incomplete", "data.on_error", "data.holdout"),
     *("data.holdout_names", "data.background"),
 )
@@ -191,9 +199,17 @@ def _counts(x: Any) -> bool:
     return isinstance(x, tuple | list) and len(x) > 0 and all(map(_count, x))
 
 
+def _seed(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**32
+
+
+def _words(x: Any) -> bool:
+    return isinstance(x, tuple | list) and len(x) > 0 and all(isinstance(w, str) and w for w in x)
+
+
 # key -> (test, what the test wants). A key that stands neither here nor in a table is an error.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "seed": (lambda x: isinstance(x, int) and 0 <= x < 2**32, "an int in 0..2^32-1"),
+    "seed": (_seed, "an int in 0..2^32-1"),
     "model.ch": (_count, "an int, 1 or more"),
     "model.ch_mult": (_counts, "a tuple of ints, 1 or more each"),
     "model.num_res_blocks": (_count, "an int, 1 or more"),
@@ -243,13 +259,26 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bpd.num": (lambda x: x == 0 or _count(x), "an int, 0 for all"),
     "bpd.quick": (lambda x: _count(x) and x > 1, "an int, 2 or more"),
     "bpd.batch_size": (_count, "an int, 1 or more"),
-    "bpd.seed": (lambda x: isinstance(x, int) and 0 <= x < 2**32, "an int in 0..2^32-1"),
+    "bpd.seed": (_seed, "an int in 0..2^32-1"),
     "bpd.estimate": (lambda x: x == 0 or (_count(x) and x > 1), "an int, 2 or more, 0 for none"),
     "bpd.steps": (lambda x: not len(x) or _counts(x), "a tuple of ints"),
     "bpd.ode": (lambda x: x == 0 or (_count(x) and x > 1), "an int, 2 or more, 0 for none"),
+    "eval.num": (lambda x: _count(x) and x > 1, "an int, 2 or more"),
+    "eval.batch_size": (_count, "an int, 1 or more"),
+    "eval.seeds": (lambda x: len(x) and all(map(_seed, x)), "a tuple of ints in 0..2^32-1"),
+    "eval.weights": (
+        lambda x: len(x) and set(x) <= {"ema", "raw"},
+        'a tuple of "ema", "raw" or both',
+    ),
+    "eval.features": (_words, "a tuple of names"),
+    "eval.inception": (lambda x: isinstance(x, str), "a file"),
+    "eval.references": (_words, "a tuple of splits, or of files and folders"),
+    "eval.reference_num": (lambda x: x == 0 or (_count(x) and x > 1), "an int, 0 for all"),
+    "eval.keep": (lambda x: _count(x) and x > 1, "an int, 2 or more"),
+    "eval.quick": (lambda x: x == 0 or (_count(x) and x > 1), "an int, 2 or more, 0 for none"),
     "sample.num": (_count, "an int, 1 or more"),
     "sample.batch_size": (_count, "an int, 1 or more"),
-    "sample.seed": (lambda x: isinstance(x, int) and 0 <= x < 2**32, "an int in 0..2^32-1"),
+    "sample.seed": (_seed, "an int in 0..2^32-1"),
     "sample.label": (lambda x: isinstance(x, int), "a class, or -1 for all in turn"),
 }
 
@@ -300,13 +329,15 @@ def check(config: ConfigDict, devices: int) -> None:
         raise Fatal(CONFIG, f"sample.label: expected {wanted}, found {label}")
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], free: tuple[str, ...] = FREE
+) -> list[str]:
     """`key: was X, now Y` for every key that decides what a training is and is not the same.
 
     A key that came after the old run has a value that means "none", or it was not the same.
     """
     old, new = flatten(_tuples(old)), flatten(new)
-    keys = [k for k in sorted(old | new) if not k.startswith(FREE)]
+    keys = [k for k in sorted(old | new) if not k.startswith(free)]
     return [
         f"{k}: was {old.get(k, ABSENT)}, now {new.get(k, ABSENT)}"
         for k in keys

@@ -11,6 +11,8 @@ Variants: `:tiny` (seconds, for tests), `:bfloat16`; they combine with a comma.
 
 from ml_collections import ConfigDict
 
+from configs._readings import readings
+
 VARIANTS = {
     "bfloat16": {"model.dtype": "bfloat16"},
     "tiny": {
@@ -32,6 +34,10 @@ VARIANTS = {
         "sample.batch_size": 4,
         "train.eval_every": 0,
         "bpd.batch_size": 4,
+        "eval.num": 4,
+        "eval.batch_size": 4,
+        "eval.features": ("random", "pixels"),
+        "eval.quick": 4,
     },
 }
 
@@ -88,18 +94,11 @@ def get_config(variant: str = "") -> ConfigDict:
                 "eval_every": 0,
                 "num_samples": 16,
             },
-            "sampler": {"name": "ancestral", "grid": "uniform", "steps": 1000, "clip": True},
-            "bpd": {
-                "split": "test",
-                "num": 0,
-                "quick": 32,
-                "batch_size": 8,
-                "seed": 0,
-                "estimate": 0,
-                "steps": (),
-                "ode": 0,
-            },
-            "sample": {"num": 16, "batch_size": 16, "seed": 0, "label": -1},
+            **readings(
+                sample={"num": 16, "batch_size": 16},
+                bpd={"quick": 32, "batch_size": 8},
+                eval={"batch_size": 32, "references": ("train",)},
+            ),
         }
     )
     for name in filter(None, variant.split(",")):

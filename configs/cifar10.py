@@ -23,6 +23,8 @@ Variants combine: `:tiny,eps_vlb`.
 
 from ml_collections import ConfigDict
 
+from configs._readings import readings
+
 VARIANTS = {
     "eps_vlb": {"loss.name": "vlb"},
     "eps_vlb_learned": {"loss.name": "vlb", "variance": "learned"},
@@ -50,6 +52,10 @@ VARIANTS = {
         "sample.batch_size": 4,
         "train.eval_every": 0,
         "bpd.batch_size": 4,
+        "eval.num": 4,
+        "eval.batch_size": 4,
+        "eval.features": ("random", "pixels"),
+        "eval.quick": 4,
     },
 }
 
@@ -106,18 +112,7 @@ def get_config(variant: str = "") -> ConfigDict:
                 "eval_every": 10_000,
                 "num_samples": 64,
             },
-            "sampler": {"name": "ancestral", "grid": "uniform", "steps": 1000, "clip": True},
-            "bpd": {
-                "split": "test",
-                "num": 0,
-                "quick": 200,
-                "batch_size": 100,
-                "seed": 0,
-                "estimate": 0,
-                "steps": (),
-                "ode": 0,
-            },
-            "sample": {"num": 64, "batch_size": 64, "seed": 0, "label": -1},
+            **readings(eval={"quick": 500}),
         }
     )
     for name in filter(None, variant.split(",")):

@@ -9,6 +9,8 @@ Variants: `:tiny` (seconds, for tests), `:conditional` (knows the ten classes).
 
 from ml_collections import ConfigDict
 
+from configs._readings import readings
+
 VARIANTS = {
     "tiny": {
         "model.ch": 8,
@@ -26,6 +28,9 @@ VARIANTS = {
         "sample.batch_size": 4,
         "train.eval_every": 4,
         "bpd.batch_size": 4,
+        "eval.num": 6,
+        "eval.batch_size": 4,
+        "eval.quick": 4,
         "bpd.quick": 8,
     },
     "conditional": {"model.num_classes": 10},
@@ -84,18 +89,16 @@ def get_config(variant: str = "") -> ConfigDict:
                 "eval_every": 1_000,
                 "num_samples": 64,
             },
-            "sampler": {"name": "ancestral", "grid": "uniform", "steps": 1000, "clip": True},
-            "bpd": {
-                "split": "test",
-                "num": 0,
-                "quick": 100,
-                "batch_size": 100,
-                "seed": 0,
-                "estimate": 0,
-                "steps": (),
-                "ode": 0,
-            },
-            "sample": {"num": 100, "batch_size": 100, "seed": 0, "label": -1},
+            **readings(
+                sample={"num": 100, "batch_size": 100},
+                bpd={"quick": 100},
+                eval={
+                    "num": 1_000,
+                    "batch_size": 100,
+                    "features": ("random", "pixels"),
+                    "quick": 100,
+                },
+            ),
         }
     )
     for name in filter(None, variant.split(",")):

@@ -22,6 +22,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.name = "images"
     config.data.image_size = 64
     config.train.steps = 200_000
+    config.eval.references = ("train",)
+    config.eval.quick = 0
     for name in filter(None, variant.split(",")):
         config.update_from_flattened_dict(VARIANTS[name])
     return config

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 import experiment
+import sampling
 from diffusion import checkpoint, data, figures
 from tests import tiny_tfds
 from tests.conftest import ROOT
@@ -464,7 +465,7 @@ def test_training_step_and_sampler_lower_for_tpu_and_cuda(dtype):
         step = jax.export.export(experiment.make_update(config, x), platforms=platforms)
         exported = step(state, images, labels)
     assert exported.platforms == tuple(platforms)
-    chain = experiment.make_chain(config, x, 64)
+    chain = sampling.make_chain(config, x, 64)
     seed, indices = jax.ShapeDtypeStruct((), np.uint32), jax.ShapeDtypeStruct((64,), np.int32)
     keys, label, carry = jax.eval_shape(chain.start, seed, indices)
     times = jax.ShapeDtypeStruct((41,), np.int32)
