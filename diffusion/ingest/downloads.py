@@ -32,10 +32,16 @@ class _Broken(SourceError):
     """A connection that ended too soon: what has come is good, and the rest can be asked for."""
 
 
-def download(remote: Remote, path: pathlib.Path, report: Report) -> None:
+def download(
+    remote: Remote,
+    path: pathlib.Path,
+    report: Report,
+    instead: str = "data.archive=PATH of a copy",
+) -> None:
     """Makes `path` the file described, unless it is. Raises SourceError naming the address.
 
     A file that is here is taken for what it is only after its digest was computed, 0.2 s for CIFAR.
+    instead: what a user may give who has the file already, for the error's advice.
     """
     part = path.with_name(f"{path.name}.part")
     try:
@@ -50,11 +56,11 @@ def download(remote: Remote, path: pathlib.Path, report: Report) -> None:
             raise SourceError(f"expected SHA-256 {remote.sha256}, found {found}; it was removed")
         os.replace(part, path)
     except SourceError as error:
-        advice = "try again, or give data.archive=PATH of a copy"
+        advice = f"try again, or give {instead}"
         raise SourceError(f"{remote.url}: {error}; {advice}") from error
     except OSError as error:
         what = f"{part}: cannot be written: {line(error)}; it was to hold {remote.url}"
-        advice = "make room, choose another folder, or give data.archive=PATH of a copy"
+        advice = f"make room, choose another folder, or give {instead}"
         raise SourceError(f"{what}; {advice}") from error
 
 

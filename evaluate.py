@@ -1,0 +1,333 @@
+"""--mode=eval: how near the samples of a checkpoint, or the images of a folder, are to real ones.
+
+What is compared is a set of images with a reference: splits of the data, published statistics, or
+other images. Samples are kept on disk while they are drawn, so that a killed evaluation goes on.
+Numbers are called by their features and their count: only 50,000 samples and the published network
+make a FID.
+"""
+
+import hashlib
+import io
+import json
+import pathlib
+import zipfile
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+import experiment
+import imagesets
+import sampling
+import settings
+from diffusion import convert, data, features, figures, inception, metrics
+from diffusion.metrics import Sample, Score
+from diffusion.weights import files
+from experiment import Experiment
+from imagesets import Extractor
+from settings import Fatal
+
+PACKAGES = ("jax", "flax", "numpy", "scipy")
+QUICK = {"sampler.name": "ddim", "sampler.grid": "uniform", "sampler.steps": 20}
+
+
+def inception_weights(config: ConfigDict) -> Any:
+    """The published network's weights, folded. Raises WeightsError, ValueError: one line each."""
+    arrays = files.inception(config.eval.inception, str(settings.cache_folder() / "weights"))
+    return jax.device_put(inception.fold(convert.from_inception(arrays)))
+
+
+# ------------------------------------------------------------------------------------- references
+
+
+class Reference(NamedTuple):
+    """What sets are compared with. about: what metrics.json says of it."""
+
+    name: str
+    samples: dict[str, Sample]
+    about: dict[str, Any]
+
+
+def reference(
+    name: str, config: ConfigDict, x: Experiment, extractor: Extractor, say: Callable[[str], None]
+) -> Reference:
+    """A split of the data, an npz of statistics (mu, sigma), or other images. Says what it reads.
+
+    Statistics of splits are kept between runs, by a hash of the images. Raises Fatal, DataError.
+    """
+    path = pathlib.Path(name).expanduser()
+    if path.suffix == ".npz" and (found := statistics(path, extractor)):
+        return Reference(name, found, {"statistics": name, "sha256": _sha256(path)})
+    if path.exists():
+        some = imagesets.of_files(name, extractor.shape[2], config.eval.reference_num)
+        return Reference(name, _read(some, config, x, extractor, None, say), {"images": some.n})
+    images = experiment.find_images(config, x, name)
+    some = imagesets.of_split(images, name, config.eval.reference_num, config.data.workers)
+    mark = data.mark(images._replace(n=some.n))
+    about = {"split": name, "images": some.n, "hash": mark}
+    stem = f"{config.data.name or config.data.source}_{name}_{some.n}_{mark}".replace("/", "_")
+    folder = settings.cache_folder() / "statistics"
+    paths = {k: folder / f"{stem}_{k}_{config.eval.keep}.npz" for k in extractor.kinds}
+    known: dict[str, Sample] = {}
+    for path in paths.values():
+        known |= statistics(path, extractor) or {}
+    if known.keys() != extractor.kinds.keys():
+        partial = folder / f"{stem}_partial.npz"
+        known = _read(some, config, x, extractor, partial, say)
+        if jax.process_index() == 0:
+            for kind, path in paths.items():
+                save_statistics(path, kind, known[kind])
+    return Reference(name, known, about)
+
+
+def _read(some, config, x, extractor, kept, say) -> dict[str, Sample]:
+    kinds = ", ".join(extractor.kinds)
+    say(f"reading    {some.n:,} images of {some.name}: {kinds}")
+    if some.concern:
+        say(f"           {some.concern}")
+    size = -(-min(config.eval.batch_size, some.n) // x.mesh.size) * x.mesh.size
+    return imagesets.read(some, extractor, size, config.eval.keep, x.mesh, kept)
+
+
+def save_statistics(path: pathlib.Path, kind: str, sample: Sample) -> None:
+    """An npz whose `mu` and `sigma` other programs read, beside all else that is kept."""
+    mu, sigma = metrics.finalize(sample.stats)
+    content = io.BytesIO()
+    np.savez(content, mu=mu, sigma=sigma, kind=kind, **metrics.to_arrays(sample))
+    figures.save_bytes(path, content.getvalue())
+
+
+def statistics(path: pathlib.Path, extractor: Extractor) -> dict[str, Sample] | None:
+    """{kind: what an npz of statistics holds}; None if it is none of statistics, or not there.
+
+    Published files have `mu` and `sigma` alone: their kind is the one of as many features. Raises
+    Fatal for statistics of no kind that was asked for, and for numbers that can be none.
+    """
+    try:
+        with np.load(path) as file:
+            if not {"mu", "sigma"} <= set(file.files):
+                return None
+            arrays = {key: file[key] for key in file.files}
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+    try:
+        if "kind" in arrays:
+            return {str(arrays["kind"]): metrics.from_arrays(arrays)}
+        d = np.shape(arrays["mu"])[-1]
+        kind = next((k for k, (size, _) in extractor.kinds.items() if size == d), None)
+        if kind is None:
+            kinds = ", ".join(f"{k} {size}" for k, (size, _) in extractor.kinds.items())
+            raise ValueError(f"expected statistics of {kinds} features, found {d}")
+        stats = metrics.moments_from(arrays["mu"], arrays["sigma"], metrics.FULL)
+        return {kind: metrics.of_stats(stats)}
+    except ValueError as error:
+        raise Fatal(settings.DATA, f"{path}: {error}") from error
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ----------------------------------------------------------------------------------------- scores
+
+Scores = dict[str, dict[str, Score]]  # {reference, "" for none: {what it is called: the number}}
+
+
+def scores(samples: dict[str, Sample], references: list[Reference]) -> Scores:
+    """Every score that can be had of a set, against every reference, called by its right name."""
+    out: Scores = {}
+    for kind, sample in samples.items():
+        alone = [n for n in metrics.possible(sample) if not metrics.METRICS[n].reference]
+        _add(out, "", kind, sample, None, alone)
+        for against in references:
+            real = against.samples.get(kind)
+            names = metrics.possible(sample, real) if real else []
+            _add(out, against.name, kind, sample, real, [n for n in names if n not in alone])
+    return out
+
+
+def _add(out, reference_name, kind, sample, real, names) -> None:
+    for name in names:
+        try:
+            found = metrics.evaluate(name, sample, real)
+        except ValueError:  # too few images for this one: the others are still worth having
+            continue
+        named = {metrics.label(k, kind, sample.n): score for k, score in found.items()}
+        out.setdefault(reference_name, {}).update(named)
+
+
+def over_seeds(each: list[Scores]) -> dict[str, dict[str, dict[str, Any]]]:
+    """For metrics.json: the scores of one set; of several the mean, its error over the seeds."""
+    out: dict[str, dict[str, dict[str, Any]]] = {}
+    for against, named in each[0].items():
+        for name in named:
+            found = [s[against][name] for s in each]
+            values = [score.value for score in found]
+            if len(found) == 1:
+                entry = {"value": values[0], "error": found[0].error, "error_over": "one set"}
+            else:
+                error = float(np.std(values, ddof=1) / np.sqrt(len(values)))
+                entry = {"value": float(np.mean(values)), "error": error}
+                entry |= {"error_over": f"{len(values)} seeds", "each": values}
+            out.setdefault(against, {})[name] = entry
+    return out
+
+
+# --------------------------------------------------------------------------------------- the mode
+
+
+def run(
+    config: ConfigDict,
+    x: Experiment,
+    workdir: pathlib.Path,
+    step: int,
+    weights: dict[str, Any],
+    say: Callable[[str], None],
+) -> None:
+    """Draws and scores eval.num samples for each of eval.seeds and weights {"ema": params, ...}.
+
+    Writes workdir/eval/<step>/metrics.json. Without the Inception weights the rest is done before
+    the Fatal that tells how to get them. Also raises Fatal for what cannot be scored, DataError.
+    """
+    c, first = config.eval, jax.process_index() == 0
+    folder = workdir / "eval" / f"{step:08d}"
+    chain = sampling.make_chain(config, x, min(c.num, c.batch_size))
+    extractor, trouble = make_extractor(config, x, x.image_shape, say)
+    references = [reference(name, config, x, extractor, say) for name in c.references]
+    say(f"drawing    {c.num:,} samples of step {step:,}, {sampling.describe(config)}")
+    results, concerns = {}, []
+    for name, params in weights.items():
+        each = []
+        for seed in c.seeds:
+            setting = sampling.setting_of(config, step, name, seed)
+            kept = sampling.Kept(folder / sampling.name_of(setting), setting, x.image_shape)
+            say(f"           {kept.npz}")
+            sampling.keep(kept, chain, params, c.num)
+            some = imagesets.of_files(str(kept.npz), x.image_shape[2], c.num)
+            samples = _read(some, config, x, extractor, kept.folder / "partial.npz", say)
+            each.append(scores(samples, references))
+            concerns += [f"{k}: {line}" for k, s in samples.items() for line in metrics.concerns(s)]
+            if first:
+                with np.load(kept.npz) as file:
+                    figures.save_png(kept.folder / "grid.png", figures.grid(file["arr_0"][:100]))
+        results[name] = over_seeds(each)
+    about = {"step": step, "samples": c.num, "seeds": list(c.seeds), "sampler": config.sampler}
+    write(folder / "metrics.json", config, about, results, references, concerns, say)
+    if trouble:
+        raise trouble
+
+
+def run_input(
+    config: ConfigDict, x: Experiment, workdir: pathlib.Path, inputs: list[str], say: Callable
+) -> None:
+    """Scores the images of inputs[0] against those of inputs[1], or against eval.references."""
+    c = config.eval
+    some = imagesets.of_files(inputs[0])
+    others = list(c.references) if len(inputs) == 1 else inputs[1:]
+    extractor, trouble = make_extractor(config, x, some.shape, say)
+    references = []
+    for name in others:
+        if len(inputs) == 1 and not pathlib.Path(name).exists() and some.shape != x.image_shape:
+            wanted, found = ("x".join(map(str, shape)) for shape in (x.image_shape, some.shape))
+            message = f"{inputs[0]}: expected images of {wanted} like the data's, found {found}"
+            raise Fatal(settings.DATA, f"{message}; give --config of their data, or two --input")
+        references.append(reference(name, config, x, extractor, say))
+    samples = _read(some, config, x, extractor, None, say)
+    concerns = [f"{k}: {line}" for k, s in samples.items() for line in metrics.concerns(s)]
+    concerns += [some.concern] * bool(some.concern)
+    about = {"input": inputs[0], "samples": some.n}
+    path = workdir / "eval" / pathlib.Path(inputs[0]).stem / "metrics.json"
+    found = {"input": over_seeds([scores(samples, references)])}
+    write(path, config, about, found, references, concerns, say)
+    if trouble:
+        raise trouble
+
+
+def make_extractor(
+    config: ConfigDict, x: Experiment, shape: tuple[int, int, int], say: Callable[[str], None]
+) -> tuple[Extractor, Fatal | None]:
+    """The features of eval.features; without the Inception weights the others, and that trouble."""
+    names, weights, trouble = list(config.eval.features), None, None
+    if "inception" in names:
+        try:
+            weights = inception_weights(config)
+        except (files.WeightsError, ValueError) as error:
+            names = [name for name in names if name != "inception"] or list(features.FEATURES)
+            what = " and ".join(f"fd_{name}" for name in names)
+            trouble = Fatal(settings.DATA, f"{error}; without them only {what} can be scored")
+            say(f"warning    no Inception weights: only {what} will be scored, samples are kept")
+    return imagesets.make_extractor(names, shape, x.mesh, weights), trouble
+
+
+def write(path, config, about, results, references, concerns, say) -> None:
+    """Says every number and writes them, with all that they follow from."""
+    for which, found in results.items():
+        for line in table(which, found):
+            say(line)
+    concerns = list(dict.fromkeys(concerns))
+    for line in concerns:
+        say(f"note       {line}")
+    if jax.process_index() == 0:
+        out = {
+            **about,
+            "data": config.data.name or config.data.source,
+            "scores": results,
+            "references": {r.name: r.about for r in references},
+            "notes": concerns,
+            "versions": {name: version(name) for name in PACKAGES},
+            "config": config,
+        }
+        text = json.dumps(out, indent=2, default=lambda section: section.to_dict())
+        figures.save_text(path, text + "\n")
+    say(f"done       {path}")
+
+
+def table(which: str, found: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+    """Lines of a table: a score a row, a reference a column; `which` images they are of."""
+
+    def cell(entry):
+        if entry is None:
+            return ""
+        error = "" if entry["error"] is None else f" +- {entry['error']:.2g}"
+        return f"{entry['value']:.4g}{error}"
+
+    columns = [against for against in found if against]
+    rows = [[which, *(f"against {against}" for against in columns)]]
+    alone = found.get("", {})
+    rows += [[name, cell(entry)] for name, entry in alone.items()]
+    for name in dict.fromkeys(name for against in columns for name in found[against]):
+        rows.append([name, *(cell(found[against].get(name)) for against in columns)])
+    return [f"{name:26}" + "".join(f"{text:>24}" for text in cells) for name, *cells in rows]
+
+
+# ------------------------------------------------------------------------------ during a training
+
+
+def quick(
+    config: ConfigDict, x: Experiment, say: Callable[[str], None]
+) -> Callable[[Any], dict[str, float]]:
+    """params -> {fd_random, fd_pixels} of eval.quick samples, drawn in 20 steps, against train.
+
+    The same noise each time, so that what falls during a training is the model. Raises Fatal.
+    """
+    n = config.eval.quick
+    config = settings.changed(config, QUICK | {"eval.reference_num": 10_000})
+    chain = sampling.make_chain(config, x, min(n, config.eval.batch_size))
+    extractor = imagesets.make_extractor(features.FEATURES, x.image_shape, x.mesh)
+    real = reference("train", config, x, extractor, say)
+
+    def distances(params):
+        images = np.concatenate(list(sampling.draw(chain, params, config.sample.seed, n)))
+        some = imagesets.of_array("samples", images)
+        samples = imagesets.read(some, extractor, chain.size, 0, x.mesh, silent=True)
+        return {
+            metrics.label(name, kind, n): score.value
+            for kind, sample in samples.items()
+            for name, score in metrics.evaluate("fd", sample, real.samples[kind]).items()
+        }
+
+    return distances
