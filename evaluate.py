@@ -304,7 +304,39 @@ def table(which: str, found: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     return [f"{name:26}" + "".join(f"{text:>24}" for text in cells) for name, *cells in rows]
 
 
-# ------------------------------------------------------------------------------ during a training
+# ------------------------------------------------------------------- for pictures and in a training
+
+
+def distances_to(real: Reference, extractor: Extractor, size: int, mesh: Any) -> Callable:
+    """uint8[n, h, w, c] -> {fd_random, ...: the Frechet distances to the reference}."""
+
+    def distances(images: np.ndarray) -> dict[str, float]:
+        some = imagesets.of_array("samples", images)
+        samples = imagesets.read(some, extractor, size, 0, mesh, silent=True)
+        return {
+            metrics.label(name, kind, len(images)): score.value
+            for kind, sample in samples.items()
+            for name, score in metrics.evaluate("fd", sample, real.samples[kind]).items()
+        }
+
+    return distances
+
+
+def measures(config: ConfigDict, x: Experiment, say: Callable[[str], None]):
+    """(uint8[n, h, w, c] -> {distance to train}, {kind: uint8[b, h, w, c] -> float32[b, d]}).
+
+    The second is for neighbours: Inception's features, where its weights are.
+    """
+    extractor, _ = make_extractor(config, x, x.image_shape, say)
+    real = reference("train", config, x, extractor, say)
+    size = -(-config.eval.batch_size // x.mesh.size) * x.mesh.size
+
+    def features_of(images):
+        some = imagesets.of_array("images", images)
+        return imagesets.features_of(some, extractor, size, x.mesh)["inception"]
+
+    spaces = {"inception": features_of} if "inception" in extractor.kinds else {}
+    return distances_to(real, extractor, size, x.mesh), spaces
 
 
 def quick(
@@ -317,17 +349,11 @@ def quick(
     n = config.eval.quick
     config = settings.changed(config, QUICK | {"eval.reference_num": 10_000})
     chain = sampling.make_chain(config, x, min(n, config.eval.batch_size))
-    extractor = imagesets.make_extractor(features.FEATURES, x.image_shape, x.mesh)
+    extractor = imagesets.make_extractor(tuple(features.FEATURES), x.image_shape, x.mesh)
     real = reference("train", config, x, extractor, say)
+    distances = distances_to(real, extractor, chain.size, x.mesh)
 
-    def distances(params):
-        images = np.concatenate(list(sampling.draw(chain, params, config.sample.seed, n)))
-        some = imagesets.of_array("samples", images)
-        samples = imagesets.read(some, extractor, chain.size, 0, x.mesh, silent=True)
-        return {
-            metrics.label(name, kind, n): score.value
-            for kind, sample in samples.items()
-            for name, score in metrics.evaluate("fd", sample, real.samples[kind]).items()
-        }
+    def of(params):
+        return distances(np.concatenate(list(sampling.draw(chain, params, config.sample.seed, n))))
 
-    return distances
+    return of

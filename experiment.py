@@ -6,6 +6,8 @@ Configuration ends here: nothing below sees a ConfigDict.
 """
 
 import collections
+import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -24,11 +26,16 @@ from settings import Fatal
 
 
 class Experiment(NamedTuple):
-    """A config's model and objective, before any data or weights."""
+    """A config's model and objective, before any data or weights.
+
+    variance: of the reverse steps that was trained with; reverse: the one that samples are drawn
+    with.
+    """
 
     p: process.Process
     target: targets.Target
     variance: targets.Variance
+    reverse: targets.Variance
     loss: losses.Loss
     net: unet.UNet
     tx: GradientTransformation
@@ -50,9 +57,22 @@ def build(config: ConfigDict) -> Experiment:
     image_shape = shape_of(c)
     net = unet.UNet(**c.model, out_ch=c.data.channels * variance.outputs)
     tx = train.optimiser(c.optim.lr, c.optim.warmup, c.optim.clip)
-    x = Experiment(p, target, variance, loss, net, tx, image_shape, train.data_mesh())
+    reverse = reverse_variance(c, variance)
+    x = Experiment(p, target, variance, reverse, loss, net, tx, image_shape, train.data_mesh())
     settings.call(abstract_state, "model", x)  # sizes that do not divide are found here
     return x
+
+
+TAKEN = 2**31  # far from what the step folds in or splits off
+ANALYTIC = "analytic"  # sampler.variance that is measured: likelihoods.with_analytic
+
+
+def reverse_variance(config: ConfigDict, trained: targets.Variance) -> targets.Variance:
+    """What sampler.variance names; "" and, until it is measured, "analytic": the trained one."""
+    name = config.sampler.variance
+    known = {n: v for n, v in targets.VARIANCES.items() if v.outputs == trained.outputs}
+    known |= {ANALYTIC: trained} if trained.outputs == 1 else {}
+    return settings.choose(known, "sampler.variance", name) if name else trained
 
 
 def shape_of(config: ConfigDict) -> tuple[int, int, int]:
@@ -131,12 +151,21 @@ def _compiled_update(config, x, batch, sharding):
         _, key_data, key_step = keys_of(config.seed)
         drawn = batch(key_data, state.step, images, labels)
         x_0, label = jax.lax.with_sharding_constraint(drawn, train.sharded(x.mesh))
-        label = label if config.model.num_classes else None
-        return step(state, random.fold_in(key_step, state.step), (x_0, label))
+        key = random.fold_in(key_step, state.step)
+        return step(state, key, (x_0, _labels(config, key, label)))
 
     whole = train.replicated(x.mesh)
     shardings = {"in_shardings": (whole, sharding, sharding), "out_shardings": whole}
     return jax.jit(update, donate_argnums=0, **shardings)
+
+
+def _labels(config, key, label):
+    """The labels to train with: none, or some of them taken away, as guidance needs it."""
+    classes, share = config.model.num_classes, config.train.label_dropout
+    if not classes or not share:
+        return label if classes else None
+    taken = random.bernoulli(random.fold_in(key, TAKEN), share, label.shape)
+    return jnp.where(taken, classes, label)
 
 
 Inputs = Callable[[int], Iterator[tuple[Array, Array]]]  # the step to start from -> of each step
@@ -178,29 +207,41 @@ def _streamed(config, x, images, start):
 
 
 def make_predictor(config: ConfigDict, x: Experiment, variance: targets.Variance | None = None):
-    """(params, label int[b]) -> Predict, on the chain of the training; x_0 clipped as in sampling.
+    """(params, label int[b]) -> Predict, on the chain of the training.
 
-    variance: of the reverse steps; None: the one that was trained with.
+    x_0 is clipped, or thresholded, and guided towards the label, as config.sampler says. variance:
+    of the reverse steps; None: the one for samples.
     """
+    c, classes = config.sampler, config.model.num_classes
+    limit = targets.threshold(c.threshold) if c.threshold else c.clip
 
     def predictor(params: Any, label: Array) -> targets.Predict:
-        def apply(x_t, t):
-            y = label if config.model.num_classes else None
+        def apply(x_t, t, y):
+            y = y if classes else None
             return x.net.apply({"params": params}, x_t, t, y, train=False)
 
-        args = x.p, apply, x.target, variance or x.variance, config.sampler.clip
-        return targets.predictor(*args)
+        network = functools.partial(apply, y=label)
+        if c.guidance:
+            network = targets.guided(apply, label, classes, c.guidance)
+        return targets.predictor(x.p, network, x.target, variance or x.reverse, limit)
 
     return predictor
 
 
 def make_sampler(config: ConfigDict, x: Experiment) -> tuple[samplers.Sampler, np.ndarray]:
-    """The config's sampler and the times ts, int32[steps + 1], that it visits. Raises Fatal."""
-    make = settings.choose(samplers.SAMPLERS, "sampler.name", config.sampler.name)
-    grid = settings.choose(samplers.GRIDS, "sampler.grid", config.sampler.grid)
-    options = without(config.sampler, "name", "grid", "steps", "clip")
+    """The config's sampler and the times ts, int32[steps + 1], that it visits. Raises Fatal.
+
+    Of the sampler's options those are passed on that it has, and that are not "".
+    """
+    c = config.sampler
+    make = settings.choose(samplers.SAMPLERS, "sampler.name", c.name)
+    grid = settings.choose(samplers.GRIDS, "sampler.grid", c.grid)
+    known = inspect.signature(make).parameters
+    options = {key: value for key, value in c.items() if key in known and value != ""}
     sampler = settings.call(make, "sampler", x.p, **options)
-    return sampler, settings.call(grid, "sampler.steps", x.p.T, config.sampler.steps)
+    if c.times:
+        return sampler, settings.call(samplers.given, "sampler.times", x.p, c.times)
+    return sampler, settings.call(grid, "sampler.steps", x.p, c.steps)
 
 
 def find_images(config: ConfigDict, x: Experiment, split: str = "train") -> data.Images:

@@ -199,6 +199,19 @@ def read(
     return samples
 
 
+def features_of(
+    some: Set, extractor: Extractor, size: int, mesh: jax.sharding.Mesh
+) -> dict[str, np.ndarray]:
+    """All features of a set that fits into memory: {kind: float32[n, d]}. Raises as `read`."""
+    split = train.sharded(mesh)
+    parts: dict[str, list[np.ndarray]] = {kind: [] for kind in extractor.kinds}
+    for batch in some.batches(size, train.rows_here(split, size), 0):
+        out = extractor.run(train.spread(batch, split, (size, *some.shape)))
+        for kind, (f, _) in jax.device_get(out).items():
+            parts[kind].append(f)
+    return {kind: np.concatenate(each)[: some.n] for kind, each in parts.items()}
+
+
 def _put_down(kept: pathlib.Path, setting: str, samples: dict[str, Sample]) -> None:
     arrays = {
         f"{kind}/{name}": array

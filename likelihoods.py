@@ -32,6 +32,7 @@ from diffusion import (
     likelihood,
     log,
     ode,
+    plots,
     process,
     samplers,
     targets,
@@ -53,6 +54,7 @@ class Chain(NamedTuple):
 def trained_chain(config: ConfigDict, x: Experiment, variance: targets.Variance) -> Chain:
     """The chain of the training, x_0 clipped as in sampling."""
 
+    config = settings.changed(config, {"sampler.guidance": 0.0, "sampler.threshold": 0.0})
     return Chain(x.p, experiment.make_predictor(config, x, variance))
 
 
@@ -214,6 +216,42 @@ def optimum(work: Pass, chain: Chain, params: Any, progress: Callable) -> bounds
     return bounds.optimum(chain.p, readings())
 
 
+def with_analytic(
+    config: ConfigDict,
+    x: Experiment,
+    workdir: pathlib.Path,
+    step: int,
+    params: Any,
+    say: Callable[[str], None],
+) -> Experiment:
+    """The experiment whose samples are drawn with the variance that sampler.variance names.
+
+    For "analytic" (Analytic-DPM, arXiv 2201.06503) it is measured on sampler.estimate images of the
+    training set, once for each checkpoint: workdir/eval/<step>/analytic.npz. Raises Fatal.
+    """
+    if config.sampler.variance != experiment.ANALYTIC:
+        return x
+    images = experiment.find_images(config, x, "train")
+    work = make_pass(config, x, "train", min(config.sampler.estimate, images.n))
+    path = workdir / "eval" / f"{step:08d}" / "analytic.npz"
+    setting = f"{work.n} images, {config.bpd.seed}, {config.sampler.clip}"
+    try:
+        with np.load(io.BytesIO(path.read_bytes())) as file:
+            tables = file["var_0"], file["decoder"]
+            if str(file["setting"]) == setting:
+                return x._replace(reverse=targets.analytic(*tables))
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        pass
+    say(f"reading    optimal variances from train: {work.n:,} images")
+    with log.Progress(work.n, unit="image", silent=jax.process_index() > 0) as shown:
+        best = optimum(work, trained_chain(config, x, x.variance), params, shown)
+    if jax.process_index() == 0:
+        content = io.BytesIO()
+        np.savez(content, var_0=best.var_0, decoder=best.decoder, setting=setting)
+        figures.save_bytes(path, content.getvalue())
+    return x._replace(reverse=targets.analytic(best.var_0, best.decoder))
+
+
 def by_ode(
     work: Pass, target: str, params: Any, progress: Callable[[int], None]
 ) -> tuple[likelihood.Average, float]:
@@ -278,7 +316,7 @@ def run(
         settings.choose(ode.TO_EPS, "target", config.target)
         settings.call(ode.log_alpha_bar, "bpd.ode", x.p)
     for steps in c.steps:
-        settings.call(samplers.uniform, "bpd.steps", x.p.T, steps)
+        settings.call(samplers.uniform, "bpd.steps", x.p, steps)
     work = make_pass(config, x, c.split, c.num)
     chain = trained_chain(config, x, x.variance)
 
@@ -365,4 +403,4 @@ def write(config, folder, step, work, whole, results) -> None:
         table.writerow([T - t + 1, t, *cells])
     figures.save_text(folder / "rate_distortion.csv", text.getvalue())
     path = folder / "rate_distortion.png"
-    figures.rate_distortion(path, whole.rate.mean, whole.rmse.mean)
+    plots.rate_distortion(path, whole.rate.mean, whole.rmse.mean)

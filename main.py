@@ -28,11 +28,14 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 
 import bench
+import evaluate
 import experiment
+import frontier
+import illustrate
 import likelihoods
 import sampling
 import settings
-from diffusion import checkpoint, data, figures, log, train
+from diffusion import checkpoint, data, figures, log, plots, train
 from diffusion.ingest import pictures, prepare, sources
 from settings import Fatal
 
@@ -41,7 +44,13 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "where everything goes; default runs/NAME")
 MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "sample", "bpd", "prepare", "bench"], "what to do; train resumes"
+    "mode",
+    "train",
+    ["train", "sample", "eval", "figures", "frontier", "bpd", "prepare", "bench"],
+    "what to do; train resumes",
+)
+INPUT = flags.DEFINE_multi_string(
+    "input", [], "with --mode=eval: score the images of this folder, zip or npz; twice: these two"
 )
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "with --mode=prepare: look, but prepare nothing")
 PART = flags.DEFINE_enum("part", "all", ["all", *bench.PARTS], "with --mode=bench: of what")
@@ -65,6 +74,7 @@ def train_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
         say(f"nothing to do: trained for {start:,} steps already; raise train.steps to go on")
         return
 
+    distances = evaluate.quick(config, x, say) if c.eval_every and config.eval.quick else None
     if state is None:
         state = experiment.make_initial_state(config, x)()
     inputs = inputs(start)
@@ -117,10 +127,12 @@ def train_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
                 break
             if bits and step % c.eval_every == 0:
                 with progress.paused():
-                    average = bits(state.ema)
+                    average, near = bits(state.ema), distances(state.ema) if distances else {}
                 say(f"bits/dim   {average.mean:.3f} +- {average.error:.3f} on {config.bpd.split}")
-                scalars = {"eval/bpd": average.mean, "eval/bpd_error": average.error}
-                writer.write_scalars(step, {k: float(v) for k, v in scalars.items()})
+                if near:
+                    say(f"distance   {', '.join(f'{k} {v:.4g}' for k, v in near.items())}")
+                scalars = {"bpd": average.mean, "bpd_error": average.error, **near}
+                writer.write_scalars(step, {f"eval/{k}": float(v) for k, v in scalars.items()})
             if sample:
                 with progress.paused():
                     draw_grids(config, chain, state, step, workdir, writer, stop)
@@ -134,7 +146,7 @@ def train_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
 def draw_grids(config, chain, state, step, workdir, writer, stop) -> None:
     """Samples of the raw and of the averaged weights, from the same noise, as pictures."""
     n, seed, first = config.train.num_samples, config.sample.seed, jax.process_index() == 0
-    evaluations = sampling.evaluations(chain, n)
+    evaluations = sampling.steps_of(chain, n)
     say(f"drawing    {n} samples with raw and with averaged weights")
     with log.Progress(2 * evaluations, unit="sampling step", silent=not first) as progress:
         for done, (name, params) in enumerate((("raw", state.params), ("ema", state.ema))):
@@ -152,7 +164,7 @@ def draw_grids(config, chain, state, step, workdir, writer, stop) -> None:
     writer.flush()
     if first and step >= config.train.log_every:
         path = workdir / "figures" / "loss.png"
-        figures.loss_curve(workdir / "metrics.jsonl", path, "train/loss")
+        plots.loss_curve(workdir / "metrics.jsonl", path, "train/loss")
 
 
 def sample_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -160,20 +172,66 @@ def sample_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     x = experiment.build(config)
     sampling.make_chain(config, x, 1)  # what is wrong with the sampler is said first
     step, ema = last_average(workdir, x)
+    x = likelihoods.with_analytic(config, x, workdir, step, ema, say)
     sampling.run(config, x, workdir, step, ema, say)
 
 
 def last_average(workdir: pathlib.Path, x: experiment.Experiment):
     """(step, averaged weights) of the newest good checkpoint."""
+    with contextlib.closing(trained_checkpoints(workdir)) as checkpoints:
+        return checkpoints.restore_ema(experiment.abstract_state(x).ema)
+
+
+def trained_checkpoints(workdir: pathlib.Path) -> checkpoint.Checkpoints:
+    """The checkpoints of a work directory that was trained in, to read."""
     if not (workdir / "checkpoints").is_dir():
         raise Fatal(
             settings.WORKDIR,
             f"{workdir}: expected a trained work directory, found none; "
             "train first, or name it with --workdir",
         )
-    checkpoints = open_checkpoints(workdir, read_only=True)
-    with contextlib.closing(checkpoints):
-        return checkpoints.restore_ema(experiment.abstract_state(x).ema)
+    return open_checkpoints(workdir, read_only=True)
+
+
+def eval_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Scores of eval.num samples of the last checkpoint, or of the images that --input names."""
+    x = experiment.build(config)
+    if INPUT.value:
+        if len(INPUT.value) > 2:
+            message = f"--input: expected one or two of them, found {len(INPUT.value)}"
+            raise Fatal(settings.CONFIG, message)
+        evaluate.run_input(config, x, workdir, INPUT.value, say)
+        return
+    sampling.make_chain(config, x, 1)  # what is wrong with the sampler is said first
+    if "raw" in config.eval.weights:
+        with contextlib.closing(trained_checkpoints(workdir)) as checkpoints:
+            step, state = last_state(checkpoints, experiment.abstract_state(x))
+        weights = {"ema": state.ema, "raw": state.params}
+    else:
+        step, ema = last_average(workdir, x)
+        weights = {"ema": ema}
+    x = likelihoods.with_analytic(config, x, workdir, step, weights["ema"], say)
+    weights = {name: weights[name] for name in config.eval.weights}
+    evaluate.run(config, x, workdir, step, weights, say)
+
+
+def figures_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """The pictures of the paper that figures.names names, from the last checkpoint."""
+    x = experiment.build(config)
+    step, ema = last_average(workdir, x)
+    x = likelihoods.with_analytic(config, x, workdir, step, ema, say)
+    measured = {"quality", "nearest"} & set(config.figures.names)
+    measures = evaluate.measures(config, x, say) if measured else ()
+    illustrate.run(config, x, workdir, step, ema, say, *measures)
+
+
+def frontier_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Quality against cost of many ways to draw from the last checkpoint."""
+    x = experiment.build(config)
+    frontier.make_chains(config, x)  # what cannot be done is said first
+    step, ema = last_average(workdir, x)
+    x = likelihoods.with_analytic(config, x, workdir, step, ema, say)
+    frontier.run(config, x, workdir, step, ema, say)
 
 
 def bpd_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -388,8 +446,7 @@ def start_processes() -> None:
 def compile_once() -> None:
     """Keeps compiled programs between runs: a second start of the same config compiles nothing."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache / "ddpm-jax"))
+        jax.config.update("jax_compilation_cache_dir", str(settings.cache_folder()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -397,6 +454,9 @@ def compile_once() -> None:
 MODES = {
     "train": train_mode,
     "sample": sample_mode,
+    "eval": eval_mode,
+    "figures": figures_mode,
+    "frontier": frontier_mode,
     "bpd": bpd_mode,
     "prepare": prepare_mode,
     "bench": bench_mode,
@@ -422,7 +482,7 @@ def main(argv: list[str]) -> None:
     except data.DataError as error:
         settings.end(Fatal(settings.DATA, f"data: {error}"))
     except KeyboardInterrupt:
-        print("ddpm: stopped before anything was saved", file=sys.stderr)
+        print("ddpm: stopped; what was saved stays, and is gone on with", file=sys.stderr)
         sys.exit(settings.STOPPED)
 
 

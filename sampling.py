@@ -34,6 +34,7 @@ class Chain(NamedTuple):
     advance: (params, keys, label, carry, ts) -> carry, as far along the chain as ts goes.
     finish:  x_0 -> uint8[size, h, w, c].
     ts:      int32[steps + 1], all the times to visit.
+    size:    images at a time. evaluations: of the network for each of them.
     """
 
     start: Callable
@@ -41,6 +42,7 @@ class Chain(NamedTuple):
     finish: Callable
     ts: np.ndarray
     size: int
+    evaluations: int
 
 
 def make_chain(config: ConfigDict, x: Experiment, batch_size: int) -> Chain:
@@ -72,11 +74,12 @@ def make_chain(config: ConfigDict, x: Experiment, batch_size: int) -> Chain:
         jax.jit(batches.unscale, in_shardings=split, out_shardings=whole),
         ts,
         size,
+        sampler.evaluations(len(ts) - 1),
     )
 
 
-def evaluations(chain: Chain, n: int) -> int:
-    """How many evaluations of the network n samples take, one after the other."""
+def steps_of(chain: Chain, n: int) -> int:
+    """How many steps of the chain n samples take, one batch after the other."""
     return -(-n // chain.size) * (len(chain.ts) - 1)
 
 
@@ -92,7 +95,7 @@ def draw(
     """Samples first..n-1 of a seed, uint8[<= size, h, w, c] at a time.
 
     A chain is walked in up to 25 parts of one length, so that a long wait can be watched: `report`
-    is told the evaluations done, and once `stopped()` is true no more images come.
+    is told the steps done, and once `stopped()` is true no more images come.
     """
     steps, done = len(chain.ts) - 1, 0
     length = min(k for k in range(1, steps + 1) if steps % k == 0 and steps // k <= 25)
@@ -167,7 +170,7 @@ def keep(kept: Kept, chain: Chain, params: Any, n: int) -> None:
         return
     with (
         _appending(kept, done) if first else open(os.devnull, "wb") as file,
-        log.Progress(max(1, evaluations(chain, n - done)), unit="step", silent=not first) as shown,
+        log.Progress(max(1, steps_of(chain, n - done)), unit="step", silent=not first) as shown,
     ):
         for images in draw(chain, params, kept.setting["sample.seed"], n, shown, first=done):
             done += len(images)

@@ -30,7 +30,7 @@ CONFIG, DATA, WORKDIR, NON_FINITE, STOPPED = 2, 3, 4, 5, 75
 # have done their work when the data set was prepared.
 FREE = (
     *("train.steps", "train.log_every", "train.sample_every", "train.save_every", "train.keep"),
-    "train.eval_every",
+    *("train.eval_every", "frontier.", "figures."),
     *(
         "train.num_samples",
         "sampler.",
@@ -101,7 +101,7 @@ def _explain(argv: list[str], error: Exception) -> str:
             old = known[key]
             return f"{key}: expected {type(old).__name__} such as {old!r}, found {value!r}"
     if isinstance(error, flags.UnrecognizedFlagError):
-        known = "--config, --workdir, --mode, --dry_run, --part, --help"
+        known = "--config, --workdir, --mode, --input, --dry_run, --part, --help"
         return f"--{error.flagname}: no such flag; there are {known}"
     return " ".join(str(error).split())
 
@@ -156,6 +156,17 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
             section = section.setdefault(name, {})
         section[last] = value
     return nested
+
+
+def changed(config: ConfigDict, flat: Mapping[str, Any]) -> ConfigDict:
+    """A copy of the config with some keys of other values, {"sampler.steps": 20}."""
+    return ConfigDict(nest(flatten(config) | dict(flat)))
+
+
+def cache_folder() -> pathlib.Path:
+    """Where what all runs may use again lies: compiled programs, downloads, statistics."""
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return cache / "ddpm-jax"
 
 
 def choose(table: Mapping[str, Any], key: str, name: str) -> Any:
@@ -255,6 +266,22 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "train.eval_every": (lambda x: x == 0 or _count(x), "an int, 0 for never"),
     "train.keep": (_count, "an int, 1 or more"),
     "train.num_samples": (_count, "an int, 1 or more"),
+    "train.label_dropout": (lambda x: 0 <= x < 1, "a number in [0, 1)"),
+    "sampler.steps": (_count, "an int, 1 or more"),
+    "sampler.times": (lambda x: not len(x) or _counts(x), "a tuple of ints, 1 or more each"),
+    "sampler.clip": (_flag, "True or False"),
+    "sampler.threshold": (lambda x: _number(x) and 0 <= x <= 1, "a share in [0, 1], 0 for none"),
+    "sampler.variance": (lambda x: isinstance(x, str), "a name"),
+    "sampler.estimate": (lambda x: _count(x) and x > 1, "an int, 2 or more"),
+    "sampler.guidance": (_number, "a number, 0 for none"),
+    "sampler.eta": (_number, "a number in [0, 1]"),
+    "sampler.order": (_count, "1, 2 or 3"),
+    "sampler.variant": (lambda x: isinstance(x, str), "bh1 or bh2"),
+    "sampler.corrector": (_flag, "True or False"),
+    "sampler.solver": (lambda x: isinstance(x, str), "a name"),
+    "sampler.predictor": (lambda x: isinstance(x, str), "ancestral or ddim"),
+    "sampler.corrections": (_count, "an int, 1 or more"),
+    "sampler.snr": (_positive, "a number above 0"),
     "bpd.split": (lambda x: isinstance(x, str), "a name"),
     "bpd.num": (lambda x: x == 0 or _count(x), "an int, 0 for all"),
     "bpd.quick": (lambda x: _count(x) and x > 1, "an int, 2 or more"),
@@ -276,6 +303,20 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eval.reference_num": (lambda x: x == 0 or (_count(x) and x > 1), "an int, 0 for all"),
     "eval.keep": (lambda x: _count(x) and x > 1, "an int, 2 or more"),
     "eval.quick": (lambda x: x == 0 or (_count(x) and x > 1), "an int, 2 or more, 0 for none"),
+    "figures.names": (_words, "a tuple of names"),
+    "figures.seed": (_seed, "an int in 0..2^32-1"),
+    "figures.num": (_count, "an int, 1 or more"),
+    "figures.rows": (_count, "an int, 1 or more"),
+    "figures.split": (lambda x: isinstance(x, str), "a name"),
+    "figures.scored": (lambda x: _count(x) and x > 1, "an int, 2 or more"),
+    "figures.mask": (lambda x: isinstance(x, str), "left, right, centre or a picture"),
+    "figures.jump": (_count, "an int, 1 or more"),
+    "figures.repeats": (_count, "an int, 1 or more"),
+    "figures.animation": (lambda x: x in ("gif", "webp"), "gif or webp"),
+    "frontier.samplers": (_words, "a tuple of names"),
+    "frontier.grids": (_words, "a tuple of names"),
+    "frontier.steps": (_counts, "a tuple of ints, 1 or more each"),
+    "frontier.num": (lambda x: _count(x) and x > 1, "an int, 2 or more"),
     "sample.num": (_count, "an int, 1 or more"),
     "sample.batch_size": (_count, "an int, 1 or more"),
     "sample.seed": (_seed, "an int in 0..2^32-1"),
@@ -310,7 +351,7 @@ def check(config: ConfigDict, devices: int) -> None:
                 good = False
             if not good:
                 raise Fatal(CONFIG, f"{key}: expected {wanted}, found {value!r}")
-        elif not key.startswith(("loss.", "sampler.")):
+        elif key not in TABLES and not key.startswith("loss."):
             raise Fatal(CONFIG, f"{key}: no such key; {nearest(key, required)}")
         if key in TABLES:
             choose(TABLES[key], key, value)
@@ -324,6 +365,10 @@ def check(config: ConfigDict, devices: int) -> None:
         message = f"expected a multiple of {every} ({why}), found {size}; use {use}"
         raise Fatal(CONFIG, f"train.batch_size: {message}")
     classes, label = config.model.num_classes, config.sample.label
+    for key in ("sampler.guidance", "train.label_dropout"):
+        if flat[key] and not classes:
+            wanted = "expected 0 for a model without classes (model.num_classes)"
+            raise Fatal(CONFIG, f"{key}: {wanted}, found {flat[key]}")
     if not -1 <= label < classes:  # without classes, -1 alone
         wanted = f"-1 or a class below {classes}" if classes else "-1, for a model without classes"
         raise Fatal(CONFIG, f"sample.label: expected {wanted}, found {label}")
@@ -336,7 +381,7 @@ def differences(
 
     A key that came after the old run has a value that means "none", or it was not the same.
     """
-    old, new = flatten(_tuples(old)), flatten(new)
+    old, new = flatten(_tuples(old)), flatten(_tuples(dict(new)))
     keys = [k for k in sorted(old | new) if not k.startswith(free)]
     return [
         f"{k}: was {old.get(k, ABSENT)}, now {new.get(k, ABSENT)}"

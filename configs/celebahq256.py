@@ -38,6 +38,14 @@ VARIANTS = {
         "eval.batch_size": 4,
         "eval.features": ("random", "pixels"),
         "eval.quick": 4,
+        "figures.num": 4,
+        "figures.rows": 2,
+        "figures.scored": 4,
+        "figures.jump": 4,
+        "figures.repeats": 2,
+        "frontier.steps": (4, 20),
+        "frontier.grids": ("uniform",),
+        "frontier.num": 6,
     },
 }
 
@@ -92,12 +100,14 @@ def get_config(variant: str = "") -> ConfigDict:
                 "save_every": 5_000,
                 "keep": 3,
                 "eval_every": 0,
+                "label_dropout": 0.0,
                 "num_samples": 16,
             },
             **readings(
                 sample={"num": 16, "batch_size": 16},
                 bpd={"quick": 32, "batch_size": 8},
                 eval={"batch_size": 32, "references": ("train",)},
+                figures={"num": 16, "rows": 4, "split": "train", "scored": 256},
             ),
         }
     )

@@ -32,7 +32,7 @@ VARIANTS = {
     "mu_vlb_learned": {"target": "mu", "loss.name": "vlb", "variance": "learned"},
     "mu_simple": {"target": "mu"},
     "bfloat16": {"model.dtype": "bfloat16"},
-    "conditional": {"model.num_classes": 10},
+    "conditional": {"model.num_classes": 10, "train.label_dropout": 0.1},
     "official_clip": {"optim.clip_groups": 8},
     "tiny": {
         "model.ch": 8,
@@ -56,6 +56,14 @@ VARIANTS = {
         "eval.batch_size": 4,
         "eval.features": ("random", "pixels"),
         "eval.quick": 4,
+        "figures.num": 4,
+        "figures.rows": 2,
+        "figures.scored": 4,
+        "figures.jump": 4,
+        "figures.repeats": 2,
+        "frontier.steps": (4, 20),
+        "frontier.grids": ("uniform",),
+        "frontier.num": 6,
     },
 }
 
@@ -110,6 +118,7 @@ def get_config(variant: str = "") -> ConfigDict:
                 "save_every": 5_000,
                 "keep": 3,
                 "eval_every": 10_000,
+                "label_dropout": 0.0,
                 "num_samples": 64,
             },
             **readings(eval={"quick": 500}),

@@ -31,9 +31,17 @@ VARIANTS = {
         "eval.num": 6,
         "eval.batch_size": 4,
         "eval.quick": 4,
+        "figures.num": 4,
+        "figures.rows": 2,
+        "figures.scored": 4,
+        "figures.jump": 4,
+        "figures.repeats": 2,
+        "frontier.steps": (4, 20),
+        "frontier.grids": ("uniform",),
+        "frontier.num": 6,
         "bpd.quick": 8,
     },
-    "conditional": {"model.num_classes": 10},
+    "conditional": {"model.num_classes": 10, "train.label_dropout": 0.1},
 }
 
 
@@ -87,6 +95,7 @@ def get_config(variant: str = "") -> ConfigDict:
                 "save_every": 1000,
                 "keep": 3,
                 "eval_every": 1_000,
+                "label_dropout": 0.0,
                 "num_samples": 64,
             },
             **readings(
@@ -98,6 +107,7 @@ def get_config(variant: str = "") -> ConfigDict:
                     "features": ("random", "pixels"),
                     "quick": 100,
                 },
+                figures={"scored": 256},
             ),
         }
     )

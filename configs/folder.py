@@ -24,6 +24,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.steps = 200_000
     config.eval.references = ("train",)
     config.eval.quick = 0
+    config.figures.split = "train"
     for name in filter(None, variant.split(",")):
         config.update_from_flattened_dict(VARIANTS[name])
     return config

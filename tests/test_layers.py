@@ -8,13 +8,14 @@ import pytest
 
 from tests.conftest import ROOT
 
-# Each row may import the rows before it, and numpy and jax; not its neighbours.
-MATHEMATICS = (
-    ("schedules",),
-    ("process",),
-    ("targets",),
-    ("likelihood",),
-    ("losses", "samplers", "bounds", "ode"),
+# Each may import those before it, and numpy and jax. The branches may also import all of the trunk,
+# and nothing of each other.
+TRUNK = ("schedules", "process", "targets", "likelihood")
+BRANCHES = (
+    ("losses",),
+    ("bounds",),
+    ("ode",),
+    ("grids", "walk", "solvers", "samplers", "edits"),
 )
 # Each its own outside library, and of diffusion/ at most what is named here, so that the world can
 # be changed alone.
@@ -29,27 +30,41 @@ WORLD = {
     "records": set(),
     "prepare": {f"diffusion.ingest.{name}" for name in ("crew", "pictures", "records", "sources")},
     "checkpoint": set(),
-    "convert": set(),
+    "convert": {"diffusion.weights.layers"},
+    "diffusers_config": set(),
     "log": set(),
     "figures": set(),
+    "sheets": {"diffusion.figures"},
+    "plots": {"diffusion.figures"},
+    "checks": set(),
+    "layers": {"diffusion.weights.checks"},
+    "pytorch": {"diffusion.weights.checks"},
+    "tensorflow": {"diffusion.weights.checks"},
+    "tensors": {"diffusion.weights.checks"},
+    "bundle": {"diffusion.weights.checks"},
+    "files": {"diffusion.weights", "diffusion.ingest.archives", "diffusion.ingest.downloads"},
 }
 LAYERS = {
     # With its entropy coder, once there is one.
     "codec": {"numpy", "diffusion.rec", "diffusion.process", "diffusion.targets"},
     "rec": {"numpy", "diffusion.process", "diffusion.targets"},
     "unet": {"jax", "flax.linen"},
-    "inception": {"jax", "flax.linen"},
+    "inception": {"jax", "flax.linen", "numpy"},
     "train": {"jax", "optax", "numpy", "scipy"},
     "batches": {"jax", "numpy"},
-    "metrics": {"jax", "optax", "numpy", "scipy"},
+    "features": {"jax", "numpy"},
+    "moments": {"numpy"},
+    "pairs": {"jax", "numpy"},
+    "metrics": {"jax", "numpy", "scipy", "diffusion.moments", "diffusion.pairs"},
 }
-for i, row in enumerate(MATHEMATICS):
-    before = {f"diffusion.{name}" for names in MATHEMATICS[:i] for name in names}
-    LAYERS |= {name: {"numpy", "jax"} | before for name in row}
+for row in (TRUNK, *(TRUNK + branch for branch in BRANCHES)):
+    for i, name in enumerate(row):
+        LAYERS[name] = {"numpy", "jax"} | {f"diffusion.{earlier}" for earlier in row[:i]}
 LAYERS["ode"] |= {"scipy"}  # its adaptive solver
 
 # The only files that see flags and configs: together they are main.
-TOP = {"main", "experiment", "settings", "bench", "likelihoods"}
+TOP = {"main", "experiment", "settings", "bench", "likelihoods", "sampling", "imagesets"}
+TOP |= {"evaluate", "frontier", "illustrate", "studio", "transfer", "card"}
 # flax and absl by their bare names would reach what is refused.
 NOT_IN_DIFFUSION = {"flax.linen", "absl.flags", "ml_collections", "configs", "tests", *TOP}
 NOT_IN_DIFFUSION_BARE = {"flax", "absl", "diffusion"}

@@ -1,0 +1,163 @@
+"""--mode=frontier: quality against network evaluations and seconds, over samplers, steps and grids.
+
+Every entry draws the same samples' noise with another sampler and scores them against the training
+set. What is done is kept in frontier.json beside the picture, so that a killed run goes on, and
+one with more samplers or steps adds to it.
+"""
+
+import csv
+import io
+import itertools
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+import evaluate
+import sampling
+import settings
+from diffusion import figures, log, plots
+from experiment import Experiment
+
+KEYS = ("sampler.name", "sampler.grid", "sampler.steps")  # of one way of drawing
+
+
+class Entry(NamedTuple):
+    """One way of drawing: how often an image asks the network, how long it takes, its scores."""
+
+    sampler: str
+    grid: str
+    steps: int
+    evaluations: int
+    seconds: float
+    scores: dict[str, float]
+
+
+def run(
+    config: ConfigDict,
+    x: Experiment,
+    workdir: pathlib.Path,
+    step: int,
+    params: Any,
+    say: Callable[[str], None],
+) -> None:
+    """Writes workdir/frontier/<step>/frontier.json, .csv and .png; params: the averaged weights.
+
+    Raises Fatal before the first is drawn where a way cannot be done, DataError.
+    """
+    c, first = config.frontier, jax.process_index() == 0
+    folder = workdir / "frontier" / f"{step:08d}"
+    chains = make_chains(config, x)
+    extractor, trouble = evaluate.make_extractor(config, x, x.image_shape, say)
+    real = evaluate.reference("train", config, x, extractor, say)
+    distances = evaluate.distances_to(real, extractor, next(iter(chains.values())).size, x.mesh)
+    setting = setting_of(config, step, list(extractor.kinds))
+    done = taken_up(folder / "frontier.json", setting)
+    todo = [way for way in chains if way not in done]
+    say(f"drawing    {c.num:,} samples in each of {len(chains)} ways, {len(todo)} of them to do")
+    began, work = time.monotonic(), sum(chains[way].evaluations for way in todo)
+    for way in todo:
+        images, seconds = draw(chains[way], params, config.sample.seed, c.num)
+        done[way] = Entry(*way, chains[way].evaluations, seconds / c.num, distances(images))
+        work -= chains[way].evaluations
+        share = sum(chains[w].evaluations for w in todo) - work
+        left = log.human_time((time.monotonic() - began) / share * work)
+        say(f"{line(done[way])}  ETA {left}" if work else line(done[way]))
+        if first:
+            write(folder, setting, done)
+    entries = [done[way] for way in chains]
+    for text in advice(entries):
+        say(text)
+    if first:
+        plots.frontier(folder / "frontier.png", *curves(entries))
+    say(f"done       {folder}/frontier.png, frontier.csv, frontier.json")
+    if trouble:
+        raise trouble
+
+
+def make_chains(config: ConfigDict, x: Experiment) -> dict[tuple[str, str, int], sampling.Chain]:
+    """{(sampler, grid, steps): its chain}. Raises Fatal."""
+    c = config.frontier
+    chains = {}
+    for way in itertools.product(c.samplers, c.grids, c.steps):
+        changed = settings.changed(config, dict(zip(KEYS, way, strict=True)))
+        chains[way] = sampling.make_chain(changed, x, min(c.num, config.eval.batch_size))
+    return chains
+
+
+def draw(chain: sampling.Chain, params: Any, seed: int, n: int) -> tuple[np.ndarray, float]:
+    """(n images, the seconds that they took once all was compiled)."""
+    for images in sampling.draw(chain, params, seed, 1):
+        del images
+    began = time.monotonic()
+    images = np.concatenate(list(sampling.draw(chain, params, seed, n)))
+    return images, time.monotonic() - began
+
+
+def setting_of(config: ConfigDict, step: int, kinds: list[str]) -> dict[str, Any]:
+    """What every entry depends on, but for the way itself."""
+    setting = sampling.setting_of(config, step, "ema", config.sample.seed)
+    rest = {key: value for key, value in setting.items() if key not in KEYS}
+    return {**rest, "frontier.num": config.frontier.num, "features": kinds}
+
+
+def taken_up(path: pathlib.Path, setting: dict[str, Any]) -> dict[tuple[str, str, int], Entry]:
+    """What an earlier run of the same setting did."""
+    try:
+        kept = json.loads(path.read_text())
+        entries = (
+            [Entry(**entry) for entry in kept["entries"]] if kept["setting"] == setting else []
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return {entry[:3]: entry for entry in entries}
+
+
+def write(folder: pathlib.Path, setting: dict[str, Any], done: dict[tuple, Entry]) -> None:
+    """frontier.json, to go on from, and frontier.csv."""
+    out = {"setting": setting, "entries": [entry._asdict() for entry in done.values()]}
+    figures.save_text(folder / "frontier.json", json.dumps(out, indent=2) + "\n")
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    names = list(next(iter(done.values())).scores)
+    table.writerow([*Entry._fields[:5], *names])
+    for entry in done.values():
+        table.writerow([*entry[:5], *(f"{entry.scores[name]:.6g}" for name in names)])
+    figures.save_text(folder / "frontier.csv", text.getvalue())
+
+
+def line(entry: Entry) -> str:
+    """An entry as a row of a table."""
+    scores = "  ".join(f"{name} {value:9.4g}" for name, value in entry.scores.items())
+    way = f"{entry.sampler}, {entry.grid}, {entry.steps} steps"
+    return f"{way:34} {entry.evaluations:5} evaluations {entry.seconds:9.3g} s/image  {scores}"
+
+
+def curves(entries: list[Entry]) -> tuple[str, dict[str, list[tuple[int, float, float]]]]:
+    """(the score, {sampler and grid: (evaluations, seconds, score) by rising evaluations})."""
+    score = next(iter(entries[0].scores))
+    several = len({entry.grid for entry in entries}) > 1
+    out: dict[str, list[tuple[int, float, float]]] = {}
+    for entry in sorted(entries, key=lambda entry: entry.evaluations):
+        name = f"{entry.sampler}, {entry.grid}" if several else entry.sampler
+        point = entry.evaluations, entry.seconds, entry.scores[score]
+        out.setdefault(name, []).append(point)
+    return score, out
+
+
+def advice(entries: list[Entry]) -> list[str]:
+    """The best way within each budget of evaluations; a larger budget only where it pays."""
+    score = next(iter(entries[0].scores))
+    best, lines = float("inf"), []
+    for entry in sorted(entries, key=lambda entry: (entry.evaluations, entry.scores[score])):
+        if entry.scores[score] < best:
+            best = entry.scores[score]
+            way = f"--config.sampler.name={entry.sampler} --config.sampler.grid={entry.grid}"
+            way += f" --config.sampler.steps={entry.steps}"
+            lines.append(f"from {entry.evaluations:5,} evaluations: {score} {best:.4g} by {way}")
+    return lines
