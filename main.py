@@ -35,6 +35,7 @@ import illustrate
 import likelihoods
 import sampling
 import settings
+import transfer
 from diffusion import checkpoint, data, figures, log, plots, train
 from diffusion.ingest import pictures, prepare, sources
 from settings import Fatal
@@ -46,12 +47,19 @@ WORKDIR = flags.DEFINE_string("workdir", None, "where everything goes; default r
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "sample", "eval", "figures", "frontier", "bpd", "prepare", "bench"],
+    [
+        *("train", "sample", "eval", "bpd", "figures", "frontier"),
+        *("prepare", "import", "export", "bench"),
+    ],
     "what to do; train resumes",
 )
 INPUT = flags.DEFINE_multi_string(
-    "input", [], "with --mode=eval: score the images of this folder, zip or npz; twice: these two"
+    "input",
+    [],
+    "--mode=import: weights; --mode=eval: a folder, zip or npz of images; twice: the one against "
+    "the other",
 )
+OUTPUT = flags.DEFINE_string("output", None, "--mode=export: the folder to write")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "with --mode=prepare: look, but prepare nothing")
 PART = flags.DEFINE_enum("part", "all", ["all", *bench.PARTS], "with --mode=bench: of what")
 
@@ -312,6 +320,25 @@ class Transfers:
             self.shown[what](-(-total // 10**6) if done >= total else done // 10**6)
 
 
+def import_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """A work directory made of the weights that --input names; the config is deduced, or given."""
+    if len(INPUT.value) != 1 or WORKDIR.value is None:
+        message = "--mode=import: expected one --input=WEIGHTS and a new --workdir"
+        raise Fatal(settings.CONFIG, message)
+    given, keys = settings.typed()
+    transfer.import_weights(INPUT.value[0], config if given else None, workdir, say, keys)
+
+
+def export_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """The last checkpoint as a folder that diffusers loads, with a card that says what it is."""
+    if OUTPUT.value is None:
+        raise Fatal(settings.CONFIG, "--mode=export: expected --output=FOLDER")
+    x = experiment.build(config)
+    with contextlib.closing(trained_checkpoints(workdir)) as checkpoints:
+        step, state = last_state(checkpoints, experiment.abstract_state(x))
+    transfer.export_weights(config, workdir, step, state, pathlib.Path(OUTPUT.value), say)
+
+
 def bench_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Measures parts of the program on this machine."""
     bench.run(config, workdir, list(bench.PARTS) if PART.value == "all" else [PART.value])
@@ -459,6 +486,8 @@ MODES = {
     "frontier": frontier_mode,
     "bpd": bpd_mode,
     "prepare": prepare_mode,
+    "import": import_mode,
+    "export": export_mode,
     "bench": bench_mode,
 }
 

@@ -24,7 +24,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 DEFAULT = str(HERE / "configs" / "digits.py")  # what `python main.py` alone trains
 
 # Exit codes, one for each kind of thing that a user can mend.
-CONFIG, DATA, WORKDIR, NON_FINITE, STOPPED = 2, 3, 4, 5, 75
+CONFIG, DATA, WORKDIR, NON_FINITE, INTEGRITY, STOPPED = 2, 3, 4, 5, 6, 75
 
 # Keys that may change when a work directory is used again: they leave the training as it was, or
 # have done their work when the data set was prepared.
@@ -101,7 +101,7 @@ def _explain(argv: list[str], error: Exception) -> str:
             old = known[key]
             return f"{key}: expected {type(old).__name__} such as {old!r}, found {value!r}"
     if isinstance(error, flags.UnrecognizedFlagError):
-        known = "--config, --workdir, --mode, --input, --dry_run, --part, --help"
+        known = "--config, --workdir, --mode, --input, --output, --dry_run, --part, --help"
         return f"--{error.flagname}: no such flag; there are {known}"
     return " ".join(str(error).split())
 
@@ -156,6 +156,13 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
             section = section.setdefault(name, {})
         section[last] = value
     return nested
+
+
+def typed() -> tuple[bool, dict[str, Any]]:
+    """(whether --config was given, the single keys that were)."""
+    flag = flags.FLAGS["config"]
+    given = config_flags.get_config_filename(flag) != DEFAULT
+    return given, config_flags.get_override_values(flag)
 
 
 def changed(config: ConfigDict, flat: Mapping[str, Any]) -> ConfigDict:

@@ -30,7 +30,7 @@ WORLD = {
     "records": set(),
     "prepare": {f"diffusion.ingest.{name}" for name in ("crew", "pictures", "records", "sources")},
     "checkpoint": set(),
-    "convert": {"diffusion.weights.layers"},
+    "convert": {"diffusion.weights.layers", "diffusion.weights.names"},
     "diffusers_config": set(),
     "log": set(),
     "figures": set(),
@@ -41,7 +41,10 @@ WORLD = {
     "pytorch": {"diffusion.weights.checks"},
     "tensorflow": {"diffusion.weights.checks"},
     "tensors": {"diffusion.weights.checks"},
-    "bundle": {"diffusion.weights.checks"},
+    "names": set(),
+    "crc32c": set(),
+    "bundle": {"diffusion.weights.checks", "diffusion.weights.crc32c"},
+    "inputs": {"diffusion.convert", "diffusion.diffusers_config", "diffusion.weights"},
     "files": {"diffusion.weights", "diffusion.ingest.archives", "diffusion.ingest.downloads"},
 }
 LAYERS = {
