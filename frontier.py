@@ -1,8 +1,8 @@
 """--mode=frontier: quality against network evaluations and seconds, over samplers, steps and grids.
 
-Every entry draws the same samples' noise with another sampler and scores them against the training
-set. What is done is kept in frontier.json beside the picture, so that a killed run goes on, and
-one with more samplers or steps adds to it.
+Every entry draws samples from the same noise in another way and scores them against the training
+set; the config's own way is the last. What is done is kept in frontier.json beside the picture, so
+that a killed run goes on, and one with more samplers or steps adds to it.
 """
 
 import csv
@@ -70,7 +70,7 @@ def run(
         say(f"{line(done[way])}  ETA {left}" if work else line(done[way]))
         if first:
             write(folder, setting, done)
-    entries = [done[way] for way in chains]
+    entries = list(done.values())
     for text in advice(entries):
         say(text)
     if first:
@@ -81,10 +81,10 @@ def run(
 
 
 def make_chains(config: ConfigDict, x: Experiment) -> dict[tuple[str, str, int], sampling.Chain]:
-    """{(sampler, grid, steps): its chain}. Raises Fatal."""
-    c = config.frontier
+    """{(sampler, grid, steps): its chain}, the config's own last. Raises Fatal."""
+    c, own = config.frontier, config.sampler
     chains = {}
-    for way in itertools.product(c.samplers, c.grids, c.steps):
+    for way in (*itertools.product(c.samplers, c.grids, c.steps), (own.name, own.grid, own.steps)):
         changed = settings.changed(config, dict(zip(KEYS, way, strict=True)))
         chains[way] = sampling.make_chain(changed, x, min(c.num, config.eval.batch_size))
     return chains

@@ -57,6 +57,24 @@ def respace(p: Process, ts: np.ndarray) -> Process:
     return Process(np.append(1.0, p.alpha_bar[ts]), np.append(-1.0, p.model_t[ts]))
 
 
+def at_levels(p: Process, alpha_bar: np.ndarray) -> Process:
+    """The chain that visits any noise levels, those between the trained times included.
+
+    alpha_bar: float[n], strictly falling in (0, 1), of the steps 1..n. What the network is told
+               lies between two trained times as log(sigma / alpha) does; beyond the first or last
+               of them it is that one.
+    A network of real times only; one of eps, x0 or v, as mu means a trained step. Raises ValueError
+    for other levels.
+    """
+    alpha_bar = np.asarray(alpha_bar, np.float64)
+    inside = alpha_bar.ndim == 1 and alpha_bar.size and np.all((alpha_bar > 0) & (alpha_bar < 1))
+    if not inside or np.any(np.diff(alpha_bar) >= 0):
+        raise ValueError(f"alpha_bar: expected falling numbers in (0, 1), found {alpha_bar}")
+    q = Process(np.append(1.0, alpha_bar), np.zeros(len(alpha_bar) + 1))
+    noise_level, trained = -half_log_snr(q)[1:], -half_log_snr(p)[1:]
+    return q._replace(model_t=np.append(-1.0, np.interp(noise_level, trained, p.model_t[1:])))
+
+
 def at(table: np.ndarray, t) -> Array | np.ndarray:
     """table[t]: float64 for a host t, the device's float type for a device or traced t."""
     return jnp.asarray(table)[t] if isinstance(t, Array) else table[t]
@@ -68,18 +86,36 @@ def expand(c, x: Array) -> Array:
     return c.reshape(c.shape + (1,) * (x.ndim - c.ndim)) if c.ndim else c
 
 
-def log_ratio(p: Process, s, t):
-    """log(alpha_bar_t / alpha_bar_s) for 0 <= s <= t <= T, elementwise.
+def _difference(table: np.ndarray, s, t):
+    """table[t] - table[s], elementwise, of a table whose neighbours agree in most of their digits.
 
-    Neighbours differ by parts in 1e4 of a number up to ten: one float32 table would lose half the
-    digits. So the table goes to the device in two parts whose differences are exact enough, and
-    both halves are added after.
+    One float32 table would lose half the digits. So it goes to the device in two parts whose
+    differences are exact enough, and both are added after.
     """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        log = np.log(p.alpha_bar)
-        high = log.astype(np.float32).astype(np.float64)
-        low = np.where(np.isfinite(log), log - high, 0.0)  # alpha_bar_T = 0: -inf has no lower part
+    high = table.astype(np.float32).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        low = np.where(np.isfinite(table), table - high, 0.0)  # an infinity has no lower part
     return (at(high, t) - at(high, s)) + (at(low, t) - at(low, s))
+
+
+def log_ratio(p: Process, s, t):
+    """log(alpha_bar_t / alpha_bar_s) for 0 <= s <= t <= T, elementwise."""
+    with np.errstate(divide="ignore"):  # alpha_bar_T = 0
+        return _difference(np.log(p.alpha_bar), s, t)
+
+
+def half_log_snr(p: Process) -> np.ndarray:
+    """lambda_t = log(alpha_t / sigma_t) = log(alpha_bar / (1 - alpha_bar)) / 2, falling from inf.
+
+    float64[T+1]. Solvers measure their steps in it (DPM-Solver, arXiv 2206.00927).
+    """
+    with np.errstate(divide="ignore"):
+        return 0.5 * (np.log(p.alpha_bar) - np.log1p(-p.alpha_bar))
+
+
+def log_snr_step(p: Process, t, s):
+    """lambda_s - lambda_t, elementwise: the length h >= 0 of a step t -> s, inf to s = 0."""
+    return _difference(half_log_snr(p), t, s)
 
 
 def noise_share(p: Process, s, t):

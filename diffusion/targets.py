@@ -204,20 +204,74 @@ class Prediction(NamedTuple):
 Predict = Callable[[Array, Array], Prediction]
 
 
+def threshold(ratio: float = 0.995, maximum: float = np.inf) -> Callable[[Array], Array]:
+    """Dynamic thresholding of x_0, in place of clipping (Imagen, arXiv 2205.11487, Section 2.3).
+
+    Each image is clipped to [-c, c] and divided by c, the quantile `ratio` of its |x_0|, but at
+    least 1 and at most `maximum`. For strong guidance, whose x_0 clipping saturates. Raises
+    ValueError.
+    """
+    if not (0 < ratio <= 1 <= maximum):
+        found = f"{ratio} and {maximum}"
+        raise ValueError(f"threshold: expected 0 < ratio <= 1 <= maximum, found {found}")
+
+    def limit(x_0: Array) -> Array:
+        c = jnp.quantile(jnp.abs(x_0).reshape(len(x_0), -1), ratio, axis=1)
+        c = expand(jnp.clip(c, 1, maximum), x_0)
+        return jnp.clip(x_0, -c, c) / c
+
+    return limit
+
+
+def guided(
+    apply: Callable[[Array, Array, Array], Array], label: Array, null: int, w: float | Array
+) -> Callable[[Array, Array], Array]:
+    """Classifier-free guidance as a network `(x_t, model_t[b]) -> output`.
+
+    Eq. 6 of arXiv 2207.12598,
+
+        (1 + w) output(x_t, label) - w output(x_t, null)
+
+    of what is predicted, before x_0 is clipped; for any target, as each is linear in eps at one
+    x_t. A second half of the channels, a learned variance, is the labelled one's.
+    apply: (x_t [2b, ...], model_t[2b], label[2b]) -> output: both are one evaluation, pairs side by
+           side, so that a batch cut over devices stays where it is.
+    label: int[b]. null: the label that means none; for unet.UNet its num_classes. w: a number or
+    [b]; 0 is no guidance, -1 no label. Others count from 1: their scale is 1 + w.
+    """
+
+    def both(x_t: Array, model_t: Array) -> Array:
+        labels = jnp.stack([label, jnp.full_like(label, null)], 1).reshape(-1)
+        output = apply(jnp.repeat(x_t, 2, 0), jnp.repeat(model_t, 2, 0), labels)
+        output = output.reshape(len(x_t), 2, *output.shape[1:])
+        labelled, free = output[:, 0], output[:, 1]
+        of, rest = jnp.split(labelled, [x_t.shape[-1]], axis=-1)
+        of = of + expand(w, of) * (of - free[..., : x_t.shape[-1]])
+        return jnp.concatenate([of, rest], -1)
+
+    return both
+
+
+CLIPS = {True: lambda x_0: jnp.clip(x_0, -1, 1), False: lambda x_0: x_0}
+
+
 def predictor(
     p: Process,
     apply: Callable[[Array, Array], Array],
     target: Target,
     variance: Variance,
-    clip: bool = True,
+    clip: bool | Callable[[Array], Array] = True,
 ) -> Predict:
     """Turns a network `apply: (x_t, model_t[b]) -> output` into `predict: (x_t, t) -> Prediction`.
 
     p must be the process of the training: the targets mean its steps. t is an int scalar or int[b]
     in 1..T. With `clip`, x_0 is clipped to [-1, 1] and eps follows from it (official code:
-    clip_denoised); the mean that a mu-network gives is left as it is, as there. Raises ValueError
-    if the network's channels do not match the variance.
+    clip_denoised); the mean that a mu-network gives is left as it is, as there. A function in its
+    place, such as `threshold()`, is applied to x_0 instead. Raises ValueError if the network's
+    channels do not match the variance.
     """
+
+    limit = clip if callable(clip) else CLIPS[bool(clip)]
 
     def predict(x_t: Array, t: Array) -> Prediction:
         t = jnp.broadcast_to(jnp.asarray(t), x_t.shape[:1])
@@ -226,8 +280,7 @@ def predictor(
         if output.shape != expected:
             raise ValueError(f"network output: expected {expected}, found {output.shape}")
         output, extra = jnp.split(output, 2, axis=-1) if variance.outputs == 2 else (output, None)
-        x_0 = target.to_x0(p, output, x_t, t)
-        x_0 = jnp.clip(x_0, -1, 1) if clip else x_0
+        x_0 = limit(target.to_x0(p, output, x_t, t))
         log_var = variance.log_var(p, extra, t)
         log_var = expand(log_var, x_t) if extra is None else log_var
         return Prediction(

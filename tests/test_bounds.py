@@ -162,7 +162,7 @@ def test_cost_model_is_the_measured_bound(K, optimum, measured):
     costs = bounds.step_costs(SHORT, optimum)
     variance = targets.analytic(optimum.var_0, optimum.decoder)
     bits = {}
-    for name, ts in (("least", bounds.least_cost(costs, K)), ("even", samplers.uniform(20, K))):
+    for name, ts in (("least", bounds.least_cost(costs, K)), ("even", samplers.uniform(SHORT, K))):
         out = measured(variance, ts[:-1])
         assert out.shape == (K + 1,)
         ends = ts[::-1]
@@ -234,7 +234,7 @@ def test_no_way_costs_less(optimum):
     """For any number of steps, the even one of samplers.GRIDS included."""
     costs = bounds.step_costs(SHORT, optimum)
     least = [bounds.path_cost(costs, bounds.least_cost(costs, K)) for K in range(1, 21)]
-    even = [bounds.path_cost(costs, samplers.uniform(20, K)) for K in range(1, 21)]
+    even = [bounds.path_cost(costs, samplers.uniform(SHORT, K)) for K in range(1, 21)]
     assert np.all(np.array(least) <= even)
     assert least[3] < 0.97 * even[3]
     np.testing.assert_array_equal(bounds.least_cost(costs, 20), np.arange(20, -1, -1))

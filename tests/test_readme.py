@@ -32,8 +32,12 @@ def place(tmp_path_factory):
     for i in range(3):
         noise = np.random.default_rng(i).integers(0, 256, (40, 50 + i, 3), np.uint8)
         figures.save_png(folder / "IMAGES" / f"{i}.png", noise)
+    for name in ("SAMPLES", "OTHERS"):
+        images = np.random.default_rng(len(name)).integers(0, 256, (20, 8, 8, 1), np.uint8)
+        figures.save_npz(folder / f"{name}.npz", images)
     tiny_cifar10(folder / "cifar-10-binary.tar.gz")
     run(f"--config={ROOT}/configs/digits.py:tiny", "--workdir=runs/digits", cwd=folder)
+    run("--mode=export", "--workdir=runs/digits", "--output=WEIGHTS", cwd=folder)
     return folder
 
 
@@ -79,7 +83,7 @@ def test_command_runs(place, command):
         workdir = re.sub(r"\W+", "_", command)
         arguments = [a for a in arguments if not a.startswith("--workdir=")]
         arguments.append(f"--workdir={workdir}")
-        if not any(a.startswith("--config=") for a in arguments):
+        if not any(a.startswith(("--config=", "--input=")) for a in arguments):
             arguments.append(f"--config={ROOT}/configs/digits.py:tiny")
     if "JAX_NUM_PROCESSES" in extra:
         assert set(extra) == {"JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"}

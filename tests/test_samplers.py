@@ -1,4 +1,4 @@
-"""Samplers: the official chains, data that must come out again, and the contract of the table."""
+"""Samplers: the official chains, laws in closed form, the loop, and what single ones promise."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from jax import random
 from scipy import stats
 
 from diffusion import process, samplers, schedules, targets
-from diffusion.samplers import GRIDS, SAMPLERS, advance, ancestral, sample, trajectory, uniform
+from diffusion.samplers import SAMPLERS, advance, ancestral, sample, trajectory
 from diffusion.targets import TARGETS, VARIANCES
 from tests import oracle
 from tests.oracle import Gaussian, official
@@ -106,22 +106,17 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("case", EXACT)
-@pytest.mark.parametrize("ts", [ALL, [20, 13, 12, 4, 1, 0], [20, 7, 0]], ids=["all", "some", "two"])
-@pytest.mark.parametrize("target", TARGETS)
-def test_ancestral_keeps_every_marginal(target, ts, case, x64, monkeypatch):
-    """With the exact denoiser and the variance that is optimal for it, each x_s has q(x_s)'s law.
+def check_marginals(sampler, predict, known, ts, monkeypatch):
+    """Each x_s of the chain has q(x_s)'s mean and variance.
 
     The chain is linear in x_T and in the noise of each step, so its mean is the chain without noise
     and its variance the sum of the squared derivatives: no draws, no standard errors.
     """
-    p, (known, variance) = SHORT, EXACT[case]
-    apply = known.network(p, target, learned=variance == "learned")
-    predict = targets.predictor(p, apply, TARGETS[target], VARIANCES[variance], clip=False)
+    p = SHORT
 
     def chain(x_T, z):
         monkeypatch.setattr(samplers, "noise", lambda keys, t, like: z[t].reshape(like.shape))
-        way = trajectory(ancestral(p), predict, random.key(0), x_T.reshape(1, 1), np.array(ts))
+        way = trajectory(sampler, predict, random.key(0), x_T.reshape(1, 1), np.array(ts))
         return way.x[:, 0, 0]
 
     mean_T, var_T = known.marginal(p, p.T)
@@ -139,6 +134,28 @@ def test_ancestral_keeps_every_marginal(target, ts, case, x64, monkeypatch):
     # Float64; var_0 comes out of log_var with an amplification of up to 2e3.
     np.testing.assert_allclose(mean, mean_s, atol=1e-11)
     np.testing.assert_allclose(var, var_s, atol=1e-11)
+
+
+@pytest.mark.parametrize("case", EXACT)
+@pytest.mark.parametrize("ts", [ALL, [20, 13, 12, 4, 1, 0], [20, 7, 0]], ids=["all", "some", "two"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_ancestral_keeps_every_marginal(target, ts, case, x64, monkeypatch):
+    """With the exact denoiser and the variance that is optimal for it."""
+    known, variance = EXACT[case]
+    apply = known.network(SHORT, target, learned=variance == "learned")
+    predict = targets.predictor(SHORT, apply, TARGETS[target], VARIANCES[variance], clip=False)
+    check_marginals(ancestral(SHORT), predict, known, ts, monkeypatch)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_analytic_ddim_keeps_every_marginal(eta, x64, monkeypatch):
+    """In steps of any length, where DDIM itself, which adds too little noise, does not."""
+    known = Gaussian(0.3, 0.25)
+    apply, ts = known.network(SHORT, "eps"), [20, 13, 12, 4, 1, 0]
+    predict = targets.predictor(SHORT, apply, TARGETS["eps"], VARIANCES["learned"], clip=False)
+    check_marginals(samplers.analytic_ddim(SHORT, eta), predict, known, ts, monkeypatch)
+    with pytest.raises(AssertionError):
+        check_marginals(samplers.ddim(SHORT, eta), predict, known, ts, monkeypatch)
 
 
 @pytest.mark.parametrize("ts", [ALL, [20, 9, 8, 0]], ids=["all", "some"])
@@ -167,111 +184,110 @@ def test_ancestral_gives_the_data_s_law(ts):
     assert stats.kstest(standard, "norm").pvalue > 1e-4  # one fixed draw: luck is settled
 
 
-def test_a_point_comes_out_exactly(monkeypatch):
-    """Data that is one image, whose denoiser says that image: every sample is it, bit for bit."""
-    image = random.uniform(random.key(0), (1, 4, 4, 3), minval=-1, maxval=1)
-    x_T = random.normal(random.key(1), (2, 4, 4, 3))
-    monkeypatch.setattr(samplers, "noise", oracle.cheap_noise)
-    for name, ts in (("fixed_small", ALL), ("fixed_large", uniform(20, 3))):
-        predict = targets.predictor(
-            SHORT, lambda x, t: jnp.broadcast_to(image, x.shape), TARGETS["x0"], VARIANCES[name]
-        )
-        x_0 = sample(ancestral(SHORT), predict, KEY, x_T, ts)
-        # The last step has weight_0 = 1 and weight_t = 0, and draws no noise.
-        np.testing.assert_array_equal(x_0, jnp.broadcast_to(image, x_T.shape))
-
-
-@pytest.fixture(scope="module", params=SAMPLERS)
-def contract(request):
-    """A sampler of the table: (sampler, predict, run), run compiled: (key, x_T, ts) -> Carry."""
-    sampler = SAMPLERS[request.param](SHORT)
-    predict = targets.predictor(
-        SHORT, lambda x, t: oracle.toy(x, t), TARGETS["eps"], VARIANCES["fixed_large"]
-    )
-    traces = []
-
-    def counted(x, t):
-        traces.append(x.shape)
-        return predict(x, t)
-
-    @jax.jit
-    def run(key, x_T, ts):
-        return trajectory(sampler, counted, key, x_T, ts)
-
-    return sampler, predict, run, traces
+# --------------------------------------------------------------------------------- the loop itself
 
 
 TS = np.array([20, 17, 16, 9, 4, 1, 0])
+KEYS = process.example_keys(KEY, 4)
 
 
 def x_T(b=4):
     return random.normal(random.key(1), (4, 4, 4, 3))[:b]
 
 
-def test_sampler_is_a_function_of_its_key(contract):
-    _, _, run, _ = contract
-    first, again = run(KEY, x_T(), TS), run(KEY, x_T(), TS)
-    jax.tree.map(np.testing.assert_array_equal, first, again)
-    assert first.x.shape == first.x_0.shape == (6, 4, 4, 4, 3)
-    assert first.x.dtype == first.x_0.dtype == jnp.float32
-    assert np.all(np.isfinite(first.x)) and np.all(np.isfinite(first.x_0))
+@pytest.fixture(scope="module", params=["ancestral", "unipc"])
+def loop(request):
+    """(sampler, predict), of a sampler with noise and of one that remembers."""
+    return SAMPLERS[request.param](SHORT), targets.predictor(
+        SHORT, lambda x, t: oracle.toy(x, t), TARGETS["eps"], VARIANCES["fixed_large"]
+    )
 
 
-def test_sampler_compiles_once(contract):
-    """Another seed, other images, other times of the same number: nothing is traced again."""
-    _, _, run, traces = contract
-    run(KEY, x_T(), TS)
-    before = len(traces)
-    run(random.key(6), 0.5 * x_T(), TS)
-    run(KEY, x_T(), np.array([20, 12, 9, 8, 7, 3, 0]))
-    assert len(traces) == before
-
-
-def test_times_on_the_device_are_the_same_times(contract):
-    sampler, predict, run, _ = contract
-    whole = run(KEY, x_T(), jnp.asarray(TS))
+def test_sample_is_the_end_of_the_trajectory(loop):
+    """With times that are constants of the program, and with times that are given to it."""
+    sampler, predict = loop
     fixed = jax.jit(lambda key, x: sample(sampler, predict, key, x, TS))(KEY, x_T())
-    # Compiled with constant times and with given ones: float32 sums may contract differently.
-    np.testing.assert_allclose(fixed, whole.x[-1], atol=1e-6)
-
-
-def test_trajectory_ends_in_the_sample(contract):
-    sampler, predict, run, _ = contract
-    ours = jax.jit(lambda *a: sample(sampler, predict, *a))(KEY, x_T(), TS)
+    given = jax.jit(lambda *a: trajectory(sampler, predict, *a))(KEY, x_T(), jnp.asarray(TS))
     # Two programs of the same formulas: XLA may fuse, and so round, them differently.
-    np.testing.assert_allclose(ours, run(KEY, x_T(), TS).x[-1], atol=1e-6)
+    np.testing.assert_allclose(fixed, given.x[-1], atol=1e-6)
 
 
-def test_trajectory_s_places(contract):
-    """x at ts[1:], and the x_0 predicted from the x before, at ts[:-1]."""
-    _, predict, run, _ = contract
-    way = run(KEY, x_T(), TS)
-    before = jnp.concatenate([x_T()[None], way.x[:-1]])
-    for x, t, x_0 in zip(before, TS, way.x_0, strict=False):
-        # Float32, compiled another way: sqrt(1 / alpha_bar) = 12 at t = 20 amplifies.
-        np.testing.assert_allclose(predict(x, int(t)).x_0, x_0, atol=1e-5)
+def test_one_key_is_one_for_each_example(loop):
+    """Example i of a batch gets key i, however many there are."""
+    sampler, predict = loop
+    run = jax.jit(lambda key, x: sample(sampler, predict, key, x, TS))
+    whole = run(KEY, x_T())
+    # Float32, as above.
+    np.testing.assert_allclose(run(KEYS, x_T()), whole, atol=1e-5)
+    np.testing.assert_allclose(run(KEY, x_T(2)), whole[:2], atol=1e-5)
 
 
-def test_an_image_does_not_depend_on_its_batch(contract):
-    """The first of a batch with one key; any of it with its own key."""
-    _, _, run, _ = contract
-    whole = run(KEY, x_T(), TS)
-    part = run(KEY, x_T(2), TS)
-    alone = run(process.example_keys(KEY, 4)[3:], x_T()[3:], TS)
-    # Float32: other shapes may be vectorised with other roundings, which 12 amplifies once.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[:, :2], atol=1e-5), part, whole)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[:, 3:], atol=1e-5), alone, whole)
-    assert np.abs(whole.x[-1, 0] - whole.x[-1, 1]).max() > 0.1
+# ------------------------------------------------------------------------------ some of the table
 
 
-def test_parts_in_a_row_are_the_whole(contract):
-    """Bit for bit."""
-    sampler, predict, run, _ = contract
-    whole = run(KEY, x_T(), TS)
-    go = jax.jit(lambda key, carry, ts: advance(sampler, predict, key, carry, ts))
-    carry = go(KEY, go(KEY, sampler.init(x_T()), TS[:4]), TS[3:])
-    np.testing.assert_array_equal(carry.x, whole.x[-1])
-    np.testing.assert_array_equal(carry.x_0, whole.x_0[-1])
+def toy_predictor(variance):
+    return targets.predictor(SHORT, oracle.toy, TARGETS["eps"], VARIANCES[variance])
+
+
+def test_ddim_with_all_its_noise_is_ancestral():
+    """eta = 1 and the posterior's variance: one chain in two parametrisations."""
+    ours, theirs = (
+        trajectory(sampler, toy_predictor("fixed_small"), KEY, x_T(2), TS).x
+        for sampler in (samplers.ddim(SHORT, 1.0), ancestral(SHORT))
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)  # float32
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_analytic_ddim_of_a_known_x_0_is_ddim(eta):
+    """Fixed_small takes x_0 as known: nothing is added."""
+    ours, theirs = (
+        trajectory(sampler(SHORT, eta), toy_predictor("fixed_small"), KEY, x_T(2), TS).x
+        for sampler in (samplers.analytic_ddim, samplers.ddim)
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)  # float32
+
+
+def test_langevin_steps_reach_their_stationary_law():
+    """Data N(0, 1) has the score -x at every t; the corrector mends a start that is far too narrow.
+
+    A step x' = (1 - d) x + sqrt(2 d) z is stationary at the variance V = 1 / (1 - d / 2), and d = 2
+    (1 - beta_s) snr^2 / V for images of many pixels: V = 1 + (1 - beta_s) snr^2.
+    """
+    s, snr, a = 12, 0.5, SHORT.alpha_bar
+    predict = targets.predictor(
+        SHORT,
+        Gaussian(0.0, 1.0).network(SHORT, "eps", learned=False),
+        TARGETS["eps"],
+        VARIANCES["fixed_small"],
+        clip=False,
+    )
+    sampler = samplers.predictor_corrector(SHORT, "ddim", corrections=100, snr=snr)
+    start = sampler.init(0.3 * random.normal(random.key(4), (4, 128, 128, 1)))
+    x = jax.jit(lambda c: advance(sampler, predict, KEY, c, np.array([15, s])))(start).x
+    wanted = 1 + a[s] / a[s - 1] * snr**2
+    # 16,384 numbers in an image: five standard errors of a variance.
+    np.testing.assert_allclose(np.var(x, axis=(1, 2, 3)), wanted, rtol=5 * np.sqrt(2 / 16384))
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("ddim", {"eta": 1.5}, "eta: expected 0"),
+        ("analytic_ddim", {"eta": -0.1}, "eta: expected 0"),
+        ("dpmpp_2m", {"solver": "euler"}, "solver: expected one of midpoint, heun, found euler"),
+        ("dpmpp_3m", {"solver": "euler"}, "solver: expected one of released, exact, found euler"),
+        ("unipc", {"order": 4}, "order: expected 1, 2 or 3, found 4"),
+        ("unipc", {"variant": "bh3"}, "variant: expected one of bh1, bh2, found bh3"),
+        ("predictor_corrector", {"predictor": "heun"}, "expected one of ancestral, ddim"),
+        ("predictor_corrector", {"corrections": 0}, "found 0 and 0.1"),
+        ("predictor_corrector", {"snr": 0.0}, "found 1 and 0.0"),
+    ],
+)
+def test_options_are_checked(name, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        SAMPLERS[name](SHORT, **options)
+    assert "\n" not in str(error.value)
 
 
 def test_ancestral_noise_is_fresh_in_every_step():
@@ -293,31 +309,6 @@ def test_ancestral_noise_is_fresh_in_every_step():
     correlations = np.corrcoef(z[:-1]) - np.eye(19)
     assert np.abs(correlations).max() < 0.1  # six standard errors
     assert np.abs(way.x[-1] - other.x[-1]).max() > 0.01
-
-
-@pytest.mark.parametrize("name", GRIDS)
-def test_grids(name):
-    """Strictly falling int32 times from T to 0, for every number of steps that a chain has."""
-    for T in (*range(1, 41), 1000):
-        for steps in range(1, T + 1):
-            ts = GRIDS[name](T, steps)
-            assert ts.dtype == np.int32 and len(ts) == steps + 1
-            assert ts[0] == T and ts[-1] == 0 and np.all(np.diff(ts) < 0)
-
-
-def test_uniform_is_even():
-    np.testing.assert_array_equal(uniform(20, 20), ALL)
-    np.testing.assert_array_equal(uniform(1000, 10), np.arange(1000, -1, -100))
-    for steps in range(1, 1001):
-        # Rounded to the nearest, so at most a half from where evenness would put it.
-        assert np.abs(uniform(1000, steps) - np.linspace(1000, 0, steps + 1)).max() <= 0.5
-
-
-@pytest.mark.parametrize("name", GRIDS)
-@pytest.mark.parametrize("steps", [0, -3, 21])
-def test_grids_check_the_number_of_steps(name, steps):
-    with pytest.raises(ValueError, match="expected 1 to 20"):
-        GRIDS[name](20, steps)
 
 
 def known_x_0(x, t):
