@@ -5,6 +5,7 @@ Compare figures of one run only: another machine, or this one an hour later, is 
 """
 
 import collections
+import importlib.util
 import json
 import pathlib
 import statistics
@@ -21,8 +22,9 @@ from ml_collections import ConfigDict
 
 import experiment
 import likelihoods
-from diffusion import data, likelihood, log, train
+from diffusion import convert, data, inception, likelihood, log, train
 from diffusion.ingest import pictures, prepare, sources
+from diffusion.weights import layers
 
 REPETITIONS = 5
 
@@ -152,7 +154,72 @@ def likelihood_part(config: ConfigDict, x: experiment.Experiment) -> Iterator[Me
     yield Measured("seconds of the bound over those of the network", "", [a / b for a, b in pairs])
 
 
-PARTS = {"data": data_part, "likelihood": likelihood_part}
+# --------------------------------------------------------------------------------------- features
+
+
+def features_part(config: ConfigDict, x: experiment.Experiment) -> Iterator[Measured]:
+    """The FID network with its resize, on one device; and torch-fidelity's where it is installed.
+
+    Both get the same random weights and images; nothing is downloaded.
+    """
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (32, *x.image_shape[:2], 3), np.uint8)
+    weights = {
+        name: np.float32(rng.standard_normal(shape, np.float32) * np.sqrt(2 / np.prod(shape[1:])))
+        if len(shape) > 1
+        else np.full(shape, not name.endswith(("bias", "mean")), np.float32)
+        for name, shape in layers.SHAPES.items()
+    }
+    params = jax.device_put(inception.fold(convert.from_inception(weights)))
+
+    @jax.jit
+    def features(params, image):
+        taps = inception.Inception().apply({"params": params}, inception.preprocess(image))
+        return taps["2048"], taps["logits_unbiased"]
+
+    def ours():
+        return jax.block_until_ready(features(params, image))
+
+    what = f"features of images {image.shape[1]}x{image.shape[2]}, batches of {len(image)}"
+    theirs = _torch_features(weights, image)
+    if theirs is None:
+        yield Measured(what, "images/s", [len(image) / took for took, _ in seconds(ours)])
+        return
+    for a, b in zip(ours(), theirs(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max())  # the same network
+    pairs = [(a, b) for (a, _), (b, _) in zip(*map(seconds, (ours, theirs)), strict=True)]
+    yield Measured(what, "images/s", [len(image) / a for a, _ in pairs])
+    yield Measured("the same by torch-fidelity", "images/s", [len(image) / b for _, b in pairs])
+    yield Measured("the first over the second", "", [b / a for a, b in pairs])
+
+
+def _torch_features(weights: dict[str, np.ndarray], image: np.ndarray) -> Callable | None:
+    """() -> (features, logits) by PyTorch on its GPU if it has one; None if it is not installed."""
+    if not all(map(importlib.util.find_spec, ("torch", "torch_fidelity"))):
+        return None
+    import torch
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    torch.backends.cudnn.allow_tf32 = False  # it is float32 that is compared
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/weights.pth"
+        torch.save({name: torch.from_numpy(array) for name, array in weights.items()}, path)
+        taps = ["2048", "logits_unbiased"]
+        network = FeatureExtractorInceptionV3(
+            "inception", taps, feature_extractor_weights_path=path
+        )
+    network = network.to(device).eval()
+    batch = torch.from_numpy(np.ascontiguousarray(image.transpose(0, 3, 1, 2)))
+
+    def run():
+        with torch.inference_mode():
+            return [tap.cpu().numpy() for tap in network(batch.to(device))]
+
+    return run
+
+
+PARTS = {"data": data_part, "likelihood": likelihood_part, "features": features_part}
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, parts: list[str]) -> None:

@@ -29,11 +29,11 @@ from settings import Fatal
 class Chain(NamedTuple):
     """The compiled parts of sampling `size` images, sharded over the devices.
 
-    start:   (seed uint32[], indices int32[size]) -> (keys, label, carry): x_T and what goes with
-             it.
+    start:   (seed uint32[], label int32[], indices int32[size]) -> (keys, labels, carry): x_T and
+             what goes with it; a label below 0 is all classes in turn.
     advance: (params, keys, label, carry, ts) -> carry, as far along the chain as ts goes.
     finish:  x_0 -> uint8[size, h, w, c].
-    ts:      int32[steps + 1], all the times to visit.
+    ts:      int32[steps + 1], all the times to visit. label: of sample.label.
     size:    images at a time. evaluations: of the network for each of them.
     """
 
@@ -43,6 +43,7 @@ class Chain(NamedTuple):
     ts: np.ndarray
     size: int
     evaluations: int
+    label: int
 
 
 def make_chain(config: ConfigDict, x: Experiment, batch_size: int) -> Chain:
@@ -50,15 +51,15 @@ def make_chain(config: ConfigDict, x: Experiment, batch_size: int) -> Chain:
     sampler, ts = experiment.make_sampler(config, x)
     predictor = experiment.make_predictor(config, x)
     size = -(-batch_size // x.mesh.size) * x.mesh.size
-    classes, fixed = config.model.num_classes, config.sample.label
+    classes = config.model.num_classes
     whole, split = train.replicated(x.mesh), train.sharded(x.mesh)
 
-    def start(seed, indices):
+    def start(seed, label, indices):
         indices = jax.lax.with_sharding_constraint(indices, split)
         keys = jax.vmap(random.fold_in, (None, 0))(random.key(seed), indices)
         x_T = process.noise(keys, 0, jnp.zeros((size, *x.image_shape)))
-        label = indices % classes if classes and fixed < 0 else jnp.full_like(indices, fixed)
-        return keys, label, sampler.init(x_T)
+        labels = jnp.where(label < 0, indices % max(classes, 1), label)
+        return keys, labels, sampler.init(x_T)
 
     def advance(params, keys, label, carry, ts):
         return samplers.advance(sampler, predictor(params, label), keys, carry, ts)
@@ -75,6 +76,7 @@ def make_chain(config: ConfigDict, x: Experiment, batch_size: int) -> Chain:
         ts,
         size,
         sampler.evaluations(len(ts) - 1),
+        config.sample.label,
     )
 
 
@@ -101,7 +103,7 @@ def draw(
     length = min(k for k in range(1, steps + 1) if steps % k == 0 and steps // k <= 25)
     for at in range(first, n, chain.size):
         indices = np.arange(at, at + chain.size, dtype=np.int32)
-        keys, label, carry = chain.start(np.uint32(seed), indices)
+        keys, label, carry = chain.start(np.uint32(seed), np.int32(chain.label), indices)
         for i in range(0, steps, length):
             carry = chain.advance(params, keys, label, carry, chain.ts[i : i + length + 1])
             jax.block_until_ready(carry)

@@ -467,10 +467,11 @@ def test_training_step_and_sampler_lower_for_tpu_and_cuda(dtype):
     assert exported.platforms == tuple(platforms)
     chain = sampling.make_chain(config, x, 64)
     seed, indices = jax.ShapeDtypeStruct((), np.uint32), jax.ShapeDtypeStruct((64,), np.int32)
-    keys, label, carry = jax.eval_shape(chain.start, seed, indices)
+    of_class = jax.ShapeDtypeStruct((), np.int32)
+    keys, label, carry = jax.eval_shape(chain.start, seed, of_class, indices)
     times = jax.ShapeDtypeStruct((41,), np.int32)
     for program, arguments in [
-        (chain.start, (seed, indices)),
+        (chain.start, (seed, of_class, indices)),
         (chain.advance, (state.params, keys, label, carry, times)),
         (chain.finish, (carry.x,)),
     ]:
