@@ -115,22 +115,23 @@ def frechet(a: Moments, b: Moments) -> float:
     # tr (A B)^(1/2) is the sum of the singular values of R_a^T R_b, for any roots A = R_a R_a^T and
     # B = R_b R_b^T. The official code's square root of a product first squares what it then takes
     # the root of: where a covariance is singular it trades rounding of 1e-16 for one of 1e-8.
-    _same_dimension(a[0], b[0])
-    common = np.linalg.svd(root(a[1]).T @ root(b[1]), compute_uv=False).sum()
-    return _distance(a, b, common)
-
-
-def _distance(a: Moments, b: Moments, common: float) -> float:
     (mu_a, cov_a), (mu_b, cov_b) = a, b
+    _same_dimension(mu_a, mu_b)
+    common = np.linalg.svd(root(cov_a).T @ root(cov_b), compute_uv=False).sum()
     distance = np.square(mu_a - mu_b).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * common
     return max(0.0, float(distance))
 
 
 def _distance_of_part(part: np.ndarray, b: Moments, root_b: np.ndarray) -> float:
-    """`frechet` of features [m, d], three times as fast and known to 1e-8: what errors need."""
-    a = finalize(update(init(part.shape[1]), part))
-    squares = np.linalg.eigvalsh(root_b.T @ a[1] @ root_b)
-    return _distance(a, b, np.sqrt(np.maximum(squares, 0)).sum())
+    """`frechet` of features [m, d], many times as fast and known to 1e-8: what errors need."""
+    (mu_b, cov_b), (m, d) = b, part.shape
+    mu = part.mean(0, dtype=np.float64)
+    rows = (part - mu) / np.sqrt(m - 1)  # A = rows^T rows
+    common = rows @ root_b  # its singular values are those of R_a^T R_b
+    squares = np.linalg.eigvalsh(common @ common.T if m < d else common.T @ common)
+    trace = np.trace(cov_b) + np.square(rows).sum()
+    distance = trace + np.square(mu - mu_b).sum() - 2 * np.sqrt(np.maximum(squares, 0)).sum()
+    return max(0.0, float(distance))
 
 
 def jackknife(features: np.ndarray, reference: Moments, groups: int) -> float:

@@ -278,3 +278,11 @@ def test_the_jackknife_tells_what_fresh_sets_scatter_by():
     distances = [frechet(moments_of(x), reference) for x in sets]
     errors = [moments.jackknife(x, reference, 10) for x in sets]
     np.testing.assert_allclose(np.mean(errors), np.std(distances, ddof=1), rtol=0.2)
+
+
+@pytest.mark.parametrize("m", [5, 200])
+def test_the_quick_distance_is_the_distance(m):
+    """Of fewer and of more features than dimensions, to the 1e-8 of a square root of a product."""
+    reference = moments_of(X[::2] + 0.3)
+    quick = moments._distance_of_part(X[:m], reference, root(reference[1]))
+    np.testing.assert_allclose(quick, frechet(moments_of(X[:m]), reference), rtol=1e-6)
