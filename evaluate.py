@@ -34,12 +34,6 @@ PACKAGES = ("jax", "flax", "numpy", "scipy")
 QUICK = {"sampler.name": "ddim", "sampler.grid": "uniform", "sampler.steps": 20}
 
 
-def inception_weights(config: ConfigDict) -> Any:
-    """The published network's weights, folded. Raises WeightsError, ValueError: one line each."""
-    arrays = files.inception(config.eval.inception, str(settings.cache_folder() / "weights"))
-    return jax.device_put(inception.fold(convert.from_inception(arrays)))
-
-
 # ------------------------------------------------------------------------------------- references
 
 
@@ -70,11 +64,15 @@ def reference(
     about = {"split": name, "images": some.n, "hash": mark}
     stem = f"{config.data.name or config.data.source}_{name}_{some.n}_{mark}".replace("/", "_")
     folder = settings.cache_folder() / "statistics"
-    paths = {k: folder / f"{stem}_{k}_{config.eval.keep}.npz" for k in extractor.kinds}
+    of = {
+        k: f"{k}{extractor.mark if k in imagesets.KINDS['inception'] else ''}"
+        for k in extractor.kinds
+    }
+    paths = {k: folder / f"{stem}_{of[k]}_{config.eval.keep}.npz" for k in extractor.kinds}
     known: dict[str, Sample] = {}
-    for path in paths.values():
+    for path in paths.values() if jax.process_index() == 0 else ():
         known |= statistics(path, extractor) or {}
-    if known.keys() != extractor.kinds.keys():
+    if not imagesets.first_says(known.keys() == extractor.kinds.keys()):
         partial = folder / f"{stem}_partial.npz"
         known = _read(some, config, x, extractor, partial, say)
         if jax.process_index() == 0:
@@ -137,27 +135,31 @@ def _sha256(path: pathlib.Path) -> str:
 Scores = dict[str, dict[str, Score]]  # {reference, "" for none: {what it is called: the number}}
 
 
-def scores(samples: dict[str, Sample], references: list[Reference]) -> Scores:
-    """Every score that can be had of a set, against every reference, called by its right name."""
+def scores(
+    samples: dict[str, Sample], references: list[Reference], notes: list[str] | None = None
+) -> Scores:
+    """Every score that can be had of a set, against every reference, called by its right name.
+
+    notes: is told of those that cannot.
+    """
     out: Scores = {}
-    for kind, sample in samples.items():
-        alone = [n for n in metrics.possible(sample) if not metrics.METRICS[n].reference]
-        _add(out, "", kind, sample, None, alone)
-        for against in references:
-            real = against.samples.get(kind)
-            names = metrics.possible(sample, real) if real else []
-            _add(out, against.name, kind, sample, real, [n for n in names if n not in alone])
+    for kind, sample in samples.items():  # none but in the first process
+        for against in (None, *references):
+            real = against.samples.get(kind) if against else None
+            if against and real is None:
+                continue
+            for name in metrics.possible(sample, real):
+                if bool(metrics.METRICS[name].reference) != bool(against):
+                    continue
+                try:
+                    found = metrics.evaluate(name, sample, real)
+                except ValueError as error:  # the others are still worth having
+                    if notes is not None:
+                        notes.append(f"{kind}: {error}")
+                    continue
+                named = {metrics.label(k, kind, sample.n): score for k, score in found.items()}
+                out.setdefault(against.name if against else "", {}).update(named)
     return out
-
-
-def _add(out, reference_name, kind, sample, real, names) -> None:
-    for name in names:
-        try:
-            found = metrics.evaluate(name, sample, real)
-        except ValueError:  # too few images for this one: the others are still worth having
-            continue
-        named = {metrics.label(k, kind, sample.n): score for k, score in found.items()}
-        out.setdefault(reference_name, {}).update(named)
 
 
 def over_seeds(each: list[Scores]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -209,14 +211,16 @@ def run(
             sampling.keep(kept, chain, params, c.num)
             some = imagesets.of_files(str(kept.npz), x.image_shape[2], c.num)
             samples = _read(some, config, x, extractor, kept.folder / "partial.npz", say)
-            each.append(scores(samples, references))
+            each.append(scores(samples, references, concerns))
             concerns += [f"{k}: {line}" for k, s in samples.items() for line in metrics.concerns(s)]
             if first:
                 with np.load(kept.npz) as file:
                     figures.save_png(kept.folder / "grid.png", figures.grid(file["arr_0"][:100]))
         results[name] = over_seeds(each)
     about = {"step": step, "samples": c.num, "seeds": list(c.seeds), "sampler": config.sampler}
-    write(folder / "metrics.json", config, about, results, references, concerns, say)
+    write(
+        folder / "metrics.json", config, about, results, references, concerns, extractor.mark, say
+    )
     if trouble:
         raise trouble
 
@@ -241,8 +245,8 @@ def run_input(
     concerns += [some.concern] * bool(some.concern)
     about = {"input": inputs[0], "samples": some.n}
     path = workdir / "eval" / pathlib.Path(inputs[0]).stem / "metrics.json"
-    found = {"input": over_seeds([scores(samples, references)])}
-    write(path, config, about, found, references, concerns, say)
+    found = {"input": over_seeds([scores(samples, references, concerns)])}
+    write(path, config, about, found, references, concerns, extractor.mark, say)
     if trouble:
         raise trouble
 
@@ -253,17 +257,30 @@ def make_extractor(
     """The features of eval.features; without the Inception weights the others, and that trouble."""
     names, weights, trouble = list(config.eval.features), None, None
     if "inception" in names:
-        try:
-            weights = inception_weights(config)
-        except (files.WeightsError, ValueError) as error:
+        for turn in (True, False):  # the first process downloads; the others may find it there
+            if turn == (jax.process_index() == 0):
+                weights, trouble = _inception(config)
+            imagesets.all_say(True)
+        if not imagesets.all_say(weights is not None):
+            trouble = trouble or "another process has no Inception weights"
             names = [name for name in names if name != "inception"] or list(features.FEATURES)
             what = " and ".join(f"fd_{name}" for name in names)
-            trouble = Fatal(settings.DATA, f"{error}; without them only {what} can be scored")
+            trouble = Fatal(settings.DATA, f"{trouble}; without them only {what} can be scored")
             say(f"warning    no Inception weights: only {what} will be scored, samples are kept")
     return imagesets.make_extractor(names, shape, x.mesh, weights), trouble
 
 
-def write(path, config, about, results, references, concerns, say) -> None:
+def _inception(config: ConfigDict) -> tuple[Any, str]:
+    """(the published network's weights, folded; "") or (None, why there are none)."""
+    cache = str(settings.cache_folder() / "weights")
+    try:
+        arrays = convert.from_inception(files.inception(config.eval.inception, cache))
+        return jax.device_get(inception.fold(arrays)), ""
+    except (files.WeightsError, ValueError) as error:
+        return None, str(error)
+
+
+def write(path, config, about, results, references, concerns, mark, say) -> None:
     """Says every number and writes them, with all that they follow from."""
     for which, found in results.items():
         for line in table(which, found):
@@ -277,6 +294,7 @@ def write(path, config, about, results, references, concerns, say) -> None:
             "data": config.data.name or config.data.source,
             "scores": results,
             "references": {r.name: r.about for r in references},
+            "inception": mark,
             "notes": concerns,
             "versions": {name: version(name) for name in PACKAGES},
             "config": config,

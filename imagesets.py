@@ -6,6 +6,7 @@ that a pass that was killed goes on.
 """
 
 import functools
+import hashlib
 import io
 import itertools
 import pathlib
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import Array
+from jax.experimental import multihost_utils
 
 import settings
 from diffusion import data, features, figures, inception, log, metrics, train
@@ -116,12 +118,14 @@ def _picture(path: str, item: sources.Item, rule: pictures.Rule) -> pictures.Pic
 class Extractor(NamedTuple):
     """run: uint8[b, h, w, c] over the devices -> {kind: (features [b, d], logits [b, k] or None)}.
 
-    kinds: {kind: (d, k or 0)}. shape: (h, w, c) of the images.
+    kinds: {kind: (d, k or 0)}. shape: (h, w, c) of the images. mark: hexadecimal digits that tell
+    the network's weights from others, "" without it.
     """
 
     run: Callable[[Array], dict[str, tuple[Array, Array | None]]]
     kinds: dict[str, tuple[int, int]]
     shape: tuple[int, int, int]
+    mark: str = ""
 
 
 def make_extractor(
@@ -157,7 +161,16 @@ def make_extractor(
     order = [kind for name in names for kind in KINDS.get(name, (name,))]
     sizes = {kind: (f.shape[1], 0 if g is None else g.shape[1]) for kind, (f, g) in shapes.items()}
     kinds = {kind: sizes[kind] for kind in order}
-    return Extractor(functools.partial(compiled, weights), kinds, tuple(shape))
+    mark = mark_of(weights) if "inception" in names else ""
+    return Extractor(functools.partial(compiled, weights), kinds, tuple(shape), mark)
+
+
+def mark_of(weights: Any) -> str:
+    """8 hexadecimal digits of a SHA-256 over all arrays of a tree."""
+    digest = hashlib.sha256()
+    for array in jax.tree.leaves(weights):
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:8]
 
 
 def read(
@@ -172,31 +185,42 @@ def read(
     """What is kept of all images of a set, for each kind of features. Shows progress.
 
     size: images a batch, a multiple of the devices. kept: where what is read so far is written, to
-    go on from, or None. Raises Fatal for what cannot be scored; DataError and Fatal while reading.
+    go on from, or None. Every process takes part; only the first keeps anything, the others get {}.
+    Raises Fatal for what cannot be scored; DataError and Fatal while reading.
     """
-    split = train.sharded(mesh)
+    split, keeps = train.sharded(mesh), jax.process_index() == 0
     rows = train.rows_here(split, size)
-    setting = f"{some.name} {some.n} {some.shape} {size} {keep} {extractor.kinds}"
-    done, samples = _taken_up(kept, setting)
-    if not samples:
+    setting = f"{some.name} {some.n} {some.shape} {size} {keep} {extractor.kinds} {extractor.mark}"
+    done, samples = _taken_up(kept, setting) if keeps else (0, {})
+    if keeps and not samples:
         samples = {k: metrics.begin(some.n, d, keep, c) for k, (d, c) in extractor.kinds.items()}
-    first, saved = done // size, time.monotonic()
-    first_process = jax.process_index() == 0
-    with log.Progress(some.n, done, unit="image", silent=silent or not first_process) as shown:
-        for i, batch in enumerate(some.batches(size, rows, first), first):
-            images = train.spread(batch, split, (size, *some.shape))
-            out = jax.device_get(extractor.run(images))
+    done, saved = first_says(done), time.monotonic()
+    with log.Progress(some.n, done, unit="image", silent=silent or not keeps) as shown:
+        for i, batch in enumerate(some.batches(size, rows, done // size), done // size):
+            out = extractor.run(train.spread(batch, split, (size, *some.shape)))
             real = min(size, some.n - i * size)
-            for kind, (f, logits) in out.items():
-                args = f[:real], None if logits is None else logits[:real]
-                samples[kind] = settings.call(metrics.add, some.name, samples[kind], *args)
+            if keeps:
+                samples = {
+                    kind: settings.call(metrics.add, some.name, samples[kind], *_first(both, real))
+                    for kind, both in jax.device_get(out).items()
+                }
             shown(i * size + real)
-            if kept and first_process and time.monotonic() - saved > KEEP_S:
+            if keeps and kept and time.monotonic() - saved > KEEP_S:
                 _put_down(kept, setting, samples)
                 saved = time.monotonic()
-    if kept and first_process:
+    if keeps and kept:
         kept.unlink(missing_ok=True)
     return samples
+
+
+def _first(both, n):
+    """The first n of (features, logits or None)."""
+    return [None if array is None else array[:n] for array in both]
+
+
+def first_says(number: int) -> int:
+    """The number that process 0 has, in every process; all of them ask."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def features_of(
@@ -210,6 +234,11 @@ def features_of(
         for kind, (f, _) in jax.device_get(out).items():
             parts[kind].append(f)
     return {kind: np.concatenate(each)[: some.n] for kind, each in parts.items()}
+
+
+def all_say(flag: bool) -> bool:
+    """Whether the flag is set in every process; all of them ask, and wait for each other."""
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(flag))))
 
 
 def _put_down(kept: pathlib.Path, setting: str, samples: dict[str, Sample]) -> None:

@@ -1,6 +1,7 @@
 """--mode=eval: what is compared with what, under which name; killed, gone on with, refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import imagesets
 from diffusion import features, figures, metrics, train
 from diffusion.metrics import Score
 from settings import Fatal
-from tests.test_main import run, start
+from tests.test_main import run, run_twice, start
 
 DIGITS = "--config=configs/digits.py:tiny"
 PIXELS = "--config.eval.features=('pixels',)"
@@ -135,6 +136,24 @@ def test_an_evaluation_that_was_killed_goes_on(workdir):
     run(*args, *few, XDG_CACHE_HOME=cache)
     assert np.array_equal(np.load(place / "samples.npz")["arr_0"], whole)
     assert scores_of(folder / "eval" / "00000008" / "metrics.json") == scores
+
+
+def test_two_processes_whose_caches_differ_score_the_same(workdir, tmp_path):
+    """One has the statistics of the data at hand, the other has not."""
+    folder, cache = workdir
+    args = "--mode=eval", f"--workdir={folder}", PIXELS, "--config.eval.seeds=(9,)"
+    run(*args, XDG_CACHE_HOME=cache)
+    path = folder / "eval" / "00000008" / "metrics.json"
+    alone = scores_of(path)
+    for place in (folder / "eval" / "00000008").glob("ema_seed9_*"):
+        shutil.rmtree(place)
+    said = run_twice(*args, of_each=[{"XDG_CACHE_HOME": c} for c in (cache, tmp_path)])
+    assert "images of train" not in said
+    for against, named in scores_of(path)["ema"].items():
+        for name, entry in named.items():
+            np.testing.assert_allclose(
+                entry["value"], alone["ema"][against][name]["value"], rtol=1e-2, atol=1e-3
+            )
 
 
 def test_samples_that_were_changed_meanwhile_are_refused(workdir):

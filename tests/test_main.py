@@ -53,6 +53,20 @@ def run(*args, code=0, **extra):
     return out, err
 
 
+def run_twice(*args, of_each=({}, {})):
+    """One run of two processes of two devices each; what they say. of_each: more environment."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    cluster = {"JAX_NUM_CPU_DEVICES": 2, "JAX_NUM_PROCESSES": 2, "JAX_COORDINATOR_ADDRESS": address}
+    both = [start(*args, JAX_PROCESS_ID=i, **cluster, **extra) for i, extra in enumerate(of_each)]
+    outputs = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    said = [line for line in outputs[1][0].splitlines() if "peer ranks" not in line]
+    assert said == []  # only process 0 speaks, and Gloo, which connects them
+    return outputs[0][0]
+
+
 def stop_after(process, line, with_signal):
     """Sends the signal once a line of the console matches; returns all of the console."""
     seen = []
@@ -200,20 +214,7 @@ def by_devices(tmp_path_factory):
     args = (TINY, "--config.train.sample_every=100000")
 
     def two_processes(name, *more):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        cluster = {"JAX_NUM_CPU_DEVICES": 2, "JAX_NUM_PROCESSES": 2}
-        cluster["JAX_COORDINATOR_ADDRESS"] = f"localhost:{port}"
-        both = [
-            start(*args, *more, f"--workdir={folder / name}", JAX_PROCESS_ID=i, **cluster)
-            for i in (0, 1)
-        ]
-        outputs = [process.communicate() for process in both]
-        assert [process.returncode for process in both] == [0, 0], outputs
-        said = [line for line in outputs[1][0].splitlines() if "peer ranks" not in line]
-        assert said == []  # only process 0 speaks, and Gloo, which connects them
-        return outputs[0][0]
+        return run_twice(*args, *more, f"--workdir={folder / name}")
 
     run(*args, f"--workdir={folder / '1'}", JAX_NUM_CPU_DEVICES=1)
     run(*args, f"--workdir={folder / '4'}", JAX_NUM_CPU_DEVICES=4)
