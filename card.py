@@ -37,7 +37,10 @@ def _of_metrics(content: Mapping[str, Any]) -> Iterator[Score]:
     for weights, by_reference in content["scores"].items():
         for against, named in by_reference.items():
             for name, entry in named.items():
+                sampler = content["sampler"]
+                steps = len(sampler["times"]) or sampler["steps"]
                 what = f"{name}, {content['samples']:,} samples of {weights} weights"
+                what += f" by {sampler['name']} in {steps} steps"
                 what += f" against {against}" if against else ""
                 yield Score(content["step"], what, float(entry["value"]), entry["error"])
 

@@ -9,6 +9,7 @@ make a FID.
 import hashlib
 import io
 import json
+import os
 import pathlib
 import zipfile
 from collections.abc import Callable
@@ -23,7 +24,7 @@ import experiment
 import imagesets
 import sampling
 import settings
-from diffusion import convert, data, features, figures, inception, metrics
+from diffusion import convert, data, features, figures, inception, log, metrics
 from diffusion.metrics import Sample, Score
 from diffusion.weights import files
 from experiment import Experiment
@@ -31,7 +32,8 @@ from imagesets import Extractor
 from settings import Fatal
 
 PACKAGES = ("jax", "flax", "numpy", "scipy")
-QUICK = {"sampler.name": "ddim", "sampler.grid": "uniform", "sampler.steps": 20}
+QUICK = {"sampler.name": "ddim", "sampler.grid": "uniform", "sampler.times": (), "sampler.eta": 0.0}
+QUICK_STEPS = 20
 
 
 # ------------------------------------------------------------------------------------- references
@@ -50,17 +52,21 @@ def reference(
 ) -> Reference:
     """A split of the data, an npz of statistics (mu, sigma), or other images. Says what it reads.
 
-    Statistics of splits are kept between runs, by a hash of the images. Raises Fatal, DataError.
+    Statistics of splits are kept between runs, by a hash of 1,024 of the images (data.mark). Raises
+    Fatal, DataError.
     """
     path = pathlib.Path(name).expanduser()
     if path.suffix == ".npz" and (found := statistics(path, extractor)):
-        return Reference(name, found, {"statistics": name, "sha256": _sha256(path)})
-    if path.exists():
+        return Reference(name, found, {"statistics": name, "sha256": mark_of_files(path)})
+    if path.exists() and (path.suffix or len(path.parts) > 1):  # a bare word is a split
         some = imagesets.of_files(name, extractor.shape[2], config.eval.reference_num)
-        return Reference(name, _read(some, config, x, extractor, None, say), {"images": some.n})
+        check_shape(name, some.shape, extractor)
+        about = {"images": some.n, "sha256": mark_of_files(path)}
+        return Reference(name, _read(some, config, x, extractor, None, say), about)
     images = experiment.find_images(config, x, name)
+    check_shape(name, images.shape, extractor)
     some = imagesets.of_split(images, name, config.eval.reference_num, config.data.workers)
-    mark = data.mark(images._replace(n=some.n))
+    mark = data.mark(images)
     about = {"split": name, "images": some.n, "hash": mark}
     stem = f"{config.data.name or config.data.source}_{name}_{some.n}_{mark}".replace("/", "_")
     folder = settings.cache_folder() / "statistics"
@@ -112,7 +118,7 @@ def statistics(path: pathlib.Path, extractor: Extractor) -> dict[str, Sample] | 
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
     try:
-        if "kind" in arrays:
+        if "kind" in arrays and str(arrays["kind"]) in extractor.kinds:
             return {str(arrays["kind"]): metrics.from_arrays(arrays)}
         d = np.shape(arrays["mu"])[-1]
         kind = next((k for k, (size, _) in extractor.kinds.items() if size == d), None)
@@ -125,9 +131,22 @@ def statistics(path: pathlib.Path, extractor: Extractor) -> dict[str, Sample] | 
         raise Fatal(settings.DATA, f"{path}: {error}") from error
 
 
-def _sha256(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def mark_of_files(path: pathlib.Path) -> str:
+    """The SHA-256 of a file; of a folder that of its files' names and sizes."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    names = [f"{p.relative_to(path)} {p.stat().st_size}" for p in files]
+    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def check_shape(name: str, shape: tuple[int, int, int], extractor: Extractor) -> None:
+    """Raises Fatal unless images of this shape can be compared with the extractor's."""
+    if shape != extractor.shape:
+        wanted, found = ("x".join(map(str, s)) for s in (extractor.shape, shape))
+        message = f"{name}: expected images of {wanted} like those that are scored, found {found}"
+        raise Fatal(settings.DATA, f"{message}; give --config of their data, or resize them alike")
 
 
 # ----------------------------------------------------------------------------------------- scores
@@ -162,6 +181,17 @@ def scores(
     return out
 
 
+def concerns_of(samples: dict[str, Sample], references: list[Reference]) -> list[str]:
+    """What a reader of the scores should know of the sets."""
+    sets = [("", samples), *((f" of {r.name}", r.samples) for r in references)]
+    return [
+        f"{kind}{name}: {line}"
+        for name, each in sets
+        for kind, sample in each.items()
+        for line in metrics.concerns(sample)
+    ]
+
+
 def over_seeds(each: list[Scores]) -> dict[str, dict[str, dict[str, Any]]]:
     """For metrics.json: the scores of one set; of several the mean, its error over the seeds."""
     out: dict[str, dict[str, dict[str, Any]]] = {}
@@ -184,25 +214,29 @@ def over_seeds(each: list[Scores]) -> dict[str, dict[str, dict[str, Any]]]:
 
 def run(
     config: ConfigDict,
-    x: Experiment,
     workdir: pathlib.Path,
     step: int,
-    weights: dict[str, Any],
+    weights: dict[str, tuple[Experiment, Any]],
     say: Callable[[str], None],
 ) -> None:
-    """Draws and scores eval.num samples for each of eval.seeds and weights {"ema": params, ...}.
+    """Draws and scores eval.num samples for each of eval.seeds and of weights.
 
-    Writes workdir/eval/<step>/metrics.json. Without the Inception weights the rest is done before
-    the Fatal that tells how to get them. Also raises Fatal for what cannot be scored, DataError.
+    weights: {"ema": (experiment, parameters), ...}. Writes workdir/eval/<step>/metrics.json, and
+    the same beside each set of samples. Without the Inception weights the rest is done before the
+    Fatal that tells how to get them. Also raises Fatal for what cannot be scored, DataError.
     """
-    c, first = config.eval, jax.process_index() == 0
+    c = config.eval
     folder = workdir / "eval" / f"{step:08d}"
+    x, params = next(iter(weights.values()))
     chain = sampling.make_chain(config, x, min(c.num, c.batch_size))
     extractor, trouble = make_extractor(config, x, x.image_shape, say)
     references = [reference(name, config, x, extractor, say) for name in c.references]
+    total = sampling.seconds_for(chain, params, c.num) * len(c.seeds) * len(weights)
     say(f"drawing    {c.num:,} samples of step {step:,}, {sampling.describe(config)}")
-    results, concerns = {}, []
-    for name, params in weights.items():
+    say(f"           {len(c.seeds) * len(weights)} sets, about {log.human_time(total)} in all")
+    results, notes, places = {}, [], [folder]
+    for name, (x, params) in weights.items():
+        chain = sampling.make_chain(config, x, min(c.num, c.batch_size))
         each = []
         for seed in c.seeds:
             setting = sampling.setting_of(config, step, name, seed)
@@ -211,16 +245,17 @@ def run(
             sampling.keep(kept, chain, params, c.num)
             some = imagesets.of_files(str(kept.npz), x.image_shape[2], c.num)
             samples = _read(some, config, x, extractor, kept.folder / "partial.npz", say)
-            each.append(scores(samples, references, concerns))
-            concerns += [f"{k}: {line}" for k, s in samples.items() for line in metrics.concerns(s)]
-            if first:
+            each.append(scores(samples, references, notes))
+            notes += concerns_of(samples, references)
+            places.append(kept.folder)
+            if jax.process_index() == 0:
                 with np.load(kept.npz) as file:
                     figures.save_png(kept.folder / "grid.png", figures.grid(file["arr_0"][:100]))
         results[name] = over_seeds(each)
     about = {"step": step, "samples": c.num, "seeds": list(c.seeds), "sampler": config.sampler}
-    write(
-        folder / "metrics.json", config, about, results, references, concerns, extractor.mark, say
-    )
+    about |= {"scores": results, "notes": list(dict.fromkeys(notes))}
+    report(about, say)
+    save([p / "metrics.json" for p in places], about, config, references, extractor, say)
     if trouble:
         raise trouble
 
@@ -233,20 +268,18 @@ def run_input(
     some = imagesets.of_files(inputs[0])
     others = list(c.references) if len(inputs) == 1 else inputs[1:]
     extractor, trouble = make_extractor(config, x, some.shape, say)
-    references = []
-    for name in others:
-        if len(inputs) == 1 and not pathlib.Path(name).exists() and some.shape != x.image_shape:
-            wanted, found = ("x".join(map(str, shape)) for shape in (x.image_shape, some.shape))
-            message = f"{inputs[0]}: expected images of {wanted} like the data's, found {found}"
-            raise Fatal(settings.DATA, f"{message}; give --config of their data, or two --input")
-        references.append(reference(name, config, x, extractor, say))
+    references = [reference(name, config, x, extractor, say) for name in others]
     samples = _read(some, config, x, extractor, None, say)
-    concerns = [f"{k}: {line}" for k, s in samples.items() for line in metrics.concerns(s)]
-    concerns += [some.concern] * bool(some.concern)
-    about = {"input": inputs[0], "samples": some.n}
-    path = workdir / "eval" / pathlib.Path(inputs[0]).stem / "metrics.json"
-    found = {"input": over_seeds([scores(samples, references, concerns)])}
-    write(path, config, about, found, references, concerns, extractor.mark, say)
+    concerns = concerns_of(samples, references) + [some.concern] * bool(some.concern)
+    mark = mark_of_files(pathlib.Path(inputs[0]).expanduser())
+    about = {"input": inputs[0], "sha256": mark, "samples": some.n}
+    which = hashlib.sha256("\n".join([*map(os.path.abspath, inputs), *others]).encode())
+    stem = pathlib.Path(inputs[0]).stem
+    path = workdir / "eval" / f"{stem}_{which.hexdigest()[:6]}" / "metrics.json"
+    about["scores"] = {"input": over_seeds([scores(samples, references, concerns)])}
+    about["notes"] = list(dict.fromkeys(concerns))
+    report(about, say)
+    save([path], about, config, references, extractor, say)
     if trouble:
         raise trouble
 
@@ -266,7 +299,7 @@ def make_extractor(
             names = [name for name in names if name != "inception"] or list(features.FEATURES)
             what = " and ".join(f"fd_{name}" for name in names)
             trouble = Fatal(settings.DATA, f"{trouble}; without them only {what} can be scored")
-            say(f"warning    no Inception weights: only {what} will be scored, samples are kept")
+            say(f"warning    no Inception weights: only {what} will be scored")
     return imagesets.make_extractor(names, shape, x.mesh, weights), trouble
 
 
@@ -280,28 +313,37 @@ def _inception(config: ConfigDict) -> tuple[Any, str]:
         return None, str(error)
 
 
-def write(path, config, about, results, references, concerns, mark, say) -> None:
-    """Says every number and writes them, with all that they follow from."""
-    for which, found in results.items():
+def report(about: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Every number as a table, and what should be known of them."""
+    for which, found in about["scores"].items():
         for line in table(which, found):
             say(line)
-    concerns = list(dict.fromkeys(concerns))
-    for line in concerns:
+    for line in about["notes"]:
         say(f"note       {line}")
+
+
+def save(
+    paths: list[pathlib.Path],
+    about: dict[str, Any],
+    config: ConfigDict,
+    references: list[Reference],
+    extractor: Extractor,
+    say: Callable[[str], None],
+) -> None:
+    """Writes metrics.json: every number with all that it follows from."""
     if jax.process_index() == 0:
         out = {
             **about,
             "data": config.data.name or config.data.source,
-            "scores": results,
             "references": {r.name: r.about for r in references},
-            "inception": mark,
-            "notes": concerns,
+            "inception": extractor.mark,
             "versions": {name: version(name) for name in PACKAGES},
             "config": config,
         }
         text = json.dumps(out, indent=2, default=lambda section: section.to_dict())
-        figures.save_text(path, text + "\n")
-    say(f"done       {path}")
+        for path in paths:
+            figures.save_text(path, text + "\n")
+    say(f"done       {paths[0]}")
 
 
 def table(which: str, found: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
@@ -365,7 +407,8 @@ def quick(
     The same noise each time, so that what falls during a training is the model. Raises Fatal.
     """
     n = config.eval.quick
-    config = settings.changed(config, QUICK | {"eval.reference_num": 10_000})
+    keys = {"sampler.steps": min(QUICK_STEPS, x.p.T), "eval.reference_num": 10_000}
+    config = settings.changed(config, QUICK | keys)
     chain = sampling.make_chain(config, x, min(n, config.eval.batch_size))
     extractor = imagesets.make_extractor(tuple(features.FEATURES), x.image_shape, x.mesh)
     real = reference("train", config, x, extractor, say)

@@ -1,8 +1,8 @@
 """--mode=frontier: quality against network evaluations and seconds, over samplers, steps and grids.
 
 Every entry draws samples from the same noise in another way and scores them against the training
-set; the config's own way is the last. What is done is kept in frontier.json beside the picture, so
-that a killed run goes on, and one with more samplers or steps adds to it.
+set; the config's own way is one of them. What is done is kept in frontier.json beside the picture,
+so that a killed run goes on, and one with more samplers or steps adds to it.
 """
 
 import csv
@@ -19,6 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import evaluate
+import imagesets
 import sampling
 import settings
 from diffusion import figures, log, plots
@@ -57,23 +58,24 @@ def run(
     real = evaluate.reference("train", config, x, extractor, say)
     distances = evaluate.distances_to(real, extractor, next(iter(chains.values())).size, x.mesh)
     setting = setting_of(config, step, list(extractor.kinds))
-    done = taken_up(folder / "frontier.json", setting)
-    todo = [way for way in chains if way not in done]
+    done = taken_up(folder / "frontier.json", setting) if first else {}
+    todo = [w for w in chains if imagesets.first_says(w not in done)]
     say(f"drawing    {c.num:,} samples in each of {len(chains)} ways, {len(todo)} of them to do")
     began, work = time.monotonic(), sum(chains[way].evaluations for way in todo)
     for way in todo:
         images, seconds = draw(chains[way], params, config.sample.seed, c.num)
-        done[way] = Entry(*way, chains[way].evaluations, seconds / c.num, distances(images))
+        drawn = -(-c.num // chains[way].size) * chains[way].size
+        done[way] = Entry(*way, chains[way].evaluations, seconds / drawn, distances(images))
         work -= chains[way].evaluations
         share = sum(chains[w].evaluations for w in todo) - work
         left = log.human_time((time.monotonic() - began) / share * work)
-        say(f"{line(done[way])}  ETA {left}" if work else line(done[way]))
-        if first:
+        if first:  # only there images are scored
+            say(f"{line(done[way])}  ETA {left}" if work else line(done[way]))
             write(folder, setting, done)
-    entries = list(done.values())
-    for text in advice(entries):
-        say(text)
     if first:
+        entries = list(done.values())
+        for text in advice(entries):
+            say(text)
         plots.frontier(folder / "frontier.png", *curves(entries))
     say(f"done       {folder}/frontier.png, frontier.csv, frontier.json")
     if trouble:
@@ -81,11 +83,13 @@ def run(
 
 
 def make_chains(config: ConfigDict, x: Experiment) -> dict[tuple[str, str, int], sampling.Chain]:
-    """{(sampler, grid, steps): its chain}, the config's own last. Raises Fatal."""
+    """{(sampler, grid, steps): its chain}, the config's own among them. Raises Fatal."""
     c, own = config.frontier, config.sampler
     chains = {}
-    for way in (*itertools.product(c.samplers, c.grids, c.steps), (own.name, own.grid, own.steps)):
-        changed = settings.changed(config, dict(zip(KEYS, way, strict=True)))
+    steps = [n for n in c.steps if n <= x.p.T]
+    for way in (*itertools.product(c.samplers, c.grids, steps), (own.name, own.grid, own.steps)):
+        keys = dict(zip(KEYS, way, strict=True)) | {"sampler.times": ()}
+        changed = settings.changed(config, keys)
         chains[way] = sampling.make_chain(changed, x, min(c.num, config.eval.batch_size))
     return chains
 
@@ -103,7 +107,8 @@ def setting_of(config: ConfigDict, step: int, kinds: list[str]) -> dict[str, Any
     """What every entry depends on, but for the way itself."""
     setting = sampling.setting_of(config, step, "ema", config.sample.seed)
     rest = {key: value for key, value in setting.items() if key not in KEYS}
-    return {**rest, "frontier.num": config.frontier.num, "features": kinds}
+    device = jax.devices()[0].device_kind  # seconds of another are not to be mixed with these
+    return {**rest, "frontier.num": config.frontier.num, "features": kinds, "device": device}
 
 
 def taken_up(path: pathlib.Path, setting: dict[str, Any]) -> dict[tuple[str, str, int], Entry]:

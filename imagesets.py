@@ -48,13 +48,19 @@ class Set(NamedTuple):
 
 
 def of_split(images: data.Images, split: str, n: int = 0, workers: int = 0) -> Set:
-    """The first n images of a split, 0: all of them."""
-    some = images._replace(n=min(n, images.n) or images.n)
+    """n images of a split, evenly spread, as sets may come sorted; 0: all of them."""
+    some = images
+    if 0 < n < images.n:
+        some = images._replace(n=n, read=functools.partial(_read_some, images, n))
 
     def batches(size, rows, first):
         return (batch[0] for batch in data.in_order(some, size, rows, workers, first))
 
     return Set(split, some.n, images.shape, batches)
+
+
+def _read_some(images: data.Images, n: int, i: Any) -> tuple[np.ndarray, np.ndarray]:
+    return images.read([k * images.n // n for k in i])
 
 
 def of_array(name: str, images: np.ndarray) -> Set:
@@ -74,14 +80,16 @@ def of_files(path: str, channels: int = 0, most: int = 0) -> Set:
         first = next(iter(source.items()))
     except (sources.SourceError, StopIteration) as error:
         why = str(error).removeprefix("data.archive: ") or "expected images, found none"
-        raise Fatal(settings.DATA, f"{path}: {why}") from error
+        raise Fatal(settings.DATA, why if path in why else f"{path}: {why}") from error
     look = pictures.Rule(1, 1, 3)
     size, mode = _picture(path, first, look)[2:4]
-    if not channels:
-        grey = first.content.shape[2:] in ((), (1,)) if mode == "array" else mode[0] in "L1I"
-        channels = 1 if grey else 3
+    grey = first.content.shape[2:] in ((), (1,)) if mode == "array" else mode[0] in "L1I"
+    own = 1 if grey else 3
+    channels = channels or own
     rule = pictures.Rule(*size, channels)
     n = min(most, source.count) or source.count
+    if n < 2:
+        raise Fatal(settings.DATA, f"{path}: expected two images or more, found {n}")
 
     def rows_of(items: Iterable[sources.Item]) -> Iterator[np.ndarray]:
         for item in items:
@@ -98,8 +106,12 @@ def of_files(path: str, channels: int = 0, most: int = 0) -> Set:
             batch += batch[-1:] * (size - len(batch))
             yield np.stack(batch)[rows]
 
-    jpeg = isinstance(first.content, bytes) and first.content[:2] == b"\xff\xd8"
-    concern = "JPEG files: what their compression lost is part of every score" if jpeg else ""
+    concerns = []
+    if isinstance(first.content, bytes) and first.content[:2] == b"\xff\xd8":
+        concerns.append("JPEG files: what their compression lost is part of every score")
+    if channels != own:
+        concerns.append("colour images, read as grey" if channels == 1 else "grey images")
+    concern = "; ".join(concerns)
     return Set(pathlib.Path(path).name, n, (*size, channels), batches, concern)
 
 
@@ -155,13 +167,14 @@ def make_extractor(
         return out
 
     whole, split = train.replicated(mesh), train.sharded(mesh)
+    mark = mark_of(weights) if "inception" in names else ""
+    weights = jax.tree.map(lambda a: train.spread(np.asarray(a), whole, a.shape), weights)
     compiled = jax.jit(on_images, in_shardings=(whole, split), out_shardings=whole)
     images = jax.ShapeDtypeStruct((mesh.size, *shape), np.uint8)
     shapes = jax.eval_shape(on_images, weights, images)
     order = [kind for name in names for kind in KINDS.get(name, (name,))]
     sizes = {kind: (f.shape[1], 0 if g is None else g.shape[1]) for kind, (f, g) in shapes.items()}
     kinds = {kind: sizes[kind] for kind in order}
-    mark = mark_of(weights) if "inception" in names else ""
     return Extractor(functools.partial(compiled, weights), kinds, tuple(shape), mark)
 
 
@@ -195,14 +208,16 @@ def read(
     if keeps and not samples:
         samples = {k: metrics.begin(some.n, d, keep, c) for k, (d, c) in extractor.kinds.items()}
     done, saved = first_says(done), time.monotonic()
+    begun = -(-done // size)
     with log.Progress(some.n, done, unit="image", silent=silent or not keeps) as shown:
-        for i, batch in enumerate(some.batches(size, rows, done // size), done // size):
+        for i, batch in enumerate(some.batches(size, rows, begun), begun):
             out = extractor.run(train.spread(batch, split, (size, *some.shape)))
             real = min(size, some.n - i * size)
             if keeps:
+                out = jax.device_get(out)
                 samples = {
-                    kind: settings.call(metrics.add, some.name, samples[kind], *_first(both, real))
-                    for kind, both in jax.device_get(out).items()
+                    kind: settings.call(metrics.add, some.name, sample, *_head(out[kind], real))
+                    for kind, sample in samples.items()
                 }
             shown(i * size + real)
             if keeps and kept and time.monotonic() - saved > KEEP_S:
@@ -213,7 +228,7 @@ def read(
     return samples
 
 
-def _first(both, n):
+def _head(both, n):
     """The first n of (features, logits or None)."""
     return [None if array is None else array[:n] for array in both]
 

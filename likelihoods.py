@@ -223,17 +223,19 @@ def with_analytic(
     step: int,
     params: Any,
     say: Callable[[str], None],
+    name: str = "ema",
 ) -> Experiment:
     """The experiment whose samples are drawn with the variance that sampler.variance names.
 
     For "analytic" (Analytic-DPM, arXiv 2201.06503) it is measured on sampler.estimate images of the
-    training set, once for each checkpoint: workdir/eval/<step>/analytic.npz. Raises Fatal.
+    training set, once for each checkpoint: workdir/eval/<step>/analytic_ema.npz. name: of the
+    weights, "ema" or "raw". Raises Fatal.
     """
     if config.sampler.variance != experiment.ANALYTIC:
         return x
     images = experiment.find_images(config, x, "train")
     work = make_pass(config, x, "train", min(config.sampler.estimate, images.n))
-    path = workdir / "eval" / f"{step:08d}" / "analytic.npz"
+    path = workdir / "eval" / f"{step:08d}" / f"analytic_{name}.npz"
     setting = f"{work.n} images, {config.bpd.seed}, {config.sampler.clip}"
     try:
         with np.load(io.BytesIO(path.read_bytes())) as file:

@@ -190,6 +190,15 @@ def last_average(workdir: pathlib.Path, x: experiment.Experiment):
         return checkpoints.restore_ema(experiment.abstract_state(x).ema)
 
 
+def trained_state(workdir: pathlib.Path, x: experiment.Experiment):
+    """(step, state) of the newest good checkpoint."""
+    with contextlib.closing(trained_checkpoints(workdir)) as checkpoints:
+        step, state = last_state(checkpoints, experiment.abstract_state(x))
+    if state is None:
+        raise Fatal(settings.WORKDIR, f"{workdir}: no checkpoint is there; train on to the first")
+    return step, state
+
+
 def trained_checkpoints(workdir: pathlib.Path) -> checkpoint.Checkpoints:
     """The checkpoints of a work directory that was trained in, to read."""
     if not (workdir / "checkpoints").is_dir():
@@ -211,21 +220,19 @@ def eval_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
         evaluate.run_input(config, x, workdir, INPUT.value, say)
         return
     sampling.make_chain(config, x, 1)  # what is wrong with the sampler is said first
-    if "raw" in config.eval.weights:
-        with contextlib.closing(trained_checkpoints(workdir)) as checkpoints:
-            step, state = last_state(checkpoints, experiment.abstract_state(x))
-        weights = {"ema": state.ema, "raw": state.params}
-    else:
-        step, ema = last_average(workdir, x)
-        weights = {"ema": ema}
-    x = likelihoods.with_analytic(config, x, workdir, step, weights["ema"], say)
-    weights = {name: weights[name] for name in config.eval.weights}
-    evaluate.run(config, x, workdir, step, weights, say)
+    step, state = trained_state(workdir, x)
+    weights = {}
+    for name in config.eval.weights:
+        params = {"ema": state.ema, "raw": state.params}[name]
+        args = workdir, step, params, say
+        weights[name] = likelihoods.with_analytic(config, x, *args, name=name), params
+    evaluate.run(config, workdir, step, weights, say)
 
 
 def figures_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     """The pictures of the paper that figures.names names, from the last checkpoint."""
     x = experiment.build(config)
+    experiment.make_sampler(config, x)  # what is wrong with it is said first
     step, ema = last_average(workdir, x)
     x = likelihoods.with_analytic(config, x, workdir, step, ema, say)
     measured = {"quality", "nearest"} & set(config.figures.names)
@@ -334,8 +341,7 @@ def export_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     if OUTPUT.value is None:
         raise Fatal(settings.CONFIG, "--mode=export: expected --output=FOLDER")
     x = experiment.build(config)
-    with contextlib.closing(trained_checkpoints(workdir)) as checkpoints:
-        step, state = last_state(checkpoints, experiment.abstract_state(x))
+    step, state = trained_state(workdir, x)
     transfer.export_weights(config, workdir, step, state, pathlib.Path(OUTPUT.value), say)
 
 
@@ -368,23 +374,46 @@ def describe_data(config: ConfigDict, images) -> str:
 
 def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
     """Makes the work directory this config's, or finds that it is another's."""
-    ours = config.to_dict()
+    check_owner(workdir, config)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            new = workdir / "config.json.tmp"
+            new.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+            os.replace(new, workdir / "config.json")
+    except OSError as error:
+        raise Fatal(settings.WORKDIR, f"{workdir}: cannot write there: {error.strerror}") from error
+
+
+READS = ("sample", "eval", "bpd", "figures", "frontier", "export")  # from a trained work directory
+ONLY = {
+    "input": ("eval", "import"),
+    "output": ("export",),
+    "dry_run": ("prepare",),
+    "part": ("bench",),
+}
+
+
+def check_flags() -> None:
+    """Raises Fatal for a flag, or an option of the sampler, that was typed and would do nothing."""
+    for name, modes in ONLY.items():
+        if flags.FLAGS[name].present and MODE.value not in modes:
+            message = f"--{name}: nothing to --mode={MODE.value}; it is for {' and '.join(modes)}"
+            raise Fatal(settings.CONFIG, message)
+    if MODE.value in ("train", "sample", "eval", "figures"):
+        settings.check_options()
+
+
+def check_owner(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Raises Fatal if another config made the work directory."""
     theirs = remembered(workdir)
-    changed = settings.differences(theirs, ours) if theirs else []
+    changed = settings.differences(theirs, config.to_dict()) if theirs else []
     if changed:
         raise Fatal(
             settings.WORKDIR,
             f"{workdir} belongs to another config: {'; '.join(changed)}; "
             "choose another --workdir, or give the old values",
         )
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            new = workdir / "config.json.tmp"
-            new.write_text(json.dumps(ours, indent=2) + "\n")
-            os.replace(new, workdir / "config.json")
-    except OSError as error:
-        raise Fatal(settings.WORKDIR, f"{workdir}: cannot write there: {error.strerror}") from error
 
 
 def remembered(workdir: pathlib.Path) -> dict | None:
@@ -503,6 +532,9 @@ def main(argv: list[str]) -> None:
             compile_once()
             start_processes()
             settings.check(config, jax.device_count())
+        check_flags()
+        if MODE.value in READS and not INPUT.value:
+            check_owner(workdir, config)
         MODES[MODE.value](config, workdir)
     except Fatal as error:
         settings.end(error)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pathlib
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
@@ -100,7 +101,7 @@ def draw(
     is told the steps done, and once `stopped()` is true no more images come.
     """
     steps, done = len(chain.ts) - 1, 0
-    length = min(k for k in range(1, steps + 1) if steps % k == 0 and steps // k <= 25)
+    length = _part(steps)
     for at in range(first, n, chain.size):
         indices = np.arange(at, at + chain.size, dtype=np.int32)
         keys, label, carry = chain.start(np.uint32(seed), np.int32(chain.label), indices)
@@ -156,9 +157,30 @@ def setting_of(config: ConfigDict, step: int, weights: str, seed: int) -> dict[s
 def name_of(setting: dict[str, Any]) -> str:
     """A name for a set of samples, another one for every setting: ema_seed0_ddim20_3fa9c1."""
     digest = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:6]
-    sampler = f"{setting['sampler.name']}{setting['sampler.steps']}"
+    times = setting["sampler.times"]
+    sampler = f"{setting['sampler.name']}{len(times) or setting['sampler.steps']}"
     label = f"_label{setting['sample.label']}" if setting["sample.label"] >= 0 else ""
     return f"{setting['weights']}_seed{setting['sample.seed']}{label}_{sampler}_{digest}"
+
+
+def seconds_for(chain: Chain, params: Any, n: int) -> float:
+    """About how long n images take, from a few of the first steps, once these are compiled."""
+    length = _part(len(chain.ts) - 1)
+    keys, label, carry = chain.start(
+        np.uint32(0), np.int32(chain.label), np.arange(chain.size, dtype=np.int32)
+    )
+    for timed in (False, True):
+        began = time.monotonic()
+        carry = chain.advance(params, keys, label, carry, chain.ts[: length + 1])
+        jax.block_until_ready(carry)
+        if timed:
+            return (time.monotonic() - began) / length * steps_of(chain, n)
+    return 0.0
+
+
+def _part(steps: int) -> int:
+    """Into what equal parts a walk is cut: 25 at most."""
+    return min(k for k in range(1, steps + 1) if steps % k == 0 and steps // k <= 25)
 
 
 def keep(kept: Kept, chain: Chain, params: Any, n: int) -> None:
@@ -184,7 +206,7 @@ def keep(kept: Kept, chain: Chain, params: Any, n: int) -> None:
                 os.fsync(file.fileno())  # the note must not know of more than is there
                 _write_note(kept, done, digest.hexdigest())
     if first:
-        figures.save_npz(kept.npz, np.memmap(kept.part, np.uint8, "r", shape=(n, *kept.shape)))
+        figures.save_npz(kept.npz, np.memmap(kept.part, np.uint8, "r", shape=(done, *kept.shape)))
         kept.part.unlink()
     multihost_utils.sync_global_devices("samples.npz is there")
 
@@ -286,7 +308,12 @@ def run(
     c, first = config.sample, jax.process_index() == 0
     chain = make_chain(config, x, min(c.num, c.batch_size))
     setting = setting_of(config, step, "ema", c.seed)
-    kept = Kept(workdir / "samples" / f"{step:08d}_seed{c.seed}", setting, x.image_shape)
+    name = f"{step:08d}_seed{c.seed}"
+    if config.sampler.name != "ancestral":
+        name += f"_{config.sampler.name}{len(chain.ts) - 1}"
+    if c.label >= 0:
+        name += f"_label{c.label}"
+    kept = Kept(workdir / "samples" / name, setting, x.image_shape)
     if first and not begun(kept):
         forget(kept)
     say(f"sampling   {c.num:,} images of step {step:,}, {describe(config)}")
@@ -302,4 +329,12 @@ def run(
 
 def describe(config: ConfigDict) -> str:
     """The sampler, for a line of the console."""
-    return f"{config.sampler.name}, {config.sampler.steps} steps"
+    c = config.sampler
+    words = [c.name, f"{len(c.times) or c.steps} steps"]
+    if c.variance:
+        words.append(f"variance {c.variance}")
+    if c.guidance:
+        words.append(f"guidance {c.guidance:g}")
+        if not config.train.label_dropout:
+            words.append("by a model that was never trained without a label")
+    return ", ".join(words)

@@ -123,16 +123,16 @@ def resolve(
     if old:
         # Keys that came into the program after that run are as by default.
         new = {key: value for key, value in flatten(config).items() if key in RULES}
-        config = ConfigDict(nest(new | flatten(_tuples(old))))
+        config = ConfigDict(nest(new | flatten(tuples(old))))
         config.update_from_flattened_dict(config_flags.get_override_values(flag))
     return config, workdir
 
 
-def _tuples(x: Any) -> Any:
+def tuples(x: Any) -> Any:
     """JSON has lists where configs have tuples."""
     if isinstance(x, dict):
-        return {key: _tuples(value) for key, value in x.items()}
-    return tuple(map(_tuples, x)) if isinstance(x, list) else x
+        return {key: tuples(value) for key, value in x.items()}
+    return tuple(map(tuples, x)) if isinstance(x, list) else x
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -163,6 +163,19 @@ def typed() -> tuple[bool, dict[str, Any]]:
     flag = flags.FLAGS["config"]
     given = config_flags.get_config_filename(flag) != DEFAULT
     return given, config_flags.get_override_values(flag)
+
+
+def check_options() -> None:
+    """Raises Fatal for a typed option that the chosen sampler does not have."""
+    config, (_, keys) = flags.FLAGS["config"].value, typed()
+    known = {n: set(inspect.signature(f).parameters) for n, f in samplers.SAMPLERS.items()}
+    own, every = known.get(config.sampler.name, set()), set().union(*known.values())
+    for key in keys:
+        option = key.removeprefix("sampler.")
+        if key.startswith("sampler.") and option in every - own:
+            having = ", ".join(n for n, options in known.items() if option in options)
+            name = config.sampler.name
+            raise Fatal(CONFIG, f"{key}: the sampler {name} has no such option; {having} have it")
 
 
 def changed(config: ConfigDict, flat: Mapping[str, Any]) -> ConfigDict:
@@ -388,7 +401,7 @@ def differences(
 
     A key that came after the old run has a value that means "none", or it was not the same.
     """
-    old, new = flatten(_tuples(old)), flatten(_tuples(dict(new)))
+    old, new = flatten(tuples(old)), flatten(tuples(dict(new)))
     keys = [k for k in sorted(old | new) if not k.startswith(free)]
     return [
         f"{k}: was {old.get(k, ABSENT)}, now {new.get(k, ABSENT)}"

@@ -134,7 +134,7 @@ def own_config(content: Mapping[str, Any], source: str) -> ConfigDict:
     default = importlib.import_module("configs.digits").get_config()
     young = {key: v for key, v in settings.flatten(default).items() if key in settings.RULES}
     try:
-        return ConfigDict(settings.nest(young | settings.flatten(tuples(content))))
+        return ConfigDict(settings.nest(young | settings.flatten(settings.tuples(content))))
     except (AttributeError, TypeError, ValueError) as error:
         raise refusal(source, settings.INTEGRITY, f"{CONFIG} is no config: {error}") from error
 
@@ -302,7 +302,7 @@ def export_weights(
 def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """A folder to write into, that takes this one's place once all processes are done with it."""
     first, folder = jax.process_index() == 0, folder.absolute()
-    part = folder.with_name(f"{folder.name}.part")
+    part = folder.with_name(f".{folder.name}.unfinished")  # a name that no one gives
     try:
         if first:
             shutil.rmtree(part, ignore_errors=True)
@@ -328,10 +328,3 @@ def _sync(name: str) -> None:
 def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def tuples(x: Any) -> Any:
-    """JSON has lists where configs have tuples."""
-    if isinstance(x, dict):
-        return {key: tuples(value) for key, value in x.items()}
-    return tuple(map(tuples, x)) if isinstance(x, list) else x

@@ -183,7 +183,9 @@ def halves(tmp_path_factory):
 def compared(folder, a, b):
     inputs = f"--input={folder}/{a}.npz", f"--input={folder}/{b}.npz"
     run("--mode=eval", f"--workdir={folder}/run", *inputs)
-    (scores,) = scores_of(folder / "run" / "eval" / a / "metrics.json")["input"].values()
+    (path,) = (folder / "run" / "eval").glob(f"{a}_*/metrics.json")
+    (scores,) = scores_of(path)["input"].values()
+    path.unlink()
     return {name: entry["value"] for name, entry in scores.items()}
 
 
@@ -202,22 +204,31 @@ def test_a_set_against_itself(halves):
 
 
 WRONG = {
-    "of another size": (["--input=big.npz"], "like the data's"),
+    "of another size": (["--input=big.npz"], "expected images of 9x9x1"),
+    "not comparable": (["--input=big.npz", "--input=small.npz"], "expected images of 9x9x1"),
+    "another config's": (["--config.target=v", "--workdir=RUN"], "target: was eps, now v"),
+    "a flag of another mode": (["--output=x"], "--output: nothing to --mode=eval"),
+    "an option of none": (
+        ["--config.sampler.eta=0.5"],
+        "sampler.eta: the sampler ancestral has no",
+    ),
     "three": (["--input=a", "--input=b", "--input=c"], "one or two"),
     "absent": (["--input=nothing"], "no file or folder"),
     "features": (["--config.eval.features=('vgg',)", "--input=small.npz"], "eval.features: 'vgg'"),
     "reference": (["--config.eval.references=('val',)", "--input=small.npz"], "no split 'val'"),
+    "one image": (["--input=one.npz"], "two images or more, found 1"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_cannot_be_done_gets_one_line(tmp_path, name):
+def test_what_cannot_be_done_gets_one_line(workdir, tmp_path, name):
     args, words = WRONG[name]
-    for stem, size in (("big", 9), ("small", 8)):
-        figures.save_npz(tmp_path / f"{stem}.npz", np.zeros((3, size, size, 1), np.uint8))
+    for stem, n, size in (("big", 3, 9), ("small", 3, 8), ("one", 1, 8)):
+        figures.save_npz(tmp_path / f"{stem}.npz", np.zeros((n, size, size, 1), np.uint8))
+    args = [a.replace("RUN", str(workdir[0])) for a in args]
     with start("--mode=eval", *args, cwd=tmp_path) as process:
         _, err = process.communicate()
-    assert process.returncode in (2, 3)
+    assert process.returncode in (2, 3, 4)
     assert err.count("\n") == 1 and words in err, err
 
 
