@@ -22,7 +22,9 @@ from ml_collections import ConfigDict
 
 import experiment
 import likelihoods
-from diffusion import convert, data, inception, likelihood, log, train
+import sampling
+import settings
+from diffusion import convert, data, inception, likelihood, log, samplers, train
 from diffusion.ingest import pictures, prepare, sources
 from diffusion.weights import layers
 
@@ -116,6 +118,60 @@ def _steps(config: ConfigDict, x: experiment.Experiment) -> Iterator[Measured]:
     yield Measured("training", "images/s", [size / a for a, _ in pairs])
 
 
+def _network_alone(network: Callable, x_0: jax.Array, model_ts: np.ndarray) -> jax.Array:
+    """The network at each of the times, one after the other: each needs the last one's output."""
+
+    def one(x_t, t):
+        output = network(x_t, jnp.broadcast_to(t, (len(x_t),)))
+        return 0.5 * x_t + 0.1 * output[..., : x_0.shape[-1]], None
+
+    return jax.lax.scan(one, x_0, jnp.asarray(model_ts, x_0.dtype))[0]
+
+
+# --------------------------------------------------------------------------------------- sampling
+
+
+def sample_part(config: ConfigDict, x: experiment.Experiment) -> Iterator[Measured]:
+    """50 steps of two samplers, each one compiled program, and the network alone as often."""
+    steps = min(50, x.p.T)
+    size = -(-config.sample.batch_size // x.mesh.size) * x.mesh.size
+    params = experiment.make_initial_state(config, x)().params
+    ts = samplers.uniform(x.p, steps)
+    whole, split = train.replicated(x.mesh), train.sharded(x.mesh)
+
+    def network(params, x_t):
+        def apply(x_t, t):
+            return x.net.apply({"params": params}, x_t, t, train=False)
+
+        return _network_alone(apply, x_t, x.p.model_t[ts[:-1]])
+
+    alone = jax.jit(network, in_shardings=(whole, split), out_shardings=split)
+    x_t = jax.jit(
+        lambda: random.normal(random.key(0), (size, *x.image_shape)), out_shardings=split
+    )()
+    runs = {"network alone": lambda: jax.block_until_ready(alone(params, x_t))}
+    for name in ("ancestral", "dpmpp_2m"):
+        changes = {"sampler.name": name, "sampler.grid": "uniform", "sampler.steps": steps}
+        chain = sampling.make_chain(settings.changed(config, changes), x, size)
+
+        def run(chain=chain):
+            numbers = np.arange(size, dtype=np.int32)
+            keys, label, carry = chain.start(np.uint32(0), np.int32(-1), numbers)
+            jax.block_until_ready(chain.advance(params, keys, label, carry, chain.ts))
+
+        runs[name] = run
+    taken = {name: [] for name in runs}
+    for each in zip(*(seconds(run, 2 * REPETITIONS) for run in runs.values()), strict=True):
+        for name, (wall, _) in zip(runs, each, strict=True):
+            taken[name].append(wall)
+    base = taken.pop("network alone")
+    yield Measured("network alone, images x steps", "/s", [size * steps / t for t in base])
+    for name, walls in taken.items():
+        yield Measured(f"{name}, images x steps", "/s", [size * steps / t for t in walls])
+        ratios = [a / b for a, b in zip(walls, base, strict=True)]
+        yield Measured(f"seconds of {name} over those of the network", "", ratios)
+
+
 # ------------------------------------------------------------------------------------- likelihood
 
 
@@ -137,11 +193,7 @@ def likelihood_part(config: ConfigDict, x: experiment.Experiment) -> Iterator[Me
         return lambda x_t, t: x.net.apply({"params": params}, x_t, t, train=False)
 
     def alone(p, network, keys, x_0):
-        def one(x_t, t):
-            output = network(x_t, jnp.broadcast_to(t, (size,)))
-            return 0.5 * x_t + 0.1 * output[..., : x_0.shape[-1]], None  # each needs the last one
-
-        return jax.lax.scan(one, x_0, jnp.asarray(p.model_t[1:], x_0.dtype))[0]
+        return _network_alone(network, x_0, p.model_t[1:])
 
     runs = []
     for args in ((chain, likelihood.terms), (likelihoods.Chain(chain.p, apply), alone)):
@@ -219,7 +271,12 @@ def _torch_features(weights: dict[str, np.ndarray], image: np.ndarray) -> Callab
     return run
 
 
-PARTS = {"data": data_part, "likelihood": likelihood_part, "features": features_part}
+PARTS = {
+    "data": data_part,
+    "sample": sample_part,
+    "likelihood": likelihood_part,
+    "features": features_part,
+}
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, parts: list[str]) -> None:
