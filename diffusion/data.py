@@ -17,6 +17,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+# Here, before there is any thread: while grain is imported, what other threads import (a checkpoint
+# that is being saved) comes out as a stand-in that cannot be called (etils' lazy imports).
+import grain
 import numpy as np
 
 from diffusion import batches
@@ -165,7 +168,6 @@ def in_order(
 
 def _ahead(read: Callable[[int], Any], numbers: range, workers: int) -> Iterator[Any]:
     """map(read, numbers), in order, read ahead by threads or worker processes."""
-    import grain
 
     def told(number):  # an error would come out of grain with pages of its own
         try:

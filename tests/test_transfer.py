@@ -60,7 +60,7 @@ def small_state(config, step=6):
 
 def config_in(workdir):
     content = json.loads((workdir / "config.json").read_text())
-    config = settings.ConfigDict(transfer.tuples(content))
+    config = settings.ConfigDict(settings.tuples(content))
     settings.check(config, devices=1)
     return config
 
@@ -69,7 +69,7 @@ def taken_in(source, workdir, config=None, **options):
     """(lines, config, state) of an import, the state as the other modes read it."""
     lines = []
     transfer.import_weights(str(source), config, workdir, lines.append, **options)
-    assert not list(workdir.parent.glob("*.part"))
+    assert not list(workdir.parent.glob(".*.unfinished"))
     made = config_in(workdir)
     opened = checkpoint.Checkpoints(workdir / "checkpoints", read_only=True)
     state = opened.restore(experiment.abstract_state(experiment.build(made)))
@@ -394,12 +394,15 @@ def test_training_and_sampling_go_on_from_an_import(tmp_path):
     run("--workdir", workdir, "--mode=sample")
 
 
+SAMPLER = {"name": "ddim", "steps": 50, "times": []}
+
+
 def test_the_card_tells_what_was_measured(tmp_path):
     folder = tmp_path / "w" / "eval" / "00000006"
     folder.mkdir(parents=True)
     scores = {"ema": {"train": {"fid": {"value": 3.17, "error": None}}}}
     (folder / "metrics.json").write_text(
-        json.dumps({"step": 6, "samples": 50_000, "scores": scores})
+        json.dumps({"step": 6, "samples": 50_000, "scores": scores, "sampler": SAMPLER})
     )
     bits = {"bound on test": {"mean": 3.75, "error": 0.01}}
     (folder / "bpd.json").write_text(json.dumps({"step": 6, "images": 100, "bits_per_dim": bits}))
@@ -410,7 +413,10 @@ def test_the_card_tells_what_was_measured(tmp_path):
         config, tmp_path / "w", 6, small_state(config), tmp_path / "out", lambda line: None
     )
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| 6 | fid, 50,000 samples of ema weights against train | 3.17 |" in card
+    assert (
+        "| 6 | fid, 50,000 samples of ema weights by ddim in 50 steps against train | 3.17 |"
+        in card
+    )
     assert "| 6 | bits/dim, bound on test, 100 images | 3.75 ± 0.01 |" in card
     assert "`digits`" in card and "after 6 steps" in card and "| model.ch | `8` |" in card
 
