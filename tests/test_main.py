@@ -32,6 +32,7 @@ def environment(**extra):
     """The tests' own settings of JAX alone; conftest's XLA_FLAGS go along."""
     keep = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
     cache = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"), "JAX_PLATFORMS": "cpu"}
+    cache["XDG_CACHE_HOME"] = str(ROOT / ".cache" / "home")  # nothing is left in the user's
     return keep | cache | {k: str(v) for k, v in extra.items()}
 
 
