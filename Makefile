@@ -2,13 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test lint clean
+.PHONY: demo test soak lint clean
 
 demo: $(VENV)/run ## train on handwritten digits and draw some
 	$(VENV)/bin/python main.py
 
 test: $(VENV)/test ## every test
 	$(VENV)/bin/python -m pytest -n 2
+
+soak: $(VENV)/test ## the promises of docs/reliability.md, often: 25 minutes
+	$(VENV)/bin/python -m pytest -n 2 tests/soak
 
 lint: $(VENV)/test ## format and lint, as CI asks for
 	$(VENV)/bin/ruff format --check .

@@ -9,6 +9,8 @@ import collections
 import functools
 import inspect
 import itertools
+import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -75,6 +77,19 @@ def reverse_variance(config: ConfigDict, trained: targets.Variance) -> targets.V
     return settings.choose(known, "sampler.variance", name) if name else trained
 
 
+def cores(config: ConfigDict) -> int:
+    """How many of this machine's cores can share a batch evenly: at most four.
+
+    Each holds a state of its own, so more would cost much memory; XLA has a use for the others.
+    """
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parts, groups = config.optim.accumulate, config.optim.clip_groups
+    shares = [n for n in range(1, min(here or 1, 4) + 1)]
+    return max(
+        n for n in shares if config.train.batch_size % math.lcm(n * parts, groups * parts) == 0
+    )
+
+
 def shape_of(config: ConfigDict) -> tuple[int, int, int]:
     """(height, width, channels) of the images."""
     c = config.data
@@ -112,15 +127,18 @@ def make_initial_state(config: ConfigDict, x: Experiment) -> Callable[[], train.
 
 
 def make_update(config: ConfigDict, x: Experiment) -> Callable:
-    """update(state, images uint8[n, h, w, c], labels int[n]) -> (state, metrics): a whole step.
+    """update(state, images uint8[n, h * w * c], labels int[n]) -> (state, metrics): a whole step.
 
-    The whole set lies on every device. Batch, flips, t, eps and dropout follow from the seed and
+    The whole set lies on every device, an image a row: of another shape, a TPU would copy all of it
+    at every step before it takes a few. Batch, flips, t, eps and dropout follow from the seed and
     state.step alone, so that a resumed run is the uninterrupted one.
     """
     size, flip = config.train.batch_size, config.data.flip
 
     def draw(key, step, images, labels):
-        return batches.draw(images, labels, key, step, size, flip)
+        index = batches.chosen(key, step, size, len(images))
+        image = images[index].reshape(size, *x.image_shape)
+        return batches.augment(image, key, step, flip), labels[index]
 
     return _compiled_update(config, x, draw, train.replicated(x.mesh))
 
@@ -152,15 +170,18 @@ def _compiled_update(config, x, batch, sharding):
         drawn = batch(key_data, state.step, images, labels)
         x_0, label = jax.lax.with_sharding_constraint(drawn, train.sharded(x.mesh))
         key = random.fold_in(key_step, state.step)
-        return step(state, key, (x_0, _labels(config, key, label)))
+        return step(state, key, (x_0, labels_for(config, key, label)))
 
     whole = train.replicated(x.mesh)
     shardings = {"in_shardings": (whole, sharding, sharding), "out_shardings": whole}
     return jax.jit(update, donate_argnums=0, **shardings)
 
 
-def _labels(config, key, label):
-    """The labels to train with: none, or some of them taken away, as guidance needs it."""
+def labels_for(config: ConfigDict, key: Array, label: Array) -> Array | None:
+    """The labels to train with: none, or some of them taken away, as guidance needs it.
+
+    key: of the step; label: int[b], the data's.
+    """
     classes, share = config.model.num_classes, config.train.label_dropout
     if not classes or not share:
         return label if classes else None
@@ -185,10 +206,11 @@ def feed(config: ConfigDict, x: Experiment, images: data.Images) -> tuple[Callab
     if not fits(config, images):
         return make_streamed_update(config, x), lambda start: _streamed(config, x, images, start)
     image, label, _ = data.load(images)
+    arrays = image.reshape(len(image), -1), label
 
     def inputs(start):
         whole = train.replicated(x.mesh)
-        return itertools.repeat(tuple(train.spread(a, whole, a.shape) for a in (image, label)))
+        return itertools.repeat(tuple(train.spread(a, whole, a.shape) for a in arrays))
 
     return make_update(config, x), inputs
 

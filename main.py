@@ -14,29 +14,34 @@ import itertools
 import json
 import os
 import pathlib
-import signal
 import sys
-import threading
 import time
+from typing import NoReturn
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no remarks of XLA's on the processor
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA raises what matters; the rest is remarks
+# Cores of a processor wait for each other at the end of a step: as long as a busy one takes.
+PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=86400"
+os.environ["XLA_FLAGS"] = f"{PATIENCE} {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 import numpy as np
 from absl import app, flags
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 
-import bench
+import claim
 import evaluate
 import experiment
 import frontier
 import illustrate
 import likelihoods
+import preflight
+import replay
 import sampling
 import settings
 import transfer
-from diffusion import checkpoint, data, figures, log, plots, train
+import watch
+from bench import parts
+from diffusion import checkpoint, data, figures, guard, log, plots, train
 from diffusion.ingest import pictures, prepare, sources
 from settings import Fatal
 
@@ -49,7 +54,7 @@ MODE = flags.DEFINE_enum(
     "train",
     [
         *("train", "sample", "eval", "bpd", "figures", "frontier"),
-        *("prepare", "import", "export", "bench"),
+        *("prepare", "import", "export", "bench", "check"),
     ],
     "what to do; train resumes",
 )
@@ -60,21 +65,28 @@ INPUT = flags.DEFINE_multi_string(
     "the other",
 )
 OUTPUT = flags.DEFINE_string("output", None, "--mode=export: the folder to write")
+REPLAY = flags.DEFINE_string("replay", None, "--mode=check: a file of crash/, a step to see again")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "with --mode=prepare: look, but prepare nothing")
-PART = flags.DEFINE_enum("part", "all", ["all", *bench.PARTS], "with --mode=bench: of what")
+PART = flags.DEFINE_enum("part", "all", ["all", *parts.PARTS], "with --mode=bench: of what")
+TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "with --part=tpu: the TPUs to compile for")
 
 
 def train_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Trains from the work directory's last checkpoint, or from nothing, to train.steps."""
+    shares = watch.Shares()
     c, first = config.train, jax.process_index() == 0
     x = experiment.build(config)
     chain = sampling.make_chain(config, x, c.num_samples)
     images = experiment.find_images(config, x)
     update, inputs = experiment.feed(config, x, images)
     bits = likelihoods.quick(config, x) if c.eval_every else None
+    abstract = experiment.abstract_state(x)
     open_workdir(workdir, config)
-    checkpoints = open_checkpoints(workdir, keep=c.keep)
-    start, state = last_state(checkpoints, experiment.abstract_state(x))
+    claim.check_data(workdir, images)
+    claim.check_room(workdir, abstract, c.keep)
+    kept = {"keep": c.keep, "keep_every": c.keep_every or None, "keep_best": c.keep_best}
+    checkpoints = open_checkpoints(workdir, **kept)
+    start, state = last_state(checkpoints, abstract)
     say(f"data       {describe_data(config, images)}")
     say(f"network    {describe_network(x)} on {describe_devices()}")
     say(f"work in    {workdir}; watch it with: tensorboard --logdir={workdir}")
@@ -89,30 +101,41 @@ def train_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     first_inputs = next(inputs)
     say("compiling  the training step; the next start finds it compiled")
     began = time.monotonic()
+    update = jax.jit(guard.guarded(update, c.on_nonfinite), donate_argnums=0)
     update = update.lower(state, *first_inputs).compile()
     say(f"training   from step {start:,}, after {log.human_time(time.monotonic() - began)}")
 
     lr = train.warmup(config.optim.lr, config.optim.warmup)
     writer = log.open_writer(workdir if first else None, start or -1)
     progress = log.Progress(c.steps, start, c.batch_size, silent=not first)
-    stop, pending, window = Stop(), collections.deque(), []
+    stop, dog = watch.Stop(), watch.Watchdog(workdir, c.hang_s)
+    mishaps = replay.Mishaps(config, x, images, workdir)
+    pending, window = collections.deque(), []
+    shares.so_far("start")
 
     def record(step, metrics):
         values = {name: float(v) for name, v in jax.device_get(metrics).items()}
         values = {"loss": values.pop("loss"), **values}
-        for name, value in values.items():
-            if not np.isfinite(value):
-                message = (
-                    f"{name} is {value} at step {step}; no such state is saved; lower optim.lr"
-                )
-                raise Fatal(settings.NON_FINITE, message)
+        dog.beat(step)
+        if not all(map(np.isfinite, values.values())):
+            warn(mishaps.bad(step, values, state))
+            return
+        if c.on_nonfinite == "skip":
+            mishaps.good()
         window.append(values)
         progress(step, values)
         if step % c.log_every == 0 or step == c.steps:
             scalars = {f"train/{k}": np.mean([v[k] for v in window]) for k in values}
             scalars |= {"train/lr": float(lr(step - 1)), "train/steps_per_s": progress.rate()}
+            scalars |= {"train/goodput": shares.goodput(), "train/not_finite": mishaps.count}
             writer.write_scalars(step, {k: v for k, v in scalars.items() if v is not None})
             window.clear()
+
+    @contextlib.contextmanager
+    def aside(name):
+        """What is no step has no part in the rate, is not watched, and is accounted for."""
+        with progress.paused(), dog.asleep(), shares(name):
+            yield
 
     with contextlib.closing(checkpoints), contextlib.closing(writer), progress:
         if not start:
@@ -121,29 +144,38 @@ def train_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
         for step, batch in zip(steps, itertools.chain([first_inputs], inputs), strict=False):
             state, metrics = update(state, *batch)
             pending.append((step, metrics))
-            if len(pending) > 1:  # one step late, so that the device has work meanwhile
-                record(*pending.popleft())
             stopped, last = stop.at(step), step == c.steps
             save = step % c.save_every == 0 or last or stopped
             sample = step % c.sample_every == 0 or last
-            if save or sample:
+            # One step late, so that the device has work meanwhile.
+            while pending and len(pending) > (0 if save or sample else 1):
                 record(*pending.popleft())
+            if mishaps.returning:
+                state = rolled_back(config, x, checkpoints, step)
+                mishaps.returning = False
+                pending.clear()
             if save:
-                writer.flush()  # what is said of a saved step must not be lost
-                checkpoints.save(step, state)
+                with shares("save"):
+                    writer.flush()  # what is said of a saved step must not be lost
+                    save_state(checkpoints, step, state)
+                mishaps.good()
             if stopped:
                 break
             if bits and step % c.eval_every == 0:
-                with progress.paused():
+                with aside("read"):
                     average, near = bits(state.ema), distances(state.ema) if distances else {}
+                if save and c.keep_best:
+                    checkpoints.score(step, float(average.mean))
                 say(f"bits/dim   {average.mean:.3f} +- {average.error:.3f} on {config.bpd.split}")
                 if near:
                     say(f"distance   {', '.join(f'{k} {v:.4g}' for k, v in near.items())}")
                 scalars = {"bpd": average.mean, "bpd_error": average.error, **near}
                 writer.write_scalars(step, {f"eval/{k}": float(v) for k, v in scalars.items()})
             if sample:
-                with progress.paused():
+                with aside("read"):
                     draw_grids(config, chain, state, step, workdir, writer, stop)
+    shared = ", ".join(f"{shares.of(name):.1%} {name}" for name in shares.seconds)
+    say(f"time       {shares.goodput():.1%} in steps, {shared}")
     if stop.asked:
         say(f"stopped    at step {step:,}, saved; the same command goes on from there")
         sys.exit(settings.STOPPED)
@@ -347,12 +379,28 @@ def export_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 def bench_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Measures parts of the program on this machine."""
-    bench.run(config, workdir, list(bench.PARTS) if PART.value == "all" else [PART.value])
+    chosen = parts.EVERY if PART.value == "all" else [PART.value]
+    parts.run(config, workdir, chosen, TOPOLOGY.value)
+
+
+def check_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Tries everything that a training will need, in a minute, and leaves nothing but a picture."""
+    x = experiment.build(config)
+    if REPLAY.value:
+        replay.run(config, x, pathlib.Path(REPLAY.value), say)
+    else:
+        check_owner(workdir, config)
+        preflight.run(config, x, workdir, say)
 
 
 def say(message: str) -> None:
     if jax.process_index() == 0:
         log.say(message)
+
+
+def warn(message: str) -> None:
+    if jax.process_index() == 0:
+        log.say(f"ddpm: warning: {message}", sys.stderr)
 
 
 def describe_devices() -> str:
@@ -373,8 +421,9 @@ def describe_data(config: ConfigDict, images) -> str:
 
 
 def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Makes the work directory this config's, or finds that it is another's."""
+    """Makes the work directory this config's and this run's, or finds that it is another's."""
     check_owner(workdir, config)
+    claim.hold(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
@@ -389,8 +438,10 @@ READS = ("sample", "eval", "bpd", "figures", "frontier", "export")  # from a tra
 ONLY = {
     "input": ("eval", "import"),
     "output": ("export",),
+    "replay": ("check",),
     "dry_run": ("prepare",),
     "part": ("bench",),
+    "topology": ("bench",),
 }
 
 
@@ -428,11 +479,6 @@ def remembered(workdir: pathlib.Path) -> dict | None:
 
 def open_checkpoints(workdir: pathlib.Path, **options) -> checkpoint.Checkpoints:
     """The work directory's checkpoints; options: of checkpoint.Checkpoints."""
-
-    def warn(message):
-        if jax.process_index() == 0:
-            log.say(f"ddpm: warning: {message}", sys.stderr)
-
     return checkpoint.Checkpoints(workdir / "checkpoints", warn=warn, **options)
 
 
@@ -444,40 +490,24 @@ def last_state(checkpoints: checkpoint.Checkpoints, abstract: train.State):
     return int(state.step), state
 
 
-class Stop:
-    """Ctrl-C and SIGTERM, remembered until the loop asks; the second one ends the program at once.
+def save_state(checkpoints: checkpoint.Checkpoints, step: int, state: train.State) -> None:
+    """Saves what is finite. Raises Fatal, CheckpointError."""
+    if name := guard.first_non_finite(state._asdict()):
+        message = f"{name} is not finite after step {step}; it is not saved; lower optim.lr"
+        raise Fatal(settings.NON_FINITE, message)
+    checkpoints.save_or_warn(step, state)
 
-    A thread listens: the main one may wait for the device for minutes, deaf to both meanwhile.
-    Several processes must stop after the same step: there SIGTERM is left to JAX, which makes them
-    agree, and Ctrl-C becomes SIGTERM.
-    """
 
-    def __init__(self):
-        self.asked = False
-        heard, tell = os.pipe()
-        os.set_blocking(tell, False)
-        signal.set_wakeup_fd(tell)  # every signal's number goes there the moment it comes
-        alone = jax.process_count() == 1
-        for signum in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):
-            signal.signal(signum, lambda *_: None)
-        threading.Thread(target=self._listen, args=(heard, alone), daemon=True).start()
-
-    def _listen(self, heard: int, alone: bool) -> None:
-        signals = iter(lambda: os.read(heard, 1)[0], None)
-        stops = filter((signal.SIGINT, signal.SIGTERM).__contains__, signals)
-        next(stops)
-        say("stopping   after the step in work; once more: at once, and nothing is saved")
-        if alone:
-            self.asked = True
-        else:
-            os.kill(os.getpid(), signal.SIGTERM)
-        os._exit(128 + next(stops))
-
-    def at(self, step: int) -> bool:
-        """Whether to stop after this step; of several processes, all ask after every step."""
-        if jax.process_count() > 1:
-            self.asked = multihost_utils.reached_preemption_sync_point(step)
-        return self.asked
+def rolled_back(
+    config: ConfigDict, x: experiment.Experiment, checkpoints: checkpoint.Checkpoints, step: int
+) -> train.State:
+    """The last checkpoint's state, as if its next batches up to those of `step` were not there."""
+    checkpoints.wait()
+    old, state = last_state(checkpoints, experiment.abstract_state(x))
+    if state is None:
+        state = experiment.make_initial_state(config, x)()
+    warn(f"the weights of step {old:,} go on with step {step + 1:,}")
+    return state._replace(step=jax.device_put(np.int32(step), train.replicated(x.mesh)))
 
 
 def start_processes() -> None:
@@ -499,6 +529,16 @@ def start_processes() -> None:
             ) from None
 
 
+def use_cores(config: ConfigDict) -> None:
+    """Without an accelerator, makes each of a few cores a device: the batch is cut over them.
+
+    XLA gives more than one core to its largest operations alone, and small networks have few. What
+    JAX_NUM_CPU_DEVICES says goes before; a cluster's processes keep one device each.
+    """
+    if not {"JAX_NUM_CPU_DEVICES", "JAX_COORDINATOR_ADDRESS"} & set(os.environ):
+        jax.config.update("jax_num_cpu_devices", experiment.cores(config))
+
+
 def compile_once() -> None:
     """Keeps compiled programs between runs: a second start of the same config compiles nothing."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -518,7 +558,18 @@ MODES = {
     "import": import_mode,
     "export": export_mode,
     "bench": bench_mode,
+    "check": check_mode,
 }
+
+
+def end(fatal: Fatal) -> NoReturn:
+    """The one line, and out: of several processes without JAX's farewell, which waits for all."""
+    try:
+        settings.end(fatal)
+    finally:
+        if jax.distributed.is_initialized():
+            time.sleep(watch.GRACE_S if jax.process_index() == 0 else 0)  # the others live by it
+            os._exit(fatal.code)
 
 
 def main(argv: list[str]) -> None:
@@ -530,18 +581,31 @@ def main(argv: list[str]) -> None:
             settings.check(config, devices=1)
         else:
             compile_once()
+            settings.check(config, devices=1)
+            use_cores(config)
             start_processes()
             settings.check(config, jax.device_count())
         check_flags()
         if MODE.value in READS and not INPUT.value:
             check_owner(workdir, config)
-        MODES[MODE.value](config, workdir)
+        with watch.Peers(workdir) if MODE.value != "prepare" else contextlib.nullcontext():
+            MODES[MODE.value](config, workdir)
     except Fatal as error:
-        settings.end(error)
+        if error.__cause__:
+            claim.leave_trace(workdir, error)
+        end(error)
     except checkpoint.CheckpointError as error:
-        settings.end(Fatal(settings.WORKDIR, str(error)))
+        claim.leave_trace(workdir, error)
+        end(Fatal(settings.WORKDIR, str(error)))
     except data.DataError as error:
-        settings.end(Fatal(settings.DATA, f"data: {error}"))
+        claim.leave_trace(workdir, error)
+        end(Fatal(settings.DATA, f"data: {error}"))
+    except Exception as error:  # a mistake of this program, or of a library
+        trace = claim.leave_trace(workdir, error)
+        if not trace:
+            raise
+        what = " ".join(str(error).split())[:300]
+        end(Fatal(1, f"{type(error).__name__}: {what}; the whole of it: {trace}"))
     except KeyboardInterrupt:
         print("ddpm: stopped; what was saved stays, and is gone on with", file=sys.stderr)
         sys.exit(settings.STOPPED)

@@ -24,13 +24,13 @@ HERE = pathlib.Path(__file__).resolve().parent
 DEFAULT = str(HERE / "configs" / "digits.py")  # what `python main.py` alone trains
 
 # Exit codes, one for each kind of thing that a user can mend.
-CONFIG, DATA, WORKDIR, NON_FINITE, INTEGRITY, STOPPED = 2, 3, 4, 5, 6, 75
+CONFIG, DATA, WORKDIR, NON_FINITE, INTEGRITY, PEER, STOPPED = 2, 3, 4, 5, 6, 7, 75
 
 # Keys that may change when a work directory is used again: they leave the training as it was, or
 # have done their work when the data set was prepared.
 FREE = (
     *("train.steps", "train.log_every", "train.sample_every", "train.save_every", "train.keep"),
-    *("train.eval_every", "frontier.", "figures."),
+    *("train.eval_every", "train.hang_s", "train.on_nonfinite", "frontier.", "figures."),
     *(
         "train.num_samples",
         "sampler.",
@@ -101,7 +101,8 @@ def _explain(argv: list[str], error: Exception) -> str:
             old = known[key]
             return f"{key}: expected {type(old).__name__} such as {old!r}, found {value!r}"
     if isinstance(error, flags.UnrecognizedFlagError):
-        known = "--config, --workdir, --mode, --input, --output, --dry_run, --part, --help"
+        known = "--config, --workdir, --mode, --input, --output, --dry_run, --part, --topology, "
+        known += "--replay, --help"
         return f"--{error.flagname}: no such flag; there are {known}"
     return " ".join(str(error).split())
 
@@ -285,6 +286,10 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "train.save_every": (_count, "an int, 1 or more"),
     "train.eval_every": (lambda x: x == 0 or _count(x), "an int, 0 for never"),
     "train.keep": (_count, "an int, 1 or more"),
+    "train.keep_every": (lambda x: x == 0 or _count(x), "an int, 0 for none"),
+    "train.keep_best": (lambda x: x == 0 or _count(x), "an int, 0 for none"),
+    "train.on_nonfinite": (lambda x: x in ("halt", "skip", "rollback"), "halt, skip or rollback"),
+    "train.hang_s": (lambda x: _number(x) and x >= 0, "seconds, 0 for never"),
     "train.num_samples": (_count, "an int, 1 or more"),
     "train.label_dropout": (lambda x: 0 <= x < 1, "a number in [0, 1)"),
     "sampler.steps": (_count, "an int, 1 or more"),

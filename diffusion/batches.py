@@ -104,11 +104,16 @@ def draw(
     if image.dtype != jnp.uint8 or image.ndim != 4 or label.shape != image.shape[:1]:
         found = f"{image.dtype}{list(image.shape)} and {label.dtype}{list(label.shape)}"
         raise ValueError(f"expected image uint8[n, h, w, c] and label int32[n], found {found}")
-    n, (key_order, _) = len(image), random.split(key)
+    index = chosen(key, step, batch_size, len(image))
+    return augment(image[index], key, step, flip), label[index]
+
+
+def chosen(key: Array, step: Array, batch_size: int, n: int) -> Array:
+    """Which of n images `draw` takes at a step: uint32[b]."""
+    key_order, _ = random.split(key)
     epoch, place = positions(step, batch_size, n)
     order = jax.vmap(lambda e, i: shuffled(random.fold_in(key_order, e), i, n))
-    index = order(epoch, place)
-    return augment(image[index], key, step, flip), label[index]
+    return order(epoch, place)
 
 
 def augment(image: Array, key: Array, step: Array, flip: bool) -> Array:

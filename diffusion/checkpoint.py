@@ -2,31 +2,34 @@
 
     directory/STEP/ema      the averaged weights, an item of their own: samplers need no more
     directory/STEP/state    step, parameters, optimiser
+    directory/scores.json   {step: score}, where the best of them are to stay
 
 A step is written under another name and renamed when it is whole. Orbax does that, and counts every
-directory with a number for a name as a step; what is a good step is decided here.
+directory with a number for a name as a step; what is a good step is decided here: one whose arrays
+have the digests that were noted before they were written.
 """
 
 import contextlib
 import itertools
 import json
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl.logging import get_absl_logger
 from etils import epath
 from jax.experimental import multihost_utils
 
+from diffusion import digests, hush
+
 Tree = Any
 ITEMS = ("ema", "state")
-ORBAX = f"{os.sep}orbax{os.sep}"  # in the path of all its files
+FAILURES = 3  # in a row, of which the last is an error
+LEFT = ("*.orbax-checkpoint-tmp*", "*.deleted")  # what a killed run leaves half written, or gone
 
 
 class CheckpointError(Exception):
@@ -46,49 +49,59 @@ class Checkpoints:
         directory: str | os.PathLike,
         keep: int = 3,
         keep_every: int | None = None,
+        keep_best: int = 0,
         read_only: bool = False,
         warn: Callable[[str], None] = lambda line: print(f"warning: {line}", file=sys.stderr),
     ):
         """Opens, and makes if need be, the directory; it must lie where all processes see it.
 
-        keep: the newest that many steps stay; keep_every: of the older ones, the multiples of it.
-        read_only: nothing is made or moved, for whoever only samples. warn: is given one line for
-        each step passed over. Raises CheckpointError where nothing can be written.
+        keep: the newest that many steps stay; of the older ones those that are multiples of
+        keep_every, and the keep_best of the lowest `score`. read_only: nothing is made or moved,
+        for whoever only samples; otherwise no other run may write there meanwhile. warn: is given
+        one line for each step passed over. Raises CheckpointError where nothing can be written.
         """
         if keep < 1 or (keep_every is not None and keep_every < 1):
             raise ValueError(f"keep, keep_every: expected 1 or more, found {keep}, {keep_every}")
-        _hush()
+        hush.orbax()
         self._directory = epath.Path(directory).expanduser().resolve()
         self._read_only, self._warn = read_only, warn
+        self._keep, self._keep_every, self._keep_best = keep, keep_every, keep_best
+        self._failures = 0
         self._saving: int | None = None  # the step that was last handed to orbax
+        self._under_way: Future | None = None  # its way to the disk, and its verification
+        self._thread = ThreadPoolExecutor(1)
         if not read_only:
             _probe(self._directory)
-        policies = ocp.checkpoint_managers.preservation_policy
-        kept = [policies.LatestN(keep)]
-        kept += [policies.EveryNSteps(keep_every)] if keep_every else []
+            self._sweep()
         self._options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(kept),
+            # What goes is decided here: orbax would delete before the new step is verified.
+            preservation_policy=ocp.checkpoint_managers.preservation_policy.PreserveAll(),
             read_only=read_only,
             # Else a save that cannot begin leaves threads that hold up the exit for minutes.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            # Its patience is measured by the wall clock: a jump of a day must not end it.
+            async_options=ocp.AsyncOptions(
+                create_directories_asynchronously=False, timeout_secs=10**7
+            ),
         )
         self._manager = ocp.CheckpointManager(self._directory, options=self._options)
 
     def save(self, step: int, state: NamedTuple) -> None:
         """Copies the state and writes it in the background; it may be donated at once.
 
-        Nothing is done if the step is there already. Raises CheckpointError if this save cannot
-        begin, or if the one before it failed.
+        There it is read again, compared with what was to be written, and only then older steps are
+        deleted. Nothing is done if the step is there already. Raises CheckpointError if this save
+        cannot begin, or if the one before it failed.
         """
         if self._read_only:
             raise ValueError("these checkpoints were opened with read_only=True")
         self.wait()
-        if step in self._manager.all_steps() and self._is_whole(step):
+        if step in self._steps() and self._is_whole(step):
             return
         items = _items(state)
         args = ocp.args.Composite(**{k: ocp.args.StandardSave(v) for k, v in items.items()})
-        # Without a note orbax casts to other types and takes a renamed step for another in silence.
-        note = {"step": step, "arrays": _types(items)}
+        # Without a note orbax casts to other types and takes a renamed step, or a flipped bit, for
+        # what was saved, in silence.
+        note = {"step": step, "arrays": digests.types(items), "sha256": digests.sha256(items)}
 
         def begin():  # force: when to save is the caller's decision, also below the newest step
             if not self._manager.save(step, args=args, custom_metadata=note, force=True):
@@ -96,10 +109,32 @@ class Checkpoints:
 
         self._saving = step
         self._attempt(begin)
+        shapes = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), items)
+        self._under_way = self._thread.submit(self._finish, step, shapes, note["sha256"])
+
+    def save_or_warn(self, step: int, state: NamedTuple) -> None:
+        """As `save`, but of failures in a row only the third is an error, the others warnings.
+
+        A full disk or a server that is away for an hour must not end a training of days. What
+        failed is told at the next save, and this one is tried all the same.
+        """
+        for _ in ("the one before", "this one"):
+            try:
+                return self.save(step, state)
+            except CheckpointError as error:
+                self._failures += 1
+                if self._failures >= FAILURES:
+                    message = f"{error}; the {FAILURES}rd failure in a row: make room there"
+                    raise CheckpointError(message) from error
+                again = f"{FAILURES - self._failures} more in a row end the run"
+                self._warn(f"{error}; training goes on, {again}")
 
     def wait(self) -> None:
-        """Returns when the last save is on disk. Raises CheckpointError if it failed."""
-        self._attempt(self._manager.wait_until_finished)
+        """Returns when the last save is on disk and verified. Raises CheckpointError if not."""
+        if self._under_way is not None:
+            under_way, self._under_way = self._under_way, None
+            self._attempt(under_way.result)
+            self._failures = 0
 
     def close(self) -> None:
         """Waits, and ends orbax's threads. Raises CheckpointError as `wait` does."""
@@ -107,6 +142,18 @@ class Checkpoints:
             self.wait()
         finally:
             self._manager.close()
+            self._thread.shutdown()
+
+    def score(self, step: int, value: float) -> None:
+        """Notes how good a step is, the lower the better: the keep_best of them stay."""
+        if jax.process_index() == 0:
+            scores = self._scores() | {step: float(value)}
+            new = self._directory / "scores.json.tmp"
+            try:
+                new.write_text(json.dumps(scores))
+                new.replace(self._directory / "scores.json")
+            except OSError as error:
+                self._warn(f"{self._directory}/scores.json: not written: {_line(error)}")
 
     def latest(self) -> int | None:
         """The newest step that is whole by its looks; None if there is none at all.
@@ -165,9 +212,11 @@ class Checkpoints:
         try:
             args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
             items = dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
+            if name := self._damaged(step, items):
+                trouble = f"is damaged: {name} is not what was saved"
         except Exception as error:  # orbax and TensorStore raise anything, at any length
             trouble = f"cannot be restored: {_line(error)}"
-        if items and "state" in items and (inside := int(items["state"]["step"])) != step:
+        if not trouble and "state" in items and (inside := int(items["state"]["step"])) != step:
             trouble = f"holds the state of step {inside}"
         if not _everywhere(not trouble):
             return None, trouble or "another process cannot restore it"
@@ -189,7 +238,7 @@ class Checkpoints:
             found = {k: v for k, v in note["arrays"].items() if k.split("/")[0] in (abstract or {})}
         except Exception as error:  # any file may be cut, or be something else
             return f"is not complete: {type(error).__name__}: {_line(error)}"
-        wanted = _types(abstract or {})
+        wanted = digests.types(abstract or {})
         for k in sorted(wanted | found):
             if wanted.get(k) != found.get(k):
                 was, now = found.get(k, "nothing"), wanted.get(k, "nothing")
@@ -199,6 +248,56 @@ class Checkpoints:
     def _is_whole(self, step: int) -> bool:
         return not self._trouble(step)
 
+    def _note(self, step: int) -> dict[str, Any]:
+        about = json.loads((self._directory / str(step) / "_CHECKPOINT_METADATA").read_text())
+        return about["custom_metadata"]
+
+    def _damaged(self, step: int, items: dict[str, Tree]) -> str | None:
+        """The name of an array that was restored and is not what was saved; None if all are."""
+        saved = self._note(step).get("sha256")
+        if saved is None:
+            self._warn(f"{self._directory}: step {step} is from before digests; taken as it is")
+            return None
+        found = digests.sha256(items)
+        return digests.differing(found, {k: v for k, v in saved.items() if k in found})
+
+    def _finish(self, step: int, shapes: dict[str, Tree], expected: dict[str, str]) -> None:
+        """What is left of a save, on a thread: written, read again, and older steps deleted."""
+        self._manager.wait_until_finished()
+        if jax.process_index() > 0:
+            return
+        found = digests.sha256(_read_alone(self._directory / str(step), shapes))
+        if name := digests.differing(found, expected):
+            self._move_aside(step)
+            raise OSError(f"{name} is on the disk otherwise than it was written")
+        for old in sorted(set(filter(self._is_whole, self._steps())) - self._kept() - {step}):
+            gone = self._directory / f"{old}.deleted"  # whoever reads now sees all of it or nothing
+            with contextlib.suppress(OSError):  # what stays now goes with the next save
+                (self._directory / str(old)).rename(gone)
+                gone.rmtree()
+
+    def _kept(self) -> set[int]:
+        """The steps on disk that are to stay."""
+        steps, scores = list(filter(self._is_whole, self._steps())), self._scores()
+        best = sorted((scores[s], s) for s in steps if s in scores)[: self._keep_best]
+        multiples = [s for s in steps if self._keep_every and s % self._keep_every == 0]
+        return {*steps[: self._keep], *multiples, *(s for _, s in best)}
+
+    def _scores(self) -> dict[int, float]:
+        try:
+            scores = json.loads((self._directory / "scores.json").read_text())
+            return {int(step): float(value) for step, value in scores.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}
+
+    def _sweep(self) -> None:
+        """Removes what killed runs left half written or half deleted."""
+        if jax.process_index() == 0:
+            for path in itertools.chain.from_iterable(map(self._directory.glob, LEFT)):
+                path.rmtree(missing_ok=True)
+        if jax.process_count() > 1:
+            _sync("swept")
+
     def _steps(self) -> list[int]:
         """What is on the disk under a step's name, newest first."""
         if not self._directory.is_dir():
@@ -207,13 +306,18 @@ class Checkpoints:
         return sorted((int(x) for x in names if x.isdecimal() and str(int(x)) == x), reverse=True)
 
     def _set_aside(self, step: int) -> str:
+        if jax.process_count() > 1:
+            _sync("all have read it")
+        name = self._move_aside(step) if jax.process_index() == 0 else ""
+        if jax.process_count() > 1:
+            _sync("moved")
+        self._manager.reload()
+        return name
+
+    def _move_aside(self, step: int) -> str:
         names = (f"{step}.bad{k}" for k in itertools.count(1))
         name = next(x for x in names if not (self._directory / x).exists())
-        _sync("named")
-        if jax.process_index() == 0:
-            (self._directory / str(step)).rename(self._directory / name)
-        _sync("renamed")
-        self._manager.reload()
+        (self._directory / str(step)).rename(self._directory / name)
         return name
 
     def _none_good(self, bad: dict[int, str]) -> CheckpointError:
@@ -233,21 +337,33 @@ class Checkpoints:
             return
         with contextlib.suppress(Exception):  # the old manager counts the step as saved
             self._manager.close()
+        self._sweep()  # half a step takes room where there may be too little
         self._manager = ocp.CheckpointManager(self._directory, options=self._options)
         what = f"step {self._saving} was not saved: {trouble or 'another process failed'}"
         raise CheckpointError(f"{self._directory}: {what}") from cause
 
 
+def _read_alone(folder: epath.Path, shapes: dict[str, Tree]) -> dict[str, Tree]:
+    """The arrays of a step, to this process's memory, whatever the other processes do."""
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(),
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix="alone",
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+
+        def read(name):
+            args = ocp.args.PyTreeRestore(item=shapes[name], restore_args=as_numpy[name])
+            return reader.restore(folder / name, args=args)
+
+        return {name: read(name) for name in shapes}
+
+
 def _items(state: NamedTuple) -> dict[str, Tree]:
     fields = state._asdict()
     return {"ema": fields.pop("ema"), "state": fields}
-
-
-def _types(tree: Tree) -> dict[str, str]:
-    """{'state/params/kernel': 'float32[3, 3, 8, 8]', ...}"""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    name = jax.tree_util.keystr
-    return {name(k, simple=True, separator="/"): f"{x.dtype}{list(x.shape)}" for k, x in leaves}
 
 
 def _probe(directory: epath.Path) -> None:
@@ -283,33 +399,3 @@ def _line(error: BaseException) -> str:
         error = error.__cause__
     text = " ".join(str(error).split("[tensorstore_spec")[0].split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
-
-
-def _hush() -> None:
-    """Once: orbax and its threads repeat on the console, in pages, what they raise as well."""
-    get_absl_logger().addFilter(_not_of_orbax)
-    logging.getLogger("asyncio").addFilter(_not_abandoned)
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-    if not isinstance(sys.unraisablehook, _Hook):
-        sys.unraisablehook = _Hook(sys.unraisablehook)
-
-
-def _not_of_orbax(record: logging.LogRecord) -> bool:
-    return ORBAX not in record.pathname
-
-
-def _not_abandoned(record: logging.LogRecord) -> bool:
-    return "exception was never retrieved" not in str(record.msg)
-
-
-class _Hook(NamedTuple):
-    """A sys.unraisablehook that passes over what orbax abandons when one of its reads fails."""
-
-    hook: Callable[[Any], None]
-
-    def __call__(self, unraisable: Any) -> None:
-        frame = getattr(unraisable.exc_traceback, "tb_frame", None)
-        codes = getattr(frame, "f_code", None), getattr(unraisable.object, "cr_code", None)
-        of_orbax = any(code and ORBAX in code.co_filename for code in codes)
-        if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
-            self.hook(unraisable)

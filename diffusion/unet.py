@@ -11,12 +11,16 @@ the official variable scopes: `down_0/block_1/conv1` is that path in the paramet
 normalisations, softmax and output are float32 whatever it is.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from diffusion import ops
 
 NEARLY_ZERO = 1e-10  # the official scale of what shall start at zero (last layer of every branch)
 
@@ -29,13 +33,18 @@ def init(scale: float = 1.0):
     return nn.initializers.variance_scaling(scale, "fan_avg", "uniform")
 
 
-def conv(features: int, name: str, dtype: Any, stride: int = 1, scale: float = 1.0) -> nn.Conv:
+def conv(
+    features: int, name: str, dtype: Any, train: bool, stride: int = 1, scale: float = 1.0
+) -> nn.Conv:
     """3x3 convolution, [b, h, w, c] -> [b, h / stride, w / stride, features].
 
     Padding is 'SAME' as in TensorFlow: with stride 2, at the bottom and right of an even size only.
+    train: its gradient may take another way than XLA's, and then has no forward mode.
     Source: official `nn.py`, `conv2d`.
     """
-    return nn.Conv(features, (3, 3), stride, kernel_init=init(scale), dtype=dtype, name=name)
+    options = {"conv_general_dilated": ops.convolve} if train else {}
+    options |= {"kernel_init": init(scale), "dtype": dtype, "name": name}
+    return nn.Conv(features, (3, 3), stride, **options)
 
 
 def dense(features: int, name: str, dtype: Any, scale: float = 1.0) -> nn.Dense:
@@ -43,18 +52,34 @@ def dense(features: int, name: str, dtype: Any, scale: float = 1.0) -> nn.Dense:
     return nn.Dense(features, kernel_init=init(scale), dtype=dtype, name=name)
 
 
-def group_norm(h: jax.Array, name: str, dtype: Any) -> jax.Array:
-    """GroupNorm of [b, h, w, c] over adjacent channels; statistics in float32, result in `dtype`.
+def same(x: jax.Array) -> jax.Array:
+    """x."""
+    return x
+
+
+class GroupNorm(nn.Module):
+    """`after` of the normalised [b, h, w, c] -> same, float32 inside and `dtype` as a result.
 
     32 groups where 32 divides c (official), else groups of four channels if 4 divides c: a group of
     one channel takes out again what the time added to it (so it does, officially, for c = 32).
-    The variance is taken around the mean: E[x²] - E[x]² loses digits where the mean is large.
-    Source: official `normalize` (`tf.contrib.layers.group_norm` and its default epsilon).
+    Source: official `normalize`.
     """
-    c = h.shape[-1]
-    groups = 32 if c % 32 == 0 else math.gcd(c, c // 4)
-    norm = nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False, name=name)
-    return norm(h.astype(jnp.float32)).astype(dtype)
+
+    dtype: Any
+    after: Callable[[jax.Array], jax.Array]
+
+    @nn.compact
+    def __call__(self, x):
+        c = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (c,))
+        bias = self.param("bias", nn.initializers.zeros, (c,))
+        groups = 32 if c % 32 == 0 else math.gcd(c, c // 4)
+        return ops.group_norm(x, scale, bias, groups, self.after, self.dtype)
+
+
+def group_norm(h: jax.Array, name: str, dtype: Any, after: Callable = same) -> jax.Array:
+    """`GroupNorm` inside of a module, its parameters under `name`."""
+    return GroupNorm(dtype, after, name=name)(h)
 
 
 def time_embedding(t: jax.Array, dim: int) -> jax.Array:
@@ -91,13 +116,13 @@ class ResBlock(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, temb, *, train):
-        h = nn.swish(group_norm(x, "norm1", self.dtype))
-        h = conv(self.out_ch, "conv1", self.dtype)(h)
+    def __call__(self, x, temb, train):
+        h = group_norm(x, "norm1", self.dtype, nn.swish)
+        h = conv(self.out_ch, "conv1", self.dtype, train)(h)
         h += dense(self.out_ch, "temb_proj", self.dtype)(nn.swish(temb))[:, None, None, :]
-        h = nn.swish(group_norm(h, "norm2", self.dtype))
+        h = group_norm(h, "norm2", self.dtype, nn.swish)
         h = nn.Dropout(self.dropout, name="dropout")(h, deterministic=not train)
-        h = conv(self.out_ch, "conv2", self.dtype, scale=NEARLY_ZERO)(h)
+        h = conv(self.out_ch, "conv2", self.dtype, train, scale=NEARLY_ZERO)(h)
         if x.shape[-1] != self.out_ch:
             x = dense(self.out_ch, "nin_shortcut", self.dtype)(x)
         return x + h
@@ -110,12 +135,10 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        c = x.shape[-1]
+        b, _, _, c = x.shape
         h = group_norm(x, "norm", self.dtype)
-        q, k, v = (dense(c, name, self.dtype)(h) for name in "qkv")
-        logits = jnp.einsum("bhwc,bijc->bhwij", q, k, preferred_element_type=jnp.float32)
-        weights = nn.softmax(logits * c**-0.5, axis=(-2, -1)).astype(self.dtype)
-        h = jnp.einsum("bhwij,bijc->bhwc", weights, v)
+        q, k, v = (dense(c, name, self.dtype)(h).reshape(b, -1, c) for name in "qkv")
+        h = ops.attention(q, k, v).reshape(x.shape)
         return x + dense(c, "proj_out", self.dtype, scale=NEARLY_ZERO)(h)
 
 
@@ -125,8 +148,8 @@ class Downsample(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, h):
-        return conv(h.shape[-1], "conv", self.dtype, stride=2)(h)
+    def __call__(self, h, train):
+        return conv(h.shape[-1], "conv", self.dtype, train, stride=2)(h)
 
 
 class Upsample(nn.Module):
@@ -135,8 +158,8 @@ class Upsample(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, h):
-        return conv(h.shape[-1], "conv", self.dtype)(h.repeat(2, axis=1).repeat(2, axis=2))
+    def __call__(self, h, train):
+        return conv(h.shape[-1], "conv", self.dtype, train)(h.repeat(2, axis=1).repeat(2, axis=2))
 
 
 class Down(nn.Module):
@@ -146,18 +169,18 @@ class Down(nn.Module):
     num_res_blocks: int
     attention: bool
     downsample: bool
-    dropout: float
+    block: Callable[..., nn.Module]
     dtype: Any
 
     @nn.compact
-    def __call__(self, h, temb, *, train):
+    def __call__(self, h, temb, train):
         skips = []
         for i in range(self.num_res_blocks):
-            h = ResBlock(self.ch, self.dropout, self.dtype, name=f"block_{i}")(h, temb, train=train)
+            h = self.block(self.ch, name=f"block_{i}")(h, temb, train)
             h = Attention(self.dtype, name=f"attn_{i}")(h) if self.attention else h
             skips.append(h)
         if self.downsample:
-            h = Downsample(self.dtype, name="downsample")(h)
+            h = Downsample(self.dtype, name="downsample")(h, train)
             skips.append(h)
         return h, skips
 
@@ -166,14 +189,14 @@ class Middle(nn.Module):
     """Block, attention (whatever the resolution), block: h [b, h, w, ch], temb -> same shape."""
 
     ch: int
-    dropout: float
+    block: Callable[..., nn.Module]
     dtype: Any
 
     @nn.compact
-    def __call__(self, h, temb, *, train):
-        h = ResBlock(self.ch, self.dropout, self.dtype, name="block_1")(h, temb, train=train)
+    def __call__(self, h, temb, train):
+        h = self.block(self.ch, name="block_1")(h, temb, train)
         h = Attention(self.dtype, name="attn_1")(h)
-        return ResBlock(self.ch, self.dropout, self.dtype, name="block_2")(h, temb, train=train)
+        return self.block(self.ch, name="block_2")(h, temb, train)
 
 
 class Up(nn.Module):
@@ -182,16 +205,16 @@ class Up(nn.Module):
     ch: int
     attention: bool
     upsample: bool
-    dropout: float
+    block: Callable[..., nn.Module]
     dtype: Any
 
     @nn.compact
-    def __call__(self, h, temb, skips, *, train):
+    def __call__(self, h, temb, skips, train):
         for i, skip in enumerate(skips):
             h = jnp.concatenate([h, skip], axis=-1)
-            h = ResBlock(self.ch, self.dropout, self.dtype, name=f"block_{i}")(h, temb, train=train)
+            h = self.block(self.ch, name=f"block_{i}")(h, temb, train)
             h = Attention(self.dtype, name=f"attn_{i}")(h) if self.attention else h
-        return Upsample(self.dtype, name="upsample")(h) if self.upsample else h
+        return Upsample(self.dtype, name="upsample")(h, train) if self.upsample else h
 
 
 class UNet(nn.Module):
@@ -206,6 +229,8 @@ class UNet(nn.Module):
         a learned variance. dtype: float32 or bfloat16, as a dtype or its name.
     num_classes: 0 (the paper), or the number of labels; one more label, num_classes, then means
         "no class", for classifier-free guidance.
+    remat: on the way back every block is computed again from its input, in training: a third more
+        arithmetic, and room for images or batches that would not fit.
     """
 
     ch: int = 128
@@ -216,6 +241,7 @@ class UNet(nn.Module):
     out_ch: int = 3
     num_classes: int = 0
     dtype: Any = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x, t, y=None, *, train):
@@ -229,7 +255,9 @@ class UNet(nn.Module):
         given to a network without classes. Source: paper appendix B, official `model`.
         """
         self._check(x, t, y)
-        dtype, drop, levels = jnp.dtype(self.dtype), self.dropout, range(len(self.ch_mult))
+        dtype, levels = jnp.dtype(self.dtype), range(len(self.ch_mult))
+        block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock  # 3: train
+        block = functools.partial(block, dropout=self.dropout, dtype=dtype)
         ch = [self.ch * mult for mult in self.ch_mult]
         attention = [max(x.shape[1:3]) // 2**i in self.attn_resolutions for i in levels]
 
@@ -240,20 +268,20 @@ class UNet(nn.Module):
             rows = self.num_classes + 1
             temb += nn.Embed(rows, 4 * self.ch, embedding_init=init(rows), name="class_emb")(y)
 
-        h = conv(self.ch, "conv_in", dtype)(x)
+        h = conv(self.ch, "conv_in", dtype, train)(x)
         skips = [h]
         for i in levels:
-            args = ch[i], self.num_res_blocks, attention[i], i < levels[-1], drop, dtype
-            h, outputs = Down(*args, name=f"down_{i}")(h, temb, train=train)
+            args = ch[i], self.num_res_blocks, attention[i], i < levels[-1], block, dtype
+            h, outputs = Down(*args, name=f"down_{i}")(h, temb, train)
             skips += outputs
-        h = Middle(ch[-1], drop, dtype, name="mid")(h, temb, train=train)
+        h = Middle(ch[-1], block, dtype, name="mid")(h, temb, train)
         for i in reversed(levels):
             last = [skips.pop() for _ in range(self.num_res_blocks + 1)]
-            up = Up(ch[i], attention[i], i > 0, drop, dtype, name=f"up_{i}")
-            h = up(h, temb, last, train=train)
+            up = Up(ch[i], attention[i], i > 0, block, dtype, name=f"up_{i}")
+            h = up(h, temb, last, train)
         # Float32 here, or bfloat16 would round the output itself to three digits.
-        h = nn.swish(group_norm(h, "norm_out", jnp.float32))
-        return conv(self.out_ch, "conv_out", jnp.float32, scale=NEARLY_ZERO)(h)
+        h = group_norm(h, "norm_out", jnp.float32, nn.swish)
+        return conv(self.out_ch, "conv_out", jnp.float32, train, scale=NEARLY_ZERO)(h)
 
     def _check(self, x, t, y):
         if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):

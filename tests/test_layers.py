@@ -29,7 +29,9 @@ WORLD = {
     "crew": set(),
     "records": set(),
     "prepare": {f"diffusion.ingest.{name}" for name in ("crew", "pictures", "records", "sources")},
-    "checkpoint": set(),
+    "checkpoint": {"diffusion.digests", "diffusion.hush"},
+    "digests": set(),
+    "hush": set(),
     "convert": {"diffusion.weights.layers", "diffusion.weights.names"},
     "diffusers_config": set(),
     "log": set(),
@@ -51,9 +53,11 @@ LAYERS = {
     # With its entropy coder, once there is one.
     "codec": {"numpy", "diffusion.rec", "diffusion.process", "diffusion.targets"},
     "rec": {"numpy", "diffusion.process", "diffusion.targets"},
-    "unet": {"jax", "flax.linen"},
+    "ops": {"jax"},
+    "unet": {"jax", "flax.linen", "diffusion.ops"},
     "inception": {"jax", "flax.linen", "numpy"},
     "train": {"jax", "optax", "numpy", "scipy"},
+    "guard": {"jax", "numpy"},
     "batches": {"jax", "numpy"},
     "features": {"jax", "numpy"},
     "moments": {"numpy"},
@@ -66,8 +70,9 @@ for row in (TRUNK, *(TRUNK + branch for branch in BRANCHES)):
 LAYERS["ode"] |= {"scipy"}  # its adaptive solver
 
 # The only files that see flags and configs: together they are main.
-TOP = {"main", "experiment", "settings", "bench", "likelihoods", "sampling", "imagesets"}
-TOP |= {"evaluate", "frontier", "illustrate", "studio", "transfer", "card"}
+TOP = {"main", "experiment", "settings", "claim", "watch", "preflight", "replay", "bench"}
+TOP |= {"likelihoods", "sampling", "imagesets", "evaluate", "frontier", "illustrate", "studio"}
+TOP |= {"transfer", "card"}
 # flax and absl by their bare names would reach what is refused.
 NOT_IN_DIFFUSION = {"flax.linen", "absl.flags", "ml_collections", "configs", "tests", *TOP}
 NOT_IN_DIFFUSION_BARE = {"flax", "absl", "diffusion"}

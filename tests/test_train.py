@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax import random
 
-from diffusion import train
+from diffusion import losses, process, schedules, targets, train, unet
 from tests.conftest import GOLDEN
 
 # Official TensorFlow 1 code (github.com/hojonathanho/diffusion, commit 1e0dceb):
@@ -159,3 +159,44 @@ def test_the_optimiser_is_adam_behind_a_clip():
         updates, _ = tx.update(gradient, tx.init(gradient))
         np.testing.assert_allclose(updates["w"], [-0.1, 0.1], rtol=1e-4)
     assert isinstance(tx, optax.GradientTransformation)
+
+
+def curve(dtype, steps=60):
+    """Losses of a small network trained on blobs; the noise of a step is that of any dtype."""
+    net = unet.UNet(ch=16, ch_mult=(1, 2), num_res_blocks=1, dropout=0.1, dtype=dtype)
+    betas = schedules.SCHEDULES["linear"](100, 1e-3, 0.2)
+    target, variance = targets.TARGETS["eps"], targets.VARIANCES["fixed_large"]
+    loss = losses.LOSSES["simple"](process.from_betas(betas), target, variance)
+
+    def apply(params, key, x_t, t, label):
+        return net.apply({"params": params}, x_t, t, train=True, rngs={"dropout": key})
+
+    tx = train.optimiser(3e-3, 10, 1.0)
+    step = train.make_step(loss, apply, tx, 0.99)
+    place = np.random.RandomState(0).uniform(2, 6, (256, 2))
+    y, x = np.mgrid[:8, :8]
+    away = (y - place[:, :1, None]) ** 2 + (x - place[:, 1:, None]) ** 2
+    blobs = jnp.asarray(2 * np.exp(-away / 4)[..., None] - 1, jnp.float32)
+    key = random.key(0, impl="rbg")
+
+    params = jax.jit(lambda: net.init(key, blobs[:1], jnp.zeros(1), train=False)["params"])()
+
+    @jax.jit
+    def update(state):
+        at = random.randint(random.fold_in(random.key(1), state.step), (32,), 0, len(blobs))
+        return step(state, random.fold_in(random.key(2), state.step), (blobs[at], None))
+
+    state, found = train.init(params, tx), []
+    for _ in range(steps):  # no scan: the gradient of a convolution is slow in a loop on a CPU
+        state, metrics = update(state)
+        found.append(metrics["loss"])
+    return np.asarray(found)
+
+
+def test_the_loss_in_bfloat16_is_the_loss_in_float32_within_its_noise():
+    full, half = curve("float32"), curve("bfloat16")
+    noise = np.std(np.diff(full[30:])) / np.sqrt(2)  # of a step's loss around its course
+    assert full[-20:].mean() < 0.5 * full[:3].mean()  # it did learn
+    assert not np.array_equal(full, half)  # and bfloat16 is another computation
+    # Both means of 20 have an error of noise / sqrt(20), most of it shared: same images, same eps.
+    assert abs(half[-20:].mean() - full[-20:].mean()) < noise / np.sqrt(20)

@@ -92,6 +92,10 @@ def official_run(config, gradients):
             for part in name.split("/")[1:]:
                 node = node[part]
             acts[str(name)] = node["__call__"][0]
+        # Officially recorded ahead of the swish that ours is computed together with.
+        last = list(acts)[-2]
+        norm = unet.GroupNorm(jnp.float32, unet.same)
+        acts["model/norm_out"] = norm.apply({"params": params["norm_out"]}, acts[last])
         return jnp.mean((out - target) ** 2), (out, acts)
 
     if not gradients:
@@ -248,7 +252,9 @@ def test_group_norm_far_from_zero(channels, groups):
 
 def test_downsampling_pads_at_the_bottom_and_right():
     kernel = {"params": {"kernel": OFFICIAL["down.W"], "bias": np.zeros(4, np.float32)}}
-    found = unet.conv(4, None, jnp.float32, stride=2).apply(kernel, jnp.asarray(OFFICIAL["down.x"]))
+    found = unet.conv(4, None, jnp.float32, False, stride=2).apply(
+        kernel, jnp.asarray(OFFICIAL["down.x"])
+    )
     # Sums of 18 products of values up to two.
     np.testing.assert_allclose(found, OFFICIAL["down.conv_stride2"], rtol=0, atol=2e-6)
 
@@ -257,7 +263,7 @@ def test_upsampling_repeats_pixels():
     kernel = np.zeros((3, 3, 2, 2), np.float32)
     kernel[1, 1] = np.eye(2)  # leaves the image as it is
     params = {"params": {"conv": {"kernel": kernel, "bias": np.zeros(2, np.float32)}}}
-    found = unet.Upsample(jnp.float32).apply(params, jnp.asarray(OFFICIAL["up.x"]))
+    found = unet.Upsample(jnp.float32).apply(params, jnp.asarray(OFFICIAL["up.x"]), False)
     np.testing.assert_array_equal(found, OFFICIAL["up.noconv"])
 
 

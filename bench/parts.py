@@ -5,52 +5,27 @@ Compare figures of one run only: another machine, or this one an hour later, is 
 """
 
 import collections
-import importlib.util
+import functools
 import json
 import pathlib
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import random
 from ml_collections import ConfigDict
 
 import experiment
 import likelihoods
-import sampling
-import settings
-from diffusion import convert, data, inception, likelihood, log, samplers, train
+from bench import pytorch
+from bench.clock import Measured, in_turn, seconds
+from bench.profile import profile_part
+from bench.speed import network_alone, sample_part, train_part
+from bench.tpu import tpu_part
+from diffusion import convert, data, inception, likelihood, log, train
 from diffusion.ingest import pictures, prepare, sources
 from diffusion.weights import layers
-
-REPETITIONS = 5
-
-
-class Measured(NamedTuple):
-    """What one thing took or gave, in `unit`, in each repetition."""
-
-    what: str
-    unit: str
-    values: list[float]
-
-    def line(self) -> str:
-        middle, low, high = statistics.median(self.values), min(self.values), max(self.values)
-        return f"{self.what:58} {middle:10,.4g}  ({low:,.4g} to {high:,.4g}) {self.unit}"
-
-
-def seconds(run: Callable[[], None], n: int = REPETITIONS) -> Iterator[tuple[float, float]]:
-    """(wall seconds, this process's processor seconds) of each of n runs, after one unmeasured."""
-    run()
-    for _ in range(n):
-        wall, cpu = time.perf_counter(), time.process_time()
-        run()
-        yield time.perf_counter() - wall, time.process_time() - cpu
-
 
 # ------------------------------------------------------------------------------------------- data
 
@@ -118,60 +93,6 @@ def _steps(config: ConfigDict, x: experiment.Experiment) -> Iterator[Measured]:
     yield Measured("training", "images/s", [size / a for a, _ in pairs])
 
 
-def _network_alone(network: Callable, x_0: jax.Array, model_ts: np.ndarray) -> jax.Array:
-    """The network at each of the times, one after the other: each needs the last one's output."""
-
-    def one(x_t, t):
-        output = network(x_t, jnp.broadcast_to(t, (len(x_t),)))
-        return 0.5 * x_t + 0.1 * output[..., : x_0.shape[-1]], None
-
-    return jax.lax.scan(one, x_0, jnp.asarray(model_ts, x_0.dtype))[0]
-
-
-# --------------------------------------------------------------------------------------- sampling
-
-
-def sample_part(config: ConfigDict, x: experiment.Experiment) -> Iterator[Measured]:
-    """50 steps of two samplers, each one compiled program, and the network alone as often."""
-    steps = min(50, x.p.T)
-    size = -(-config.sample.batch_size // x.mesh.size) * x.mesh.size
-    params = experiment.make_initial_state(config, x)().params
-    ts = samplers.uniform(x.p, steps)
-    whole, split = train.replicated(x.mesh), train.sharded(x.mesh)
-
-    def network(params, x_t):
-        def apply(x_t, t):
-            return x.net.apply({"params": params}, x_t, t, train=False)
-
-        return _network_alone(apply, x_t, x.p.model_t[ts[:-1]])
-
-    alone = jax.jit(network, in_shardings=(whole, split), out_shardings=split)
-    x_t = jax.jit(
-        lambda: random.normal(random.key(0), (size, *x.image_shape)), out_shardings=split
-    )()
-    runs = {"network alone": lambda: jax.block_until_ready(alone(params, x_t))}
-    for name in ("ancestral", "dpmpp_2m"):
-        changes = {"sampler.name": name, "sampler.grid": "uniform", "sampler.steps": steps}
-        chain = sampling.make_chain(settings.changed(config, changes), x, size)
-
-        def run(chain=chain):
-            numbers = np.arange(size, dtype=np.int32)
-            keys, label, carry = chain.start(np.uint32(0), np.int32(-1), numbers)
-            jax.block_until_ready(chain.advance(params, keys, label, carry, chain.ts))
-
-        runs[name] = run
-    taken = {name: [] for name in runs}
-    for each in zip(*(seconds(run, 2 * REPETITIONS) for run in runs.values()), strict=True):
-        for name, (wall, _) in zip(runs, each, strict=True):
-            taken[name].append(wall)
-    base = taken.pop("network alone")
-    yield Measured("network alone, images x steps", "/s", [size * steps / t for t in base])
-    for name, walls in taken.items():
-        yield Measured(f"{name}, images x steps", "/s", [size * steps / t for t in walls])
-        ratios = [a / b for a, b in zip(walls, base, strict=True)]
-        yield Measured(f"seconds of {name} over those of the network", "", ratios)
-
-
 # ------------------------------------------------------------------------------------- likelihood
 
 
@@ -193,7 +114,7 @@ def likelihood_part(config: ConfigDict, x: experiment.Experiment) -> Iterator[Me
         return lambda x_t, t: x.net.apply({"params": params}, x_t, t, train=False)
 
     def alone(p, network, keys, x_0):
-        return _network_alone(network, x_0, p.model_t[1:])
+        return network_alone(network, x_0, p.model_t[1:])
 
     runs = []
     for args in ((chain, likelihood.terms), (likelihoods.Chain(chain.p, apply), alone)):
@@ -233,64 +154,47 @@ def features_part(config: ConfigDict, x: experiment.Experiment) -> Iterator[Meas
         return jax.block_until_ready(features(params, image))
 
     what = f"features of images {image.shape[1]}x{image.shape[2]}, batches of {len(image)}"
-    theirs = _torch_features(weights, image)
-    if theirs is None:
-        yield Measured(what, "images/s", [len(image) / took for took, _ in seconds(ours)])
-        return
-    for a, b in zip(ours(), theirs(), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max())  # the same network
-    pairs = [(a, b) for (a, _), (b, _) in zip(*map(seconds, (ours, theirs)), strict=True)]
-    yield Measured(what, "images/s", [len(image) / a for a, _ in pairs])
-    yield Measured("the same by torch-fidelity", "images/s", [len(image) / b for _, b in pairs])
-    yield Measured("the first over the second", "", [b / a for a, b in pairs])
-
-
-def _torch_features(weights: dict[str, np.ndarray], image: np.ndarray) -> Callable | None:
-    """() -> (features, logits) by PyTorch on its GPU if it has one; None if it is not installed."""
-    if not all(map(importlib.util.find_spec, ("torch", "torch_fidelity"))):
-        return None
-    import torch
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    torch.backends.cudnn.allow_tf32 = False  # it is float32 that is compared
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory() as folder:
-        path = f"{folder}/weights.pth"
-        torch.save({name: torch.from_numpy(array) for name, array in weights.items()}, path)
-        taps = ["2048", "logits_unbiased"]
-        network = FeatureExtractorInceptionV3(
-            "inception", taps, feature_extractor_weights_path=path
-        )
-    network = network.to(device).eval()
-    batch = torch.from_numpy(np.ascontiguousarray(image.transpose(0, 3, 1, 2)))
-
-    def run():
-        with torch.inference_mode():
-            return [tap.cpu().numpy() for tap in network(batch.to(device))]
-
-    return run
+    with pytorch.features(weights, image) as others:
+        for theirs in others.values():
+            for a, b in zip(ours(), theirs(), strict=True):  # the same network
+                np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max())
+        took, *theirs = zip(*in_turn(ours, *others.values()), strict=True)
+    yield Measured(what, "images/s", [len(image) / s for s in took])
+    for name, other in zip(others, theirs, strict=True):
+        yield Measured(f"the same by {name}", "images/s", [len(image) / s for s in other])
+        ratios = [b / a for a, b in zip(took, other, strict=True)]
+        yield Measured("the first over the second", "", ratios)
 
 
 PARTS = {
-    "data": data_part,
+    "train": train_part,
     "sample": sample_part,
     "likelihood": likelihood_part,
     "features": features_part,
+    "data": data_part,
+    "profile": profile_part,
+    "tpu": tpu_part,
 }
+EVERY = [part for part in PARTS if part != "tpu"]  # which takes a compiler of its own, and long
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, parts: list[str]) -> None:
-    """Measures the parts, says each line as it comes, and writes workdir/bench/PART.json."""
+def run(config: ConfigDict, workdir: pathlib.Path, parts: list[str], topology: str) -> None:
+    """Measures the parts, says each line as it comes, and writes workdir/bench/PART.json.
+
+    topology: of the part tpu.
+    """
     x = experiment.build(config)
     for part in parts:
         log.say(f"{part}: median (lowest to highest)")
+        measure = functools.partial(tpu_part, topology=topology) if part == "tpu" else PARTS[part]
         lines = []
-        for measured in PARTS[part](config, x):
+        for measured in measure(config, x):
             log.say(measured.line())
             lines.append(measured._asdict())
         folder = workdir / "bench"
         folder.mkdir(parents=True, exist_ok=True)
         device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        device = topology if part == "tpu" else device
         about = {"device": device, "jax": jax.__version__, "measured": lines}
         (folder / f"{part}.json").write_text(json.dumps(about, indent=2) + "\n")
         log.say(f"done       {folder / part}.json")

@@ -1,0 +1,71 @@
+"""What a compiled program moves, read from its text: between chips, and to and from main memory.
+
+`cost_analysis()["bytes accessed"]` adds up what every operation touches. On a TPU that is mostly
+memory on the chip (VMEM, marked S(1) in a layout), into which operands are fetched piece by piece,
+each fetch being counted with all of its operand. What limits a step is what crosses to the main
+memory (HBM): the arrays of the program that are not marked so.
+"""
+
+import collections
+import re
+
+SIZES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
+SIZES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+ARRAY = re.compile(rf"\b({'|'.join(SIZES)})\[([\d,]*)\](\{{[^}}]*\}})?")
+LINE = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
+COLLECTIVES = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
+# Give another name to what is there, or end what another one began and was counted for.
+FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all"}
+FREE |= {"copy-done", "slice-done", "async-done", "all-reduce-done", "opt-barrier", "partition-id"}
+
+
+def arrays(types: str) -> list[tuple[int, bool]]:
+    """(bytes, whether in main memory) of every array in "(f32[2,3]{1,0:T(8,128)S(1)}, …)"."""
+    found = []
+    for kind, shape, layout in ARRAY.findall(types):
+        size = SIZES[kind]
+        for side in filter(None, shape.split(",")):
+            size *= int(side)
+        found.append((size, "S(1)" not in layout))
+    return found
+
+
+def collectives(text: str) -> dict[str, int]:
+    """{kind: bytes that it gives to each chip} of every collective operation of the program."""
+    total: collections.Counter[str] = collections.Counter()
+    for line in text.splitlines():
+        match = LINE.match(line)
+        if match and match[3].removesuffix("-start") in COLLECTIVES:
+            total[match[3].removesuffix("-start")] += sum(size for size, _ in arrays(match[2]))
+    return dict(total)
+
+
+def main_memory(text: str) -> int:
+    """Bytes that the operations of the program's entry read from main memory and write to it.
+
+    Loops inside count as one turn; an operation that takes rows of an array counts with all of it.
+    """
+    entry = text[text.index("\nENTRY") :]
+    lines = filter(None, map(LINE.match, entry[: entry.index("\n}")].splitlines()))
+    operations = {match[1]: match for match in lines}
+    total = 0
+    for _, types, kind, rest in (match.groups() for match in operations.values()):
+        if kind in FREE:
+            continue
+        if kind in ("copy-start", "slice-start"):
+            total += _fetched(types)
+            continue
+        names = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
+        touched = [types, *(operations[name][2] for name in names if name in operations)]
+        total += sum(size for each in touched for size, main in arrays(each) if main)
+    return total
+
+
+def _fetched(types: str) -> int:
+    """A transfer gives (what is fetched, the copy, a counter) in either order: the copy's bytes.
+
+    Twice that if both ends are in main memory.
+    """
+    ends = [end for end in arrays(types) if end[0] > 4]
+    moved = min((size for size, _ in ends), default=0)
+    return moved * min(2, sum(main for _, main in ends))

@@ -1,0 +1,148 @@
+"""Steps that were not finite: what is kept of them, and how one is made again, by one command.
+
+    python main.py --mode=check --workdir=runs/x --replay=runs/x/crash/step_1234.npz
+
+A step is a function of the weights, the batch and its number: the file has all three, and the norm
+of every weight. Made again, on one device, it says in which gradient the first NaN stands.
+"""
+
+import io
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import random
+from ml_collections import ConfigDict
+
+import experiment
+import settings
+from diffusion import batches, data, digests, figures, guard, train
+from experiment import Experiment
+from settings import Fatal
+
+Tree = Any
+ENOUGH = {"skip": 100, "rollback": 10}  # in a row: then it is no accident
+
+
+class Mishaps:
+    """The steps of a run that were not finite, dealt with as train.on_nonfinite says.
+
+    halt: the run ends (Fatal, exit code 5). skip: such a step changes nothing. rollback: the last
+    checkpoint's weights go on with the batches to come; `returning` is true until that is done.
+    The last two halt as well after ENOUGH in a row.
+    """
+
+    def __init__(
+        self, config: ConfigDict, x: Experiment, images: data.Images, workdir: pathlib.Path
+    ):
+        self._config, self._x, self._images, self._workdir = config, x, images, workdir
+        self.count = self._row = 0
+        self.returning = False
+
+    def good(self) -> None:
+        """A step that was finite, where bad ones are skipped; a save, where they are undone."""
+        self._row = 0
+
+    def bad(self, step: int, values: dict[str, float], state: train.State) -> str:
+        """One that was not: the line to warn with. state: of now, guarded. Raises Fatal to halt."""
+        how = self._config.train.on_nonfinite
+        self.count, self._row = self.count + 1, self._row + 1
+        name = next(k for k, v in values.items() if not np.isfinite(v))
+        what = f"{name} is {values[name]} at step {step:,}"
+        if self._row < ENOUGH.get(how, 0):
+            self.returning = how == "rollback"
+            return f"{what}; {'skipped' if how == 'skip' else 'back to the last checkpoint'}"
+        if how != "halt":
+            what += f", the {self._row}th in a row"
+        if jax.process_count() > 1:  # one process alone cannot take a step of all
+            where, path = "", dump(self._config, self._x, self._images, self._workdir, step, state)
+        else:
+            path = dump(self._config, self._x, self._images, self._workdir, step, state)
+            found = again(self._config, self._x, path)[1]
+            where = f", first in {found}" if found else ""
+        call = f"python main.py --mode=check --workdir={self._workdir} --replay={path}"
+        fate = "nothing of it is saved; lower optim.lr"
+        raise Fatal(settings.NON_FINITE, f"{what}{where}; {fate}; to see it again: {call}")
+
+
+def dump(
+    config: ConfigDict,
+    x: Experiment,
+    images: data.Images,
+    workdir: pathlib.Path,
+    step: int,
+    state: train.State,
+) -> pathlib.Path:
+    """workdir/crash/step_N.npz: the weights before step N, their norms, its batch and its keys."""
+    path = workdir / "crash" / f"step_{step}.npz"
+    if jax.process_index() > 0:
+        return path
+    _, key_data, key_step = experiment.keys_of(config.seed)
+    at = range(step - 1, step)  # counted from 0, as the data and the keys are
+    image, label = next(data.stream(images, key_data, at, config.train.batch_size))
+    params = {f"params/{k}": np.asarray(v) for k, v in digests.named(state.params).items()}
+    norms = {f"norm/{k}": v for k, v in guard.norms(state.params).items()}
+    key = random.key_data(random.fold_in(key_step, step - 1))
+    content = io.BytesIO()
+    np.savez(content, step=step, key=key, image=image, label=label, **norms, **params)
+    figures.save_bytes(path, content.getvalue())
+    return path
+
+
+def again(
+    config: ConfigDict, x: Experiment, path: pathlib.Path
+) -> tuple[dict[str, float], str | None, dict[str, float]]:
+    """(metrics, where the first number is that is not finite or None, norms of the gradient).
+
+    path: of `dump`. On one device, with the losses, keys and flips of the training. Raises Fatal
+    for a file that is none, or is of another network.
+    """
+    step, image, label, key, params = _read(config, x, path)
+    if name := guard.first_non_finite(params):
+        return {}, f"the weights before it, {name}", {}
+    _, key_data, _ = experiment.keys_of(config.seed)
+    x_0 = batches.augment(image, key_data, step - 1, config.data.flip)
+    batch = x_0, experiment.labels_for(config, key, label)
+    gradients, metrics = jax.jit(_gradient(config, x))(params, key, batch)
+    name = guard.first_non_finite(gradients)
+    found = {k: float(v) for k, v in metrics.items()}
+    return found, f"the gradient of {name}" if name else None, guard.norms(gradients)
+
+
+def run(config: ConfigDict, x: Experiment, path: pathlib.Path, say: Callable[[str], None]) -> None:
+    """Takes the step again and tells of it; Fatal, with code 5, where it is not finite again."""
+    metrics, where, norms = again(config, x, path)
+    for name, value in metrics.items():
+        say(f"{name:10} {value:.6g}")
+    for name, value in sorted(norms.items(), key=lambda item: -np.nan_to_num(item[1], nan=np.inf)):
+        say(f"gradient   {value:<12.4g} {name}")
+    if where:
+        raise Fatal(settings.NON_FINITE, f"{path}: not finite again, first in {where}")
+    say("done       finite this time: it was not the arithmetic of this step alone")
+
+
+def _gradient(config: ConfigDict, x: Experiment) -> Callable:
+    def apply(params, key, x_t, t, label):
+        rngs = {"dropout": key}
+        return x.net.apply({"params": params}, x_t, t, label, train=True, rngs=rngs)
+
+    options = {k: config.optim[k] for k in ("accumulate", "clip_groups", "clip")}
+    return train.make_gradient(x.loss, apply, **options)
+
+
+def _read(config: ConfigDict, x: Experiment, path: pathlib.Path):
+    shapes = experiment.abstract_state(x).params
+    try:
+        with np.load(path) as file:
+            leaves = [file[f"params/{name}"] for name in digests.named(shapes)]
+            step, image, label = int(file["step"]), file["image"], file["label"]
+            key = random.wrap_key_data(file["key"])
+    except Exception as error:  # NumPy raises anything for what is no archive of its own
+        what = f"{path}: cannot be replayed: {' '.join(str(error).split())}"
+        raise Fatal(settings.CONFIG, f"--replay: {what}; give a file of crash/") from error
+    params = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    if digests.types(params) != digests.types(shapes):
+        raise Fatal(settings.CONFIG, f"--replay: {path} is of another network; give its --workdir")
+    return step, image, label, key, params

@@ -1,0 +1,350 @@
+"""Every promise of docs/reliability.md as often as it says: `make soak`, under 25 minutes.
+
+Two processes of pytest on two cores. Each test notes its figures; the table is printed at the end.
+"""
+
+import contextlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from diffusion.ingest import pictures
+from diffusion.weights import files, tensors
+from diffusion.weights.files import WeightsError
+from tests import tiny_tfds, trials
+from tests.conftest import ROOT
+from tests.test_checkpoint import abstract, make_state
+from tests.test_main import WRONG
+from tests.test_pictures import MALFORMED
+from tests.trials import ENDLESS, TINY, ended, run, start, until
+
+pytestmark = pytest.mark.soak
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_kills(tmp_path, figures, part):
+    """In two halves, one for each core."""
+    found = trials.killed_again_and_again(tmp_path, 25, np.random.default_rng(part))
+    figures("R1", found | {"final states": "bit-identical"})
+    figures("R2", {"resumed runs with the digest of the straight one": found["runs"]})
+
+
+def test_damage(tmp_path, figures):
+    found = trials.damaged(tmp_path, 200, np.random.default_rng(1), trials.ours)
+    assert found["wrong"] == 0
+    figures("R3", {"damages": 200} | found)
+
+
+def test_damage_to_bare_orbax(tmp_path, figures):
+    """The control: seen to fail."""
+
+    def bare(folder):
+        with contextlib.closing(ocp.CheckpointManager(folder)) as manager:
+            args = {"ema": ocp.args.StandardRestore(abstract().ema)}
+            try:
+                found = manager.restore(manager.latest_step(), args=ocp.args.Composite(**args))
+            except Exception:
+                return "refused"
+        for step, name in ((8, "right"), (4, "older")):
+            if trials.same(found["ema"], make_state(step).ema):
+                return name
+        return "wrong"
+
+    found = trials.damaged(tmp_path, 80, np.random.default_rng(1), bare)
+    assert found["wrong"] > 0 and found["older"] == 0
+    figures("R3 bare orbax", {"damages": 80} | found)
+
+
+def test_double_starts(tmp_path, figures):
+    figures("R13", trials.started_twice(tmp_path, 20))
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_stops(tmp_path, figures, how):
+    with start(*TINY, *ENDLESS, f"--workdir={tmp_path}") as process:
+        until(process, "step ")
+        process.send_signal(how)
+        code, seconds, _, err = ended(process)
+    assert (code, err) == (75, "") and seconds < 10
+    figures("R5", {f"{how.name} to exit 75, seconds": round(seconds, 1)})
+
+
+def test_the_paper_s_network_stops(tmp_path, figures):
+    """35.7M parameters, saved within 30 s of SIGTERM; batches of four: a CPU is slow."""
+    tiny_tfds.write(tmp_path, "cifar10", (32, 32, 3), n=16)
+    args = (f"--config={ROOT}/configs/cifar10.py", f"--config.data.data_dir={tmp_path}")
+    args += ("--config.train.batch_size=4", "--config.train.eval_every=0")
+    with start(*args, f"--workdir={tmp_path / 'run'}", XLA_FLAGS="") as process:
+        until(process, "step 1/")
+        process.send_signal(signal.SIGTERM)
+        code, seconds, _, err = ended(process)
+    assert (code, err) == (75, "") and len(trials.steps_of(tmp_path / "run")) == 1
+    assert seconds < 30
+    figures("R5", {"35.7M parameters, seconds": round(seconds, 1)})
+
+
+def test_two_processes_stop_together(tmp_path, figures):
+    figures(
+        "R6", {"SIGTERM to one of two, both at the same step": trials.stopped_together(tmp_path)}
+    )
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("which", [0, 1])
+def test_lost_processes(tmp_path, figures, how, which):
+    found = trials.peer_lost(tmp_path, how, which)
+    assert found["s"] < (5 if how == signal.SIGKILL else 3 + 5)
+    figures("R7", {f"{how.name} of process {which}": found})
+
+
+def test_errors_of_one_process_and_of_both(tmp_path, figures):
+    """An error of one is said by it alone, and ends the other; one of both is said by both."""
+    codes, said = trials.both_end(tmp_path, trials.WAITS, trials.FAILS)
+    assert codes == [7, 3] and "process 1 of 2 ended with an error" in said[0]
+    codes, said = trials.both_end(tmp_path, trials.FAILS, trials.FAILS)
+    assert codes == [3, 3] and said == ["ddpm: error[3]: data: of its own\n"] * 2
+    figures("R7", {"an error of one ends the other": "exit 7"})
+
+
+def test_a_hang(tmp_path, figures):
+    """One of two processes is frozen, and the heartbeat is too slow to tell."""
+    with trials.pair(tmp_path, "--config.train.hang_s=5", DDPM_HEARTBEAT_S=600) as both:
+        both[1].send_signal(signal.SIGSTOP)
+        code, seconds, _, err = ended(both[0])
+    assert code == 7 and "no step for 5 s" in err and err.count("\n") == 1
+    stacks = (tmp_path / "crash" / "hang_process0.txt").read_text()
+    assert "train_mode" in stacks
+    figures("R8", {"limit 5 s, ended after": f"{seconds:.1f} s", "stacks": "on disk"})
+
+
+def test_devices(tmp_path, figures):
+    """R9: 1 -> 4, 4 -> 1, 4 -> 2 devices half-way, against one device all the way."""
+    args = (*TINY, "--config.train.log_every=1")
+    run(*args, f"--workdir={tmp_path / 'one'}", "--config.train.steps=50", JAX_NUM_CPU_DEVICES=1)
+    one = trials.logged(tmp_path / "one")
+    for before, after in ((1, 4), (4, 1), (4, 2)):
+        workdir = tmp_path / f"{before}{after}"
+        for devices, steps in ((before, 25), (after, 50)):
+            more = f"--workdir={workdir}", f"--config.train.steps={steps}"
+            run(*args, *more, JAX_NUM_CPU_DEVICES=devices)
+        losses = trials.logged(workdir)
+        assert losses.keys() == one.keys()
+        worst = max(abs(losses[k] / one[k] - 1) for k in one)
+        figures("R9", {f"{before} to {after} devices, relative difference": f"{worst:.1e}"})
+        assert worst < 1e-5
+
+
+@pytest.mark.parametrize("how", ["skip", "rollback"])
+def test_accidents(tmp_path, figures, how):
+    figures("R10", trials.accident(tmp_path, how))
+
+
+@pytest.mark.parametrize("mended", [True, False])
+def test_full_disks(tmp_path, figures, mended):
+    figures("R11", trials.disk_full(tmp_path, mended))
+
+
+def test_unusable_places(tmp_path, figures):
+    (tmp_path / "file").write_text("")
+    out, err = run(*TINY, f"--workdir={tmp_path}/file/run", code=4)
+    assert "compiling" not in out and err.count("\n") == 1
+    figures("R12", {"exit code before compilation": 4})
+
+
+def test_wrong_configs(tmp_path, figures):
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import main"], cwd=ROOT, env=trials.environment())
+    imports, most, count = time.monotonic() - began, 0.0, 0
+    for args, code, words in WRONG.values():
+        if code != 2 or not args[0].startswith("--config."):
+            continue
+        began = time.monotonic()
+        _, err = run(*TINY, *args, f"--workdir={tmp_path}", code=2, JAX_NUM_CPU_DEVICES=4)
+        assert err.count("\n") == 1 and all(word in err for word in words)
+        most, count = max(most, time.monotonic() - began - imports), count + 1
+    figures("R15", {"configs": count, "slowest after imports": f"{most:.1f} s"})
+
+
+def test_stray_steps(tmp_path, figures):
+    """R16: empty, half-copied, renamed and uncommitted steps are in test_checkpoint.py's table."""
+    from tests.test_checkpoint import DAMAGES
+
+    figures("R16", {"kinds, none restored (tests/test_checkpoint.py)": len(DAMAGES)})
+
+
+def test_clock_jumps(tmp_path, figures):
+    figures("R17", trials.clock_jumps(tmp_path))
+
+
+def test_hostile_images(figures):
+    before, slowest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0.0
+    rule = pictures.Rule(32, 32, 3, (255, 255, 255))
+    for content, _ in MALFORMED.values():
+        began = time.monotonic()
+        with pytest.raises(pictures.PictureError):
+            pictures.clean(content, rule)
+        slowest = max(slowest, time.monotonic() - began)
+    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert more < 300 and slowest < 1
+    found = {"images": len(MALFORMED), "slowest": f"{slowest:.2f} s", "memory": f"{more:.0f} MB"}
+    figures("R18", found)
+
+
+def test_mutated_safetensors(tmp_path, figures):
+    path, rng = tmp_path / "x.safetensors", np.random.default_rng(0)
+    truth = {"x": np.array([1.5, -2, 3e5], "<f4"), "y": np.arange(4)}
+    tensors.write(path, truth)
+    whole, count = path.read_bytes(), {"read": 0, "refused": 0}
+    for _ in range(100_000):
+        content = bytearray(whole)
+        for _ in range(rng.integers(1, 4)):
+            content[rng.integers(len(content))] = rng.integers(256)
+        path.write_bytes(
+            content[: rng.integers(1, len(content) + 1)] if rng.random() < 0.3 else content
+        )
+        try:
+            found = files.read(path)
+        except WeightsError as error:
+            count["refused"] += 1
+            assert "\n" not in str(error)
+        else:
+            count["read"] += 1
+            assert all(np.isfinite(x).all() for x in found.values())
+            assert sum(x.nbytes for x in found.values()) <= len(whole)
+    figures("R19", {"mutated safetensors": 100_000} | count)
+
+
+def test_killed_evaluations(tmp_path, figures):
+    """R20: ten kills, and the samples of an uninterrupted one."""
+    workdir = tmp_path / "run"
+    run(*TINY, f"--workdir={workdir}", "--config.train.steps=2")
+    rng, kills = np.random.default_rng(0), 0
+    args = ("--mode=sample", f"--workdir={workdir}", "--config.sample.num=400")
+    folder = workdir / "samples" / "00000002_seed0"
+    while kills < 10:
+        with start(*args) as process:
+            until(process, "sampling ")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(rng.uniform(0.5, 3))
+            process.kill()
+            process.communicate()
+            kills += process.returncode == -signal.SIGKILL
+        if (folder / "samples.npz").exists():
+            break
+    run(*args)
+    killed = np.load(folder / "samples.npz")["arr_0"]
+    shutil.rmtree(folder)
+    run(*args)
+    assert np.array_equal(np.load(folder / "samples.npz")["arr_0"], killed)
+    figures("R20", {"kills": kills, "samples": len(killed), "difference": 0})
+
+
+def test_goodput(tmp_path, figures):
+    """R22: the demo, ten intervals of 20 s, killed at a random instant of them.
+
+    What counts is the time that the steps of the final state take at the median pace, of all the
+    time from the first start to the end. Lost are two starts, half an interval or so, and saves.
+    """
+    args = (f"--config={ROOT}/configs/digits.py", "--config.train.eval_every=0")
+    args += ("--config.train.sample_every=1000000", "--config.train.log_every=50")
+    whole = {"XLA_FLAGS": ""}  # compiled as users' runs are
+    run(*args, f"--workdir={tmp_path / 'pace'}", "--config.train.steps=500", **whole)
+    pace = np.median(list(trials.logged(tmp_path / "pace", "train/steps_per_s").values()))
+    every, workdir = round(20 * pace), tmp_path / "run"
+    args += (f"--workdir={workdir}", f"--config.train.steps={10 * every}")
+    args += (f"--config.train.save_every={every}",)
+    killed_at = np.random.default_rng(0).uniform(20, 180)
+    began = time.monotonic()
+    with start(*args, **whole) as process:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=killed_at)
+        process.kill()
+        process.communicate()
+    out, _ = run(*args, **whole)
+    took = time.monotonic() - began
+    pace = np.median(list(trials.logged(workdir, "train/steps_per_s").values()))
+    goodput = 10 * every / pace / took
+    stall = re.search(r"([\d.]+)% save", out)[1]
+    found = {"killed after": f"{killed_at:.0f} s", "goodput": f"{goodput:.1%}"}
+    figures("R22", found | {"saves stall": f"{stall}%"})
+    assert goodput > 0.9 and float(stall) < 1
+
+
+def test_constancy(tmp_path, figures):
+    """R23: memory, files and threads of a training, between step 500 and step 2,500."""
+    args = (*TINY, f"--workdir={tmp_path}", "--config.train.save_every=100")
+    with start(*args, "--config.train.steps=1000000", "--config.train.log_every=10") as process:
+        seen = {}
+        for step in (500, 2500):
+            while (
+                max(
+                    trials.steps_of(tmp_path) if (tmp_path / "checkpoints").is_dir() else [],
+                    default=0,
+                )
+                < step
+            ):
+                assert process.poll() is None
+                time.sleep(0.2)
+            proc = f"/proc/{process.pid}"
+            status = open(f"{proc}/status").read()
+            kb, threads = (
+                int(re.search(rf"{k}:\s+(\d+)", status)[1]) for k in ("VmRSS", "Threads")
+            )
+            seen[step] = kb, threads, len(os.listdir(f"{proc}/fd"))
+        process.kill()
+        process.communicate()
+    (kb, threads, fds), (kb_, threads_, fds_) = seen.values()
+    figures(
+        "R23",
+        {
+            "memory": f"{kb_ / kb - 1:+.1%}",
+            "threads": f"{threads} to {threads_}",
+            "files": f"{fds} to {fds_}",
+        },
+    )
+    assert kb_ < 1.05 * kb and threads_ <= threads + 1 and fds_ <= fds + 1
+
+
+def test_overhead(tmp_path, figures):
+    """Digests, verification and checks of the CIFAR-10 network's state, in seconds a save."""
+    command = [sys.executable, "-c", OVERHEAD, str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=trials.environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    figures("R22", {"35.7M parameters, a save stops training for": f"{found['stall']:.1f} s"})
+    figures("R22", {"of which digests and checks": f"{found['digests']:.1f} s"})
+
+
+OVERHEAD = """
+import json, sys, time
+import jax
+import experiment
+from diffusion import checkpoint, digests, guard
+from configs import cifar10
+x = experiment.build(cifar10.get_config())
+state = experiment.abstract_state(x)
+state = jax.jit(lambda: jax.tree.map(lambda a: jax.numpy.ones(a.shape, a.dtype), state))()
+state = jax.block_until_ready(state)._replace(step=jax.numpy.int32(4))
+guard.first_non_finite(state)
+began = time.monotonic()
+guard.first_non_finite(state); digests.sha256(state)
+checked = time.monotonic() - began
+checkpoints = checkpoint.Checkpoints(sys.argv[1])
+began = time.monotonic()
+guard.first_non_finite(state); checkpoints.save(4, state)
+stall = time.monotonic() - began
+checkpoints.close()
+print(json.dumps({"stall": stall, "digests": checked}))
+"""

@@ -1,0 +1,200 @@
+"""Normalisation, convolution and attention: closed forms in float64, and their gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from diffusion import ops, unet
+from diffusion.unet import UNet
+
+
+def normal(seed, *shape):
+    return np.random.RandomState(seed).standard_normal(shape)
+
+
+# --- Normalisation -------------------------------------------------------------------------------
+
+
+def normalised(x, scale, bias, groups):
+    """The textbook: mean and variance of a group, each by itself, in the dtype of x."""
+    b, h, w, c = x.shape
+    g = x.reshape(b, h * w, groups, c // groups)
+    mean = g.mean(axis=(1, 3), keepdims=True)
+    variance = ((g - mean) ** 2).mean(axis=(1, 3), keepdims=True)
+    y = ((g - mean) / (variance + 1e-6) ** 0.5).reshape(x.shape)
+    return nn.swish(y * scale[None, None, None] + bias[None, None, None])
+
+
+def in_float64(f, *args):
+    with jax.enable_x64(True):
+        return jax.tree.map(np.asarray, f(*(jnp.asarray(a, jnp.float64) for a in args)))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_the_gradients_of_the_normalisation_are_those_of_the_textbook(groups):
+    x, scale, bias, g = (
+        normal(0, 2, 6, 4, 8) + 3,
+        normal(1, 8) + 1,
+        normal(2, 8),
+        normal(3, 2, 6, 4, 8),
+    )
+
+    def ours(x, scale, bias):
+        return ops.group_norm(x, scale, bias, groups, nn.swish, jnp.float32)
+
+    def theirs(x, scale, bias):
+        return normalised(x, scale, bias, groups)
+
+    def gradients(f):
+        return lambda x, scale, bias, g: jax.vjp(f, x, scale, bias)[1](g)
+
+    args = [jnp.asarray(a, jnp.float32) for a in (x, scale, bias, g)]
+    found = jax.jit(gradients(ours))(*args)
+    expected = in_float64(gradients(theirs), x, scale, bias, g)
+    for a, b in zip(found, expected, strict=True):
+        # Sums of up to 192 float32 products.
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
+    # The way forward too: the divergence of the probability flow is made of these.
+    tangent = jax.jvp(lambda x: ours(x, *args[1:3]), (args[0],), (args[3],))[1]
+    expected = in_float64(
+        lambda x, s, b, g: jax.jvp(lambda x: theirs(x, s, b), (x,), (g,))[1], x, scale, bias, g
+    )
+    np.testing.assert_allclose(tangent, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+def test_a_pixel_far_from_the_others_costs_no_digits():
+    """The middle pixel, around which the moments are taken, 30 standard deviations off."""
+    x = normal(0, 1, 16, 16, 8)
+    x[:, 8, 8] = 30
+    ones, zeros = np.ones(8), np.zeros(8)
+    args = [jnp.asarray(a, jnp.float32) for a in (x, ones, zeros)]
+    found = ops.group_norm(*args, 2, nn.swish, jnp.float32)
+    expected = in_float64(lambda *a: normalised(*a, 2), x, ones, zeros)
+    # E[d²] - E[d]² is then 900 times the variance: 900 * 6e-8 of it is lost, half of that of y.
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_input_and_two_numbers_a_channel_are_kept():
+    x, c = jnp.zeros((2, 8, 8, 16), jnp.bfloat16), jnp.ones(16)
+    f = lambda x, s, b: ops.group_norm(x, s, b, 4, nn.swish, jnp.bfloat16)  # noqa: E731
+    kept = [a.size for a in jax.tree.leaves(jax.vjp(f, x, c, c)[1])]
+    assert kept.count(x.size) == 1 and sorted(kept)[-2] <= 2 * 16
+
+
+# --- Convolution ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_kernel", [ops.by_kernel_of_xla, ops.by_kernel_in_products])
+@pytest.mark.parametrize("height, width", [(5, 7), (8, 4)])
+def test_the_gradient_by_the_kernel_is_the_adjoint(by_kernel, height, width):
+    """sum(g * conv(x, k)) = sum(k * gradient(x, g)) for any kernel k."""
+    x, g = normal(0, 2, height, width, 3), normal(1, 2, height, width, 4)
+    kernel = normal(2, 3, 3, 3, 4)
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    y = sum(
+        padded[:, i : i + height, j : j + width] @ kernel[i, j] for i in range(3) for j in range(3)
+    )
+    found = by_kernel(jnp.asarray(x, jnp.float32), jnp.asarray(g, jnp.float32))
+    assert found.shape == kernel.shape
+    # Sums of 70 float32 products, then of 108.
+    np.testing.assert_allclose(np.sum(kernel * np.asarray(found)), np.sum(g * y), rtol=1e-5)
+
+
+def test_a_large_convolution_is_xla_s_with_its_gradients():
+    x, kernel = normal(0, 1, 32, 32, 128), normal(1, 3, 3, 128, 128) / 34
+    x, kernel = jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
+    options = {"dimension_numbers": ops.DIMENSIONS}
+    plain = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", **options)  # noqa: E731
+    ours = lambda x, k: ops.convolve(x, k, (1, 1), "SAME", **options)  # noqa: E731
+    assert "custom_vjp" in str(jax.make_jaxpr(ours)(x, kernel))  # or nothing would be compared
+    g = jnp.asarray(normal(2, 1, 32, 32, 128), jnp.float32)
+    for f, h in (
+        (plain, ours),
+        (lambda *a: jax.vjp(plain, *a)[1](g), lambda *a: jax.vjp(ours, *a)[1](g)),
+    ):
+        for a, b in zip(
+            *map(jax.tree.leaves, (jax.jit(f)(x, kernel), jax.jit(h)(x, kernel))), strict=True
+        ):
+            # Sums of 1152 products forwards, of 1024 backwards, in another order.
+            np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * np.abs(a).max())
+
+
+@pytest.mark.parametrize(
+    "shape, kernel, strides",
+    [
+        ((1, 16, 16, 256), (3, 3, 256, 256), (1, 1)),  # a small image
+        ((1, 32, 32, 32), (3, 3, 32, 32), (1, 1)),  # few channels
+        ((1, 64, 64, 128), (3, 3, 128, 128), (2, 2)),
+        ((1, 64, 64, 128), (1, 1, 128, 128), (1, 1)),
+    ],
+)
+def test_every_other_convolution_is_left_alone(shape, kernel, strides):
+    f = lambda x, k: ops.convolve(x, k, strides, "SAME", dimension_numbers=ops.DIMENSIONS)  # noqa: E731
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, kernel)]
+    assert "custom_vjp" not in str(jax.make_jaxpr(f)(*shapes))
+
+
+def test_only_a_cpu_takes_the_nine_products():
+    def lowered(platform):
+        shape = jax.ShapeDtypeStruct((1, 32, 32, 128), jnp.float32)
+        kernel = jax.ShapeDtypeStruct((3, 3, 128, 128), jnp.float32)
+        f = lambda x, k: ops.convolve(x, k, (1, 1), "SAME").sum()  # noqa: E731
+        return (
+            jax.jit(jax.grad(f, 1))
+            .trace(shape, kernel)
+            .lower(lowering_platforms=(platform,))
+            .as_text()
+        )
+
+    assert lowered("cpu").count("dot_general") == 9
+    assert lowered("tpu").count("dot_general") == lowered("cuda").count("dot_general") == 0
+
+
+# --- Attention -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype, atol", [("float32", 2e-6), ("bfloat16", 2e-2)])
+def test_attention_is_the_formula(dtype, atol):
+    q, k, v = (jnp.asarray(normal(i, 2, 6, 8), dtype) for i in range(3))
+    found = ops.attention(q, k, v)
+    assert found.dtype == dtype
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    weights = np.exp(np.einsum("bic,bjc->bij", q, k) / np.sqrt(8))
+    expected = (weights / weights.sum(axis=2, keepdims=True)) @ v
+    # float32: some roundings of values up to two; bfloat16: weights and result are rounded to 2^-9.
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=0, atol=atol)
+
+
+# --- The whole network with an option on, and off ------------------------------------------------
+
+
+def test_rematerialisation_changes_memory_and_nothing_else():
+    x = jnp.asarray(normal(0, 2, 8, 8, 3), jnp.float32)
+    t, key = jnp.asarray([3, 500]), jax.random.key(1, impl="rbg")
+    params = None
+    found = []
+    for remat in (False, True):
+        net = UNet(ch=8, ch_mult=(1, 2), num_res_blocks=1, dropout=0.3, remat=remat)
+        made = jax.jit(lambda key, net=net: net.init(key, x, t, train=False))(key)
+        params = params or made
+        assert jax.tree.structure(made) == jax.tree.structure(params)
+
+        def loss(params, net=net):
+            out = net.apply(params, x, t, train=True, rngs={"dropout": key})
+            return jnp.sum((out - x) ** 2)
+
+        found.append(jax.jit(jax.value_and_grad(loss))(params))
+        text = str(jax.make_jaxpr(jax.grad(loss))(params))
+        found[-1] += (text.count("conv_general_dilated"),)
+    (plain, gradients, n), (again, same, more) = found
+    assert more > n  # the blocks' convolutions are there twice
+    np.testing.assert_allclose(again, plain, rtol=1e-6)  # the same dropout, summed in another order
+    scale = max(np.abs(g).max() for g in jax.tree.leaves(gradients))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * scale), same, gradients)
+
+
+def test_same_is_nothing():
+    x = jnp.arange(3.0)
+    assert unet.same(x) is x

@@ -1,0 +1,396 @@
+"""What is done to a run to see that it keeps its promises: a few times by the tests, often by soak.
+
+Runs are main.py's in processes of their own, judged by their exit codes, their words and their
+files. A trial asserts its promise and returns figures.
+"""
+
+import contextlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+
+from diffusion.checkpoint import CheckpointError, Checkpoints
+from tests.conftest import ROOT
+from tests.test_checkpoint import abstract, make_state
+from tests.test_main import environment
+
+TINY = (
+    f"--config={ROOT}/configs/digits.py:tiny",
+    "--config.train.eval_every=0",
+    "--config.train.sample_every=1000000",
+)
+ENDLESS = ("--config.train.steps=1000000", "--config.train.save_every=1000000")
+
+# main.py with something wrong in it: BEFORE is executed first.
+SCRIPT = """
+import sys
+sys.argv[0] = "main.py"
+import main, settings
+from absl import app
+{}
+app.run(main.main, flags_parser=settings.parse)
+"""
+
+
+def start(*args, before="", **extra):
+    """main.py with these flags, and with `before` executed in it first."""
+    program = ["-c", SCRIPT.format(before)] if before else [str(ROOT / "main.py")]
+    return subprocess.Popen(
+        [sys.executable, *program, *map(str, args)],
+        cwd=ROOT,
+        env=environment(**extra),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(*args, code=0, before="", **extra):
+    with start(*args, before=before, **extra) as process:
+        out, err = process.communicate()
+    assert process.returncode == code, f"exit {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def until(process, pattern):
+    """Reads the console up to the first line that matches."""
+    for line in process.stdout:
+        if re.match(pattern, line):
+            return line
+    raise AssertionError(f"no line {pattern!r}: {process.stderr.read()}")
+
+
+def ended(process):
+    """(exit code, seconds until then, the rest of stdout, stderr)."""
+    began = time.monotonic()
+    out, err = process.communicate(timeout=120)
+    return process.returncode, time.monotonic() - began, out, err
+
+
+def steps_of(workdir):
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdecimal())
+
+
+def digest(workdir, step=None):
+    """{array: SHA-256} of a checkpoint, as noted in it, after it was restored and so compared."""
+    folder = workdir / "checkpoints" / str(step or steps_of(workdir)[-1])
+    about = json.loads((folder / "_CHECKPOINT_METADATA").read_text())
+    return about["custom_metadata"]["sha256"]
+
+
+def temporaries(workdir):
+    return [p for p in workdir.rglob("*") if re.search(r"tmp|\.deleted|probe", p.name)]
+
+
+def logged(workdir, name="train/loss"):
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+# ------------------------------------------------------------------------------------------- kills
+
+
+def killed_again_and_again(folder, kills, rng, steps=200, every=10):
+    """R1, R2: SIGKILL at random instants of runs of `steps`; their ends against a straight run's.
+
+    Where a kill lets a run end, the next one begins anew. Returns figures.
+    """
+    args = (*TINY, f"--config.train.steps={steps}", f"--config.train.save_every={every}")
+    args += ("--config.train.log_every=1",)
+    straight = folder / "straight"
+    run(*args, f"--workdir={straight}")
+    expected, runs, most, done = digest(straight), 0, 0, 0
+    while done < kills or not runs:
+        workdir = folder / f"run{runs}"
+        last = False
+        while not last:
+            before = max(logged(workdir), default=0) if (workdir / "metrics.jsonl").exists() else 0
+            with start(*args, f"--workdir={workdir}") as process:
+                if done < kills:
+                    timer = threading.Timer(rng.uniform(0, 8), process.kill)
+                    if rng.random() < 0.8:  # most in the training, some before it
+                        line = until(process, "training|nothing to do")
+                        timer = threading.Timer(rng.uniform(0, 1.5), process.kill)
+                    timer.start()
+                out, err = process.communicate()
+                if done < kills:
+                    timer.cancel()
+                    timer.join()
+                    out = line + out if "line" in locals() else out
+            if process.returncode == -signal.SIGKILL:
+                done += 1
+            else:
+                assert process.returncode == 0 and err == "", err
+                last = True
+            if found := re.search(r"from step ([\d,]+)", out):
+                most = max(most, before - int(found[1].replace(",", "")))
+        assert digest(workdir) == expected
+        assert temporaries(workdir) == []
+        assert most <= 2 * every
+        shutil.rmtree(workdir)
+        runs += 1
+    return {"kills": done, "runs": runs, "most steps lost": most}
+
+
+# ------------------------------------------------------------------------------------------ damage
+
+
+def flip(path, rng):
+    content = bytearray(path.read_bytes())
+    content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+    path.write_bytes(content)
+
+
+def truncate(path, rng):
+    os.truncate(path, rng.integers(path.stat().st_size))
+
+
+def delete(path, rng):
+    path.unlink()
+
+
+def swap(path, rng):
+    """With another file of the same step."""
+    step = next(p for p in path.parents if p.name.isdecimal())
+    others = sorted(p for p in step.rglob("*") if p.is_file() and p != path)
+    other = others[rng.integers(len(others))]
+    mine = path.read_bytes()
+    path.write_bytes(other.read_bytes())
+    other.write_bytes(mine)
+
+
+HARM = (flip, truncate, delete, swap)
+
+
+def damaged(folder, times, rng, restore):
+    """R3: one random file of the steps 4 and 8 harmed at a time; what restore(folder) gives.
+
+    Returns {"right": times, "older": ..., "refused": ..., "wrong": ...}.
+    """
+    whole = folder / "whole"
+    with contextlib.closing(Checkpoints(whole)) as checkpoints:
+        for step in (4, 8):
+            checkpoints.save(step, make_state(step))
+            checkpoints.wait()
+    count = dict.fromkeys(("right", "older", "refused", "wrong"), 0)
+    for i in range(times):
+        run_ = folder / "run"
+        shutil.rmtree(run_, ignore_errors=True)
+        shutil.copytree(whole, run_)
+        files = sorted(p for p in (run_ / "8").rglob("*") if p.is_file() and p.stat().st_size)
+        # By size, as bits rot: most of the bytes are arrays.
+        sizes = np.array([p.stat().st_size for p in files], float)
+        path = files[rng.choice(len(files), p=sizes / sizes.sum())]
+        HARM[i % len(HARM)](path, rng)
+        count[restore(run_)] += 1
+    return count
+
+
+def ours(folder):
+    """How Checkpoints takes it; at most five lines of warning."""
+    lines = []
+    with contextlib.closing(Checkpoints(folder, warn=lines.append)) as checkpoints:
+        try:
+            state = checkpoints.restore(abstract())
+        except CheckpointError:
+            return "refused"
+        assert len(lines) <= 5
+    for step, name in ((8, "right"), (4, "older")):
+        if same(state, make_state(step)):
+            return name
+    return "wrong"
+
+
+def same(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
+
+
+# ------------------------------------------------------------------------------------------- locks
+
+
+def started_twice(folder, times):
+    """R13: two starts at once in one work directory; exactly one trains."""
+    for i in range(times):
+        workdir = folder / f"twice{i}"
+        args = (*TINY, f"--workdir={workdir}", "--config.train.steps=20")
+        both = [start(*args) for _ in range(2)]
+        ends = sorted(ended(process)[::3] for process in both)
+        assert [code for code, _ in ends] == [0, 4], ends
+        assert ends[1][1].count("\n") == 1 and "is trained in by process" in ends[1][1]
+        assert steps_of(workdir)[-1] == 20 and ends[0][1] == ""
+        shutil.rmtree(workdir)
+    return {"double starts": times, "one ran": times}
+
+
+# ----------------------------------------------------------------------------------- two processes
+
+
+@contextlib.contextmanager
+def pair(workdir, *more, **extra):
+    """Two processes of two devices each, which train without end; ready when they do."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    cluster = {"JAX_NUM_CPU_DEVICES": 2, "JAX_NUM_PROCESSES": 2} | extra
+    cluster["JAX_COORDINATOR_ADDRESS"] = f"localhost:{port}"
+    args = (*TINY, *ENDLESS, f"--workdir={workdir}", *more)
+    both = [start(*args, JAX_PROCESS_ID=i, **cluster) for i in (0, 1)]
+    try:
+        until(both[0], "step ")
+        yield both
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+
+
+def stopped_together(workdir):
+    """R6: SIGTERM to the second of two processes; both save the same step and say so."""
+    with pair(workdir) as (first, second):
+        second.send_signal(signal.SIGTERM)
+        code, seconds, out, err = ended(first)
+        assert (code, err) == (75, "")
+        assert ended(second)[0] == 75
+    step = int(re.search(r"at step ([\d,]+), saved", out)[1].replace(",", ""))
+    assert steps_of(workdir) == [step]
+    return {"s": round(seconds, 1)}
+
+
+def peer_lost(workdir, how, which):
+    """R7: one of two processes killed or frozen; the other ends with code 7 and says who it was."""
+    with pair(workdir, DDPM_HEARTBEAT_S=3) as both:
+        both[which].send_signal(how)
+        code, seconds, _, err = ended(both[1 - which])
+    said = f"ddpm: error[7]: process {which} of 2 "
+    assert code == 7, err
+    # JAX's own words may come before, where the process that died was its coordinator.
+    assert said in err and (which == 0 or err.count("\n") == 1), err
+    assert "Thread" in (workdir / "crash" / f"peer_process{1 - which}.txt").read_text()
+    return {"s": round(seconds, 1)}
+
+
+# --------------------------------------------------------------------------------------- full disk
+
+
+def limit(process, size):
+    """No file of the process may be larger: what stands in for a full disk."""
+    _, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, hard))
+
+
+def disk_full(workdir, mended):
+    """R11: from step 20 on nothing of size can be written; mended: until the first warning."""
+    args = (*TINY, f"--workdir={workdir}", "--config.train.save_every=20")
+    with start(*args, "--config.train.steps=1000000", "--config.train.log_every=1000000") as run_:
+        whole = workdir / "checkpoints" / "20" / "_CHECKPOINT_METADATA"
+        while not whole.exists():
+            assert run_.poll() is None, run_.stderr.read()
+        limit(run_, 50_000)
+        warned = next(line for line in run_.stderr if "was not saved" in line)
+        assert warned.startswith("ddpm: warning: ") and "training goes on" in warned
+        at = int(re.search(r"step (\d+) was not saved", warned)[1])
+        assert steps_of(workdir)[-1] < at
+        if mended:
+            limit(run_, resource.RLIM_INFINITY)
+            while steps_of(workdir)[-1] <= at:
+                assert run_.poll() is None
+            run_.kill()
+            return {"saved again at step": steps_of(workdir)[-1]}
+        code, _, _, err = ended(run_)
+    assert code == 4 and "failure in a row" in err.splitlines()[-1], err
+    good = steps_of(workdir)[-1]
+    assert digest(workdir, good)
+    return {"exit code at the third failure": code, "older step": good}
+
+
+# ------------------------------------------------------------------------------------- accidents
+
+# An accident of step 5: the loss is NaN, and so is what it does to the weights.
+POISON = """
+import experiment, jax, jax.numpy as jnp
+feed = experiment.feed
+def poisoned(*args):
+    update, inputs = feed(*args)
+    def worse(state, *batch):
+        new, metrics = update(state, *batch)
+        bad = jnp.where(state.step == 4, jnp.nan, 0.0)
+        params = jax.tree.map(lambda x: x + bad, new.params)
+        return new._replace(params=params), metrics | {"loss": metrics["loss"] + bad}
+    return worse, inputs
+experiment.feed = poisoned
+"""
+
+
+def accident(workdir, how):
+    """R10: a step of NaN in the middle of a training that is told to go on."""
+    more = (f"--config.train.on_nonfinite={how}", "--config.train.save_every=2")
+    _, err = run(*TINY, *more, f"--workdir={workdir}", before=POISON)
+    lines = {"skip": 1, "rollback": 2}[how]  # what happened; what is gone on with
+    assert "loss is nan at step 5" in err and err.count("\n") == lines, err
+    assert steps_of(workdir)[-1] == 8
+    assert logged(workdir, "train/not_finite")[8] == 1
+    return {how: "went on to the last step"}
+
+
+# The wall clock jumps by a day, forth and back, all the time.
+JUMPS = """
+import itertools, time
+real, days = time.time, itertools.cycle([0, 86400, -86400])
+time.time = lambda: real() + next(days)
+"""
+
+
+def clock_jumps(folder):
+    """R17: of a training that is stopped and resumed meanwhile, against a straight one."""
+    args = (*TINY, "--config.train.save_every=2")
+    run(*args, f"--workdir={folder / 'straight'}", "--config.train.steps=4")
+    for steps in (2, 4):
+        more = f"--workdir={folder / 'jumping'}", f"--config.train.steps={steps}"
+        run(*args, *more, before=JUMPS)
+    assert digest(folder / "jumping") == digest(folder / "straight")
+    assert temporaries(folder) == []
+    return {"final state": "identical"}
+
+
+# What two processes do under each other's watch; the exit codes are theirs.
+TOGETHER = """
+import pathlib, sys, threading
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import main, settings, watch
+try:
+    with watch.Peers(pathlib.Path(sys.argv[3])):
+        {}
+except settings.Fatal as fatal:
+    main.end(fatal)
+"""
+FAILS = "raise settings.Fatal(3, 'data: of its own')"
+WAITS = "threading.Event().wait()"
+
+
+def both_end(folder, *what):
+    """(exit codes, what they said) of two processes that do what is given, one each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    pipes = {"stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    commands = [[sys.executable, "-c", TOGETHER.format(do), address] for do in what]
+    both = [
+        subprocess.Popen([*command, str(i), str(folder)], env=environment(), **pipes)
+        for i, command in enumerate(commands)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in both]
+    return [process.returncode for process in both], said
