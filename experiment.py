@@ -77,11 +77,17 @@ def reverse_variance(config: ConfigDict, trained: targets.Variance) -> targets.V
     return settings.choose(known, "sampler.variance", name) if name else trained
 
 
+SMALL = 16 * 16  # pixels
+
+
 def cores(config: ConfigDict) -> int:
     """How many of this machine's cores can share a batch evenly: at most four.
 
     Each holds a state of its own, so more would cost much memory; XLA has a use for the others.
+    Steps on small images are over before the cores have agreed on a gradient: one.
     """
+    if math.prod(shape_of(config)[:2]) < SMALL:
+        return 1
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parts, groups = config.optim.accumulate, config.optim.clip_groups
     shares = [n for n in range(1, min(here or 1, 4) + 1)]

@@ -11,47 +11,87 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
 
 EPSILON = 1e-6  # of the normalisation, officially
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
-@functools.partial(
-    jax.checkpoint,
-    static_argnums=(3, 4, 5),
-    policy=jax.checkpoint_policies.save_only_these_names("statistics"),
-)
 def group_norm(
     x: Array, scale: Array, bias: Array, groups: int, after: Callable[[Array], Array], dtype: Any
 ) -> Array:
     """after(GroupNorm(x)), [b, h, w, c] -> same in `dtype`; after: of one number, such as swish.
 
-    scale, bias: float32[c]. Everything inside is float32. The way back keeps x and two numbers a
-    channel and computes the rest again: cheaper everywhere than to write and read it.
-    The image is read once for both moments. They are taken around its middle pixel: E[x²] - E[x]²
-    would lose digits where the mean is large. The derivative knows nothing of that pixel.
+    scale, bias: float32[c]. Everything inside is float32.
     Source: official `normalize` (`tf.contrib.layers.group_norm` and its default epsilon).
     """
-    b, height, width, c = x.shape
-    x = x.astype(jnp.float32)
+    statistics = _statistics(x, groups)
+    # XLA would keep the float32 copy of x that both passes make: twice the bytes of x itself.
+    return _normalised(lax.optimization_barrier(x), *statistics, scale, bias, after).astype(dtype)
 
-    def of_group(channels):
-        grouped = channels.reshape(b, groups, c // groups)
-        mean = grouped.mean(axis=2, keepdims=True)
-        return jnp.broadcast_to(mean, grouped.shape).reshape(b, c)
 
-    shift = lax.stop_gradient(x[:, height // 2, width // 2])
-    d = x - shift[:, None, None]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def group_norm_in_training(
+    x: Array, scale: Array, bias: Array, groups: int, after: Callable[[Array], Array], dtype: Any
+) -> Array:
+    """The same, with a way back that keeps x and two numbers a channel; no forward mode."""
+    return group_norm(x, scale, bias, groups, after, dtype)
+
+
+def _forward(x, scale, bias, groups, after, dtype):
+    statistics = _statistics(x, groups)
+    y = _normalised(lax.optimization_barrier(x), *statistics, scale, bias, after)
+    return y.astype(dtype), (x, *statistics, scale, bias)
+
+
+def _backward_of_norm(groups, after, dtype, saved, g):
+    """By x, scale and bias, in two passes over x and g, of which nothing is written between."""
+    x, mean, deviation, scale, bias = saved
+
+    def of_pixels(x, g):
+        normal = (x.astype(jnp.float32) - mean[:, None, None]) * deviation[:, None, None]
+        _, pull = jax.vjp(after, normal * scale[None, None, None] + bias[None, None, None])
+        return normal, pull(g.astype(jnp.float32))[0]
+
+    normal, by_bias = of_pixels(x, g)
+    by_bias, by_scale = by_bias.sum(axis=(1, 2)), (by_bias * normal).sum(axis=(1, 2))
+    x, g, by_bias, by_scale = lax.optimization_barrier((x, g, by_bias, by_scale))
+    normal, by_normal = of_pixels(x, g)
+    pixels = x.shape[1] * x.shape[2]
+    first = _of_group(by_bias * scale[None], groups) / pixels
+    second = _of_group(by_scale * scale[None], groups) / pixels
+    by_normal = by_normal * scale[None, None, None] - first[:, None, None]
+    by_x = (by_normal - normal * second[:, None, None]) * deviation[:, None, None]
+    return by_x.astype(x.dtype), by_scale.sum(axis=0), by_bias.sum(axis=0)
+
+
+group_norm_in_training.defvjp(_forward, _backward_of_norm)
+
+
+def _statistics(x, groups):
+    """(mean, 1 / standard deviation) of each channel's group, float32[b, c], in one pass over x.
+
+    The moments are taken around the middle pixel: E[x²] - E[x]² would lose digits where the mean is
+    large. The derivative knows nothing of that pixel.
+    """
+    shift = lax.stop_gradient(x[:, x.shape[1] // 2, x.shape[2] // 2]).astype(jnp.float32)
+    d = x.astype(jnp.float32) - shift[:, None, None]
     first, second = d.mean(axis=(1, 2)), jnp.square(d).mean(axis=(1, 2))
     means = shift + first
-    mean = of_group(means)
-    variance = of_group(second - jnp.square(first) + jnp.square(means - mean))
-    mean, deviation = checkpoint_name(
-        (mean, lax.rsqrt(jnp.maximum(variance, 0) + EPSILON)), "statistics"
-    )
-    x = (x - mean[:, None, None]) * (deviation * scale[None])[:, None, None]
-    return after(x + bias[None, None, None]).astype(dtype)
+    mean = _of_group(means, groups)
+    variance = _of_group(second - jnp.square(first) + jnp.square(means - mean), groups)
+    return mean, lax.rsqrt(jnp.maximum(variance, 0) + EPSILON)
+
+
+def _of_group(channels, groups):
+    """[b, c] -> the mean of each channel's group, [b, c]."""
+    b, c = channels.shape
+    grouped = channels.reshape(b, groups, c // groups)
+    return jnp.broadcast_to(grouped.mean(axis=2, keepdims=True), grouped.shape).reshape(b, c)
+
+
+def _normalised(x, mean, deviation, scale, bias, after):
+    x = x.astype(jnp.float32) - mean[:, None, None]
+    return after(x * (deviation * scale[None])[:, None, None] + bias[None, None, None])
 
 
 def convolve(x: Array, kernel: Array, strides: Any, padding: Any, **options) -> Array:
@@ -70,14 +110,14 @@ def _of_xla(x, kernel):
     return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=DIMENSIONS)
 
 
-def _backward(saved, g):
+def _backward_of_convolution(saved, g):
     x, kernel = saved
     (by_x,) = jax.linear_transpose(lambda x: _of_xla(x, kernel), x)(g)
     return by_x, lax.platform_dependent(x, g, cpu=by_kernel_in_products, default=by_kernel_of_xla)
 
 
 _convolve_3x3 = jax.custom_vjp(_of_xla)
-_convolve_3x3.defvjp(lambda x, kernel: (_of_xla(x, kernel), (x, kernel)), _backward)
+_convolve_3x3.defvjp(lambda x, kernel: (_of_xla(x, kernel), (x, kernel)), _backward_of_convolution)
 
 
 def by_kernel_of_xla(x: Array, g: Array) -> Array:

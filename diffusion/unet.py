@@ -69,17 +69,20 @@ class GroupNorm(nn.Module):
     after: Callable[[jax.Array], jax.Array]
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, train=False):
         c = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
         groups = 32 if c % 32 == 0 else math.gcd(c, c // 4)
-        return ops.group_norm(x, scale, bias, groups, self.after, self.dtype)
+        normalise = ops.group_norm_in_training if train else ops.group_norm
+        return normalise(x, scale, bias, groups, self.after, self.dtype)
 
 
-def group_norm(h: jax.Array, name: str, dtype: Any, after: Callable = same) -> jax.Array:
+def group_norm(
+    h: jax.Array, name: str, dtype: Any, after: Callable = same, train: bool = False
+) -> jax.Array:
     """`GroupNorm` inside of a module, its parameters under `name`."""
-    return GroupNorm(dtype, after, name=name)(h)
+    return GroupNorm(dtype, after, name=name)(h, train)
 
 
 def time_embedding(t: jax.Array, dim: int) -> jax.Array:
@@ -117,10 +120,10 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, temb, train):
-        h = group_norm(x, "norm1", self.dtype, nn.swish)
+        h = group_norm(x, "norm1", self.dtype, nn.swish, train)
         h = conv(self.out_ch, "conv1", self.dtype, train)(h)
         h += dense(self.out_ch, "temb_proj", self.dtype)(nn.swish(temb))[:, None, None, :]
-        h = group_norm(h, "norm2", self.dtype, nn.swish)
+        h = group_norm(h, "norm2", self.dtype, nn.swish, train)
         h = nn.Dropout(self.dropout, name="dropout")(h, deterministic=not train)
         h = conv(self.out_ch, "conv2", self.dtype, train, scale=NEARLY_ZERO)(h)
         if x.shape[-1] != self.out_ch:
@@ -134,9 +137,9 @@ class Attention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, train):
         b, _, _, c = x.shape
-        h = group_norm(x, "norm", self.dtype)
+        h = group_norm(x, "norm", self.dtype, train=train)
         q, k, v = (dense(c, name, self.dtype)(h).reshape(b, -1, c) for name in "qkv")
         h = ops.attention(q, k, v).reshape(x.shape)
         return x + dense(c, "proj_out", self.dtype, scale=NEARLY_ZERO)(h)
@@ -177,7 +180,7 @@ class Down(nn.Module):
         skips = []
         for i in range(self.num_res_blocks):
             h = self.block(self.ch, name=f"block_{i}")(h, temb, train)
-            h = Attention(self.dtype, name=f"attn_{i}")(h) if self.attention else h
+            h = Attention(self.dtype, name=f"attn_{i}")(h, train) if self.attention else h
             skips.append(h)
         if self.downsample:
             h = Downsample(self.dtype, name="downsample")(h, train)
@@ -195,7 +198,7 @@ class Middle(nn.Module):
     @nn.compact
     def __call__(self, h, temb, train):
         h = self.block(self.ch, name="block_1")(h, temb, train)
-        h = Attention(self.dtype, name="attn_1")(h)
+        h = Attention(self.dtype, name="attn_1")(h, train)
         return self.block(self.ch, name="block_2")(h, temb, train)
 
 
@@ -213,7 +216,7 @@ class Up(nn.Module):
         for i, skip in enumerate(skips):
             h = jnp.concatenate([h, skip], axis=-1)
             h = self.block(self.ch, name=f"block_{i}")(h, temb, train)
-            h = Attention(self.dtype, name=f"attn_{i}")(h) if self.attention else h
+            h = Attention(self.dtype, name=f"attn_{i}")(h, train) if self.attention else h
         return Upsample(self.dtype, name="upsample")(h, train) if self.upsample else h
 
 
@@ -280,7 +283,7 @@ class UNet(nn.Module):
             up = Up(ch[i], attention[i], i > 0, block, dtype, name=f"up_{i}")
             h = up(h, temb, last, train)
         # Float32 here, or bfloat16 would round the output itself to three digits.
-        h = group_norm(h, "norm_out", jnp.float32, nn.swish)
+        h = group_norm(h, "norm_out", jnp.float32, nn.swish, train)
         return conv(self.out_ch, "conv_out", jnp.float32, train, scale=NEARLY_ZERO)(h)
 
     def _check(self, x, t, y):

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import os
 
 import jax
 import pytest
@@ -26,6 +27,21 @@ def config_of(name, variant=""):
 def parameters(name, variant=""):
     x = experiment.build(config_of(name, variant))
     return sum(math.prod(a.shape) for a in jax.tree.leaves(experiment.abstract_state(x).params))
+
+
+@pytest.mark.parametrize(
+    "name, changes, expected",
+    [
+        ("digits", {}, 1),
+        ("cifar10", {}, 4),
+        ("cifar10", {"train.batch_size": 6}, 3),
+        ("cifar10", {"train.batch_size": 12, "optim.accumulate": 2}, 3),
+        ("cifar10", {"train.batch_size": 7}, 1),
+    ],
+)
+def test_the_cores_of_a_processor_share_a_batch(name, changes, expected, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    assert experiment.cores(settings.changed(config_of(name, ""), changes)) == expected
 
 
 def test_the_configs_of_the_paper_are_there():

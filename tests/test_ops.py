@@ -32,8 +32,9 @@ def in_float64(f, *args):
         return jax.tree.map(np.asarray, f(*(jnp.asarray(a, jnp.float64) for a in args)))
 
 
+@pytest.mark.parametrize("norm", [ops.group_norm, ops.group_norm_in_training])
 @pytest.mark.parametrize("groups", [1, 2, 8])
-def test_the_gradients_of_the_normalisation_are_those_of_the_textbook(groups):
+def test_the_gradients_of_the_normalisation_are_those_of_the_textbook(groups, norm):
     x, scale, bias, g = (
         normal(0, 2, 6, 4, 8) + 3,
         normal(1, 8) + 1,
@@ -42,7 +43,7 @@ def test_the_gradients_of_the_normalisation_are_those_of_the_textbook(groups):
     )
 
     def ours(x, scale, bias):
-        return ops.group_norm(x, scale, bias, groups, nn.swish, jnp.float32)
+        return norm(x, scale, bias, groups, nn.swish, jnp.float32)
 
     def theirs(x, scale, bias):
         return normalised(x, scale, bias, groups)
@@ -56,6 +57,8 @@ def test_the_gradients_of_the_normalisation_are_those_of_the_textbook(groups):
     for a, b in zip(found, expected, strict=True):
         # Sums of up to 192 float32 products.
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
+    if norm is ops.group_norm_in_training:
+        return
     # The way forward too: the divergence of the probability flow is made of these.
     tangent = jax.jvp(lambda x: ours(x, *args[1:3]), (args[0],), (args[3],))[1]
     expected = in_float64(
@@ -78,7 +81,7 @@ def test_a_pixel_far_from_the_others_costs_no_digits():
 
 def test_only_the_input_and_two_numbers_a_channel_are_kept():
     x, c = jnp.zeros((2, 8, 8, 16), jnp.bfloat16), jnp.ones(16)
-    f = lambda x, s, b: ops.group_norm(x, s, b, 4, nn.swish, jnp.bfloat16)  # noqa: E731
+    f = lambda x, s, b: ops.group_norm_in_training(x, s, b, 4, nn.swish, jnp.bfloat16)  # noqa: E731
     kept = [a.size for a in jax.tree.leaves(jax.vjp(f, x, c, c)[1])]
     assert kept.count(x.size) == 1 and sorted(kept)[-2] <= 2 * 16
 
