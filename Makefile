@@ -1,8 +1,10 @@
 # The two commands of the README. Each sets up .venv by itself; only Python 3.11+ and make are needed.
 PYTHON ?= python3
 VENV := .venv
+# JAX would take three quarters of the memory; PyTorch, in a process beside it, needs its own.
+GPU = XLA_PYTHON_CLIENT_MEM_FRACTION=0.5 $(VENV)/bin/python main.py --mode=bench
 
-.PHONY: demo test soak lint clean
+.PHONY: demo test soak bench lint clean
 
 demo: $(VENV)/run ## train on handwritten digits and draw some
 	$(VENV)/bin/python main.py
@@ -12,6 +14,13 @@ test: $(VENV)/test ## every test
 
 soak: $(VENV)/test ## the promises of docs/reliability.md, often: 25 minutes
 	$(VENV)/bin/python -m pytest -n 2 tests/soak
+
+bench: $(VENV)/bench ## what docs/performance.md asks of an NVIDIA GPU, beside PyTorch
+	for part in train sample profile; do \
+		$(GPU) --part=$$part --config=configs/cifar10.py:bfloat16 --config.sample.batch_size=256 || exit; \
+	done
+	$(GPU) --part=train --config=configs/celebahq256.py:bfloat16 --workdir=runs/bench256
+	$(GPU) --part=all
 
 lint: $(VENV)/test ## format and lint, as CI asks for
 	$(VENV)/bin/ruff format --check .
@@ -31,4 +40,8 @@ $(VENV)/run: requirements.txt | $(VENV)/bin/python
 
 $(VENV)/test: requirements-test.txt $(VENV)/run
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	@touch $@
+
+$(VENV)/bench: requirements-bench.txt $(VENV)/run
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt "jax[cuda13]>=0.10,<0.13"
 	@touch $@

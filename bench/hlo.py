@@ -3,11 +3,14 @@
 `cost_analysis()["bytes accessed"]` adds up what every operation touches. On a TPU that is mostly
 memory on the chip (VMEM, marked S(1) in a layout), into which operands are fetched piece by piece,
 each fetch being counted with all of its operand. What limits a step is what crosses to the main
-memory (HBM): the arrays of the program that are not marked so.
+memory (HBM): the arrays of the program that are not marked so. What a change to the model removes
+is seen best in what the operations themselves read and write, wherever it lies.
 """
 
 import collections
+import itertools
 import re
+from typing import NamedTuple
 
 SIZES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
 SIZES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
@@ -16,6 +19,7 @@ LINE = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
 COLLECTIVES = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
 # Give another name to what is there, or end what another one began and was counted for.
 FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all"}
+BITCAST = 'custom_call_target="ConcatBitcast"'  # slices that were fetched are one array again
 FREE |= {"copy-done", "slice-done", "async-done", "all-reduce-done", "opt-barrier", "partition-id"}
 
 
@@ -40,25 +44,31 @@ def collectives(text: str) -> dict[str, int]:
     return dict(total)
 
 
-def main_memory(text: str) -> int:
-    """Bytes that the operations of the program's entry read from main memory and write to it.
+class Moved(NamedTuple):
+    """Bytes of a program's entry. Loops inside count as one turn; taken rows as the whole array."""
 
-    Loops inside count as one turn; an operation that takes rows of an array counts with all of it.
-    """
+    touched: int  # what its operations read and write, transfers between memories aside
+    main: int  # what goes to main memory and comes from there, transfers included
+
+
+def moved(text: str) -> Moved:
+    """Of a compiled program's text."""
     entry = text[text.index("\nENTRY") :]
     lines = filter(None, map(LINE.match, entry[: entry.index("\n}")].splitlines()))
     operations = {match[1]: match for match in lines}
-    total = 0
+    touched = main = 0
     for _, types, kind, rest in (match.groups() for match in operations.values()):
-        if kind in FREE:
+        if kind in FREE or BITCAST in rest:
             continue
         if kind in ("copy-start", "slice-start"):
-            total += _fetched(types)
+            main += _fetched(types)
             continue
         names = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
-        touched = [types, *(operations[name][2] for name in names if name in operations)]
-        total += sum(size for each in touched for size, main in arrays(each) if main)
-    return total
+        operands = [operations[name][2] for name in names if name in operations]
+        for size, in_main in itertools.chain(*map(arrays, [types, *operands])):
+            touched += size
+            main += size * in_main
+    return Moved(touched, main)
 
 
 def _fetched(types: str) -> int:

@@ -84,16 +84,17 @@ def _bounds(lowered: Any, mesh: Mesh, what: str) -> Iterator[Measured]:
     compiled = lowered.compile()
     yield Measured(f"compiling: {what}", "s", [time.perf_counter() - began])
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
-    moved = hlo.main_memory(text)
+    moved = hlo.moved(text)
     yield Measured("  arguments", "GB/chip", [memory.argument_size_in_bytes / 1e9])
     yield Measured("  temporaries", "GB/chip", [memory.temp_size_in_bytes / 1e9])
     for kind, size in hlo.collectives(text).items():
         yield Measured(f"  {kind}", "GB/chip", [size / 1e9])
     yield Measured("  FLOPs, by the compiler", "GFLOP/chip", [cost["flops"] / 1e9])
     yield Measured("  bytes accessed, all memories", "GB/chip", [cost["bytes accessed"] / 1e9])
-    yield Measured("  bytes of main memory alone", "GB/chip", [moved / 1e9])
+    yield Measured("  without transfers between memories", "GB/chip", [moved.touched / 1e9])
+    yield Measured("  bytes of main memory alone", "GB/chip", [moved.main / 1e9])
     peak = PEAKS[mesh.devices.flat[0].device_kind]
-    floors = cost["flops"] / peak.flops, moved / peak.bytes
+    floors = cost["flops"] / peak.flops, moved.main / peak.bytes
     yield Measured("  no less than, for the arithmetic", "ms", [floors[0] * 1e3])
     yield Measured("  no less than, for main memory", "ms", [floors[1] * 1e3])
     all_bytes = cost["bytes accessed"] / peak.bytes

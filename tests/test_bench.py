@@ -74,6 +74,7 @@ ENTRY %main (a: f32[2,4], b: bf16[3]) -> f32[2,4] {
   %copy-start.1 = (f32[2,4]{1,0}, f32[2,4]{0,1}, u32[]{:S(2)}) copy-start(%a)
   %slice-start = ((f32[2,4]{1,0}), f32[1,4]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%a)
   %all-reduce = bf16[3]{0} all-reduce(%b), replica_groups={{0,1}}, to_apply=%inner
+  %whole = f32[2,4]{1,0:S(1)} custom-call(%b, %b), custom_call_target="ConcatBitcast"
   ROOT %onchip = f32[2,4]{1,0:S(1)} multiply(%fused, %copy-done)
 }
 """
@@ -81,7 +82,10 @@ ENTRY %main (a: f32[2,4], b: bf16[3]) -> f32[2,4] {
 
 def test_bytes_of_main_memory():
     fused, copied, both, slice_, reduced = 32, 32, 2 * 32, 16, 2 * 6
-    assert hlo.main_memory(PROGRAM) == fused + copied + both + slice_ + reduced
+    found = hlo.moved(PROGRAM)
+    assert found.main == fused + copied + both + slice_ + reduced
+    # Besides: what `fused` and `onchip` write, and what `onchip` reads, all on the chip.
+    assert found.touched == fused + reduced + 32 + 3 * 32
 
 
 def test_collectives_of_a_program():
