@@ -127,7 +127,7 @@ def test_a_large_convolution_is_xla_s_with_its_gradients():
 @pytest.mark.parametrize(
     "shape, kernel, strides",
     [
-        ((1, 16, 16, 256), (3, 3, 256, 256), (1, 1)),  # a small image
+        ((1, 8, 8, 128), (3, 3, 128, 128), (1, 1)),  # a small image
         ((1, 32, 32, 32), (3, 3, 32, 32), (1, 1)),  # few channels
         ((1, 64, 64, 128), (3, 3, 128, 128), (2, 2)),
         ((1, 64, 64, 128), (1, 1, 128, 128), (1, 1)),
@@ -139,7 +139,7 @@ def test_every_other_convolution_is_left_alone(shape, kernel, strides):
     assert "custom_vjp" not in str(jax.make_jaxpr(f)(*shapes))
 
 
-def test_only_a_cpu_takes_the_nine_products():
+def test_only_a_cpu_takes_the_three_products():
     def lowered(platform):
         shape = jax.ShapeDtypeStruct((1, 32, 32, 128), jnp.float32)
         kernel = jax.ShapeDtypeStruct((3, 3, 128, 128), jnp.float32)
@@ -151,7 +151,7 @@ def test_only_a_cpu_takes_the_nine_products():
             .as_text()
         )
 
-    assert lowered("cpu").count("dot_general") == 9
+    assert lowered("cpu").count("dot_general") == 3
     assert lowered("tpu").count("dot_general") == lowered("cuda").count("dot_general") == 0
 
 
