@@ -52,8 +52,8 @@ def reference(
 ) -> Reference:
     """A split of the data, an npz of statistics (mu, sigma), or other images. Says what it reads.
 
-    Statistics of splits are kept between runs, by a hash of 1,024 of the images (data.mark). Raises
-    Fatal, DataError.
+    Statistics of splits are kept between runs, by a hash of their images (data.mark). Raises Fatal,
+    DataError.
     """
     path = pathlib.Path(name).expanduser()
     if path.suffix == ".npz" and (found := statistics(path, extractor)):

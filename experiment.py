@@ -135,16 +135,13 @@ def make_initial_state(config: ConfigDict, x: Experiment) -> Callable[[], train.
 def make_update(config: ConfigDict, x: Experiment) -> Callable:
     """update(state, images uint8[n, h * w * c], labels int[n]) -> (state, metrics): a whole step.
 
-    The whole set lies on every device, an image a row: of another shape, a TPU would copy all of it
-    at every step before it takes a few. Batch, flips, t, eps and dropout follow from the seed and
-    state.step alone, so that a resumed run is the uninterrupted one.
+    The whole set lies on every device, an image a row. Batch, flips, t, eps and dropout follow from
+    the seed and state.step alone, so that a resumed run is the uninterrupted one.
     """
     size, flip = config.train.batch_size, config.data.flip
 
     def draw(key, step, images, labels):
-        index = batches.chosen(key, step, size, len(images))
-        image = images[index].reshape(size, *x.image_shape)
-        return batches.augment(image, key, step, flip), labels[index]
+        return batches.draw(images, labels, key, step, size, flip, x.image_shape)
 
     return _compiled_update(config, x, draw, train.replicated(x.mesh))
 
@@ -164,11 +161,7 @@ def make_streamed_update(config: ConfigDict, x: Experiment) -> Callable:
 def _compiled_update(config, x, batch, sharding):
     """batch: (key, step, *inputs) -> (x_0, label); sharding: of the inputs."""
 
-    def apply(params, key, x_t, t, label):
-        rngs = {"dropout": key}
-        return x.net.apply({"params": params}, x_t, t, label, train=True, rngs=rngs)
-
-    options = {k: config.optim[k] for k in ("accumulate", "clip_groups", "clip")}
+    apply, options = in_training(config, x)
     step = train.make_step(x.loss, apply, x.tx, config.optim.ema, **options)
 
     def update(state, images, labels):
@@ -181,6 +174,19 @@ def _compiled_update(config, x, batch, sharding):
     whole = train.replicated(x.mesh)
     shardings = {"in_shardings": (whole, sharding, sharding), "out_shardings": whole}
     return jax.jit(update, donate_argnums=0, **shardings)
+
+
+def in_training(config: ConfigDict, x: Experiment) -> tuple[Callable, dict[str, Any]]:
+    """(apply, options) for train.make_gradient: as the training takes its gradient.
+
+    apply: (params, key, x_t, t, label) -> the network's output, with dropout.
+    """
+
+    def apply(params, key, x_t, t, label):
+        rngs = {"dropout": key}
+        return x.net.apply({"params": params}, x_t, t, label, train=True, rngs=rngs)
+
+    return apply, {k: config.optim[k] for k in ("accumulate", "clip_groups", "clip")}
 
 
 def labels_for(config: ConfigDict, key: Array, label: Array) -> Array | None:

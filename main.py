@@ -111,7 +111,7 @@ def train_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     stop, dog = watch.Stop(), watch.Watchdog(workdir, c.hang_s)
     mishaps = replay.Mishaps(config, x, images, workdir)
     pending, window = collections.deque(), []
-    shares.so_far("start")
+    shares.so_far("starting")
 
     def record(step, metrics):
         values = {name: float(v) for name, v in jax.device_get(metrics).items()}
@@ -155,14 +155,14 @@ def train_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
                 mishaps.returning = False
                 pending.clear()
             if save:
-                with shares("save"):
+                with shares("saving"):
                     writer.flush()  # what is said of a saved step must not be lost
                     save_state(checkpoints, step, state)
                 mishaps.good()
             if stopped:
                 break
             if bits and step % c.eval_every == 0:
-                with aside("read"):
+                with aside("readings and pictures"):
                     average, near = bits(state.ema), distances(state.ema) if distances else {}
                 if save and c.keep_best:
                     checkpoints.score(step, float(average.mean))
@@ -172,10 +172,10 @@ def train_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
                 scalars = {"bpd": average.mean, "bpd_error": average.error, **near}
                 writer.write_scalars(step, {f"eval/{k}": float(v) for k, v in scalars.items()})
             if sample:
-                with aside("read"):
+                with aside("readings and pictures"):
                     draw_grids(config, chain, state, step, workdir, writer, stop)
     shared = ", ".join(f"{shares.of(name):.1%} {name}" for name in shares.seconds)
-    say(f"time       {shares.goodput():.1%} in steps, {shared}")
+    say(f"time       {shares.goodput():.1%} training, {shared}")
     if stop.asked:
         say(f"stopped    at step {step:,}, saved; the same command goes on from there")
         sys.exit(settings.STOPPED)

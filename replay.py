@@ -56,12 +56,10 @@ class Mishaps:
             return f"{what}; {'skipped' if how == 'skip' else 'back to the last checkpoint'}"
         if how != "halt":
             what += f", the {self._row}th in a row"
-        if jax.process_count() > 1:  # one process alone cannot take a step of all
-            where, path = "", dump(self._config, self._x, self._images, self._workdir, step, state)
-        else:
-            path = dump(self._config, self._x, self._images, self._workdir, step, state)
-            found = again(self._config, self._x, path)[1]
-            where = f", first in {found}" if found else ""
+        path = dump(self._config, self._x, self._images, self._workdir, step, state)
+        # One process alone cannot take a step of all.
+        found = again(self._config, self._x, path)[1] if jax.process_count() == 1 else None
+        where = f", first in {found}" if found else ""
         call = f"python main.py --mode=check --workdir={self._workdir} --replay={path}"
         fate = "nothing of it is saved; lower optim.lr"
         raise Fatal(settings.NON_FINITE, f"{what}{where}; {fate}; to see it again: {call}")
@@ -105,7 +103,9 @@ def again(
     _, key_data, _ = experiment.keys_of(config.seed)
     x_0 = batches.augment(image, key_data, step - 1, config.data.flip)
     batch = x_0, experiment.labels_for(config, key, label)
-    gradients, metrics = jax.jit(_gradient(config, x))(params, key, batch)
+    apply, options = experiment.in_training(config, x)
+    gradient = jax.jit(train.make_gradient(x.loss, apply, **options))
+    gradients, metrics = gradient(params, key, batch)
     name = guard.first_non_finite(gradients)
     found = {k: float(v) for k, v in metrics.items()}
     return found, f"the gradient of {name}" if name else None, guard.norms(gradients)
@@ -121,15 +121,6 @@ def run(config: ConfigDict, x: Experiment, path: pathlib.Path, say: Callable[[st
     if where:
         raise Fatal(settings.NON_FINITE, f"{path}: not finite again, first in {where}")
     say("done       finite this time: it was not the arithmetic of this step alone")
-
-
-def _gradient(config: ConfigDict, x: Experiment) -> Callable:
-    def apply(params, key, x_t, t, label):
-        rngs = {"dropout": key}
-        return x.net.apply({"params": params}, x_t, t, label, train=True, rngs=rngs)
-
-    options = {k: config.optim[k] for k in ("accumulate", "clip_groups", "clip")}
-    return train.make_gradient(x.loss, apply, **options)
 
 
 def _read(config: ConfigDict, x: Experiment, path: pathlib.Path):

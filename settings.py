@@ -122,11 +122,15 @@ def resolve(
     workdir = pathlib.Path(workdir or pathlib.Path("runs", name))
     old = remembered(workdir) if filename == DEFAULT else None
     if old:
-        # Keys that came into the program after that run are as by default.
-        new = {key: value for key, value in flatten(config).items() if key in RULES}
-        config = ConfigDict(nest(new | flatten(tuples(old))))
+        config = completed(old, config)
         config.update_from_flattened_dict(config_flags.get_override_values(flag))
     return config, workdir
+
+
+def completed(old: Mapping[str, Any], default: ConfigDict) -> ConfigDict:
+    """The config of an older run; keys that came into the program after it are as by default."""
+    young = {key: value for key, value in flatten(default).items() if key in RULES}
+    return ConfigDict(nest(young | flatten(tuples(old))))
 
 
 def tuples(x: Any) -> Any:

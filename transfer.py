@@ -132,9 +132,8 @@ def find(source: str, fetch: Fetch) -> tuple[pathlib.Path, str | None]:
 def own_config(content: Mapping[str, Any], source: str) -> ConfigDict:
     """The config that came with the weights; keys younger than it are as in the default config."""
     default = importlib.import_module("configs.digits").get_config()
-    young = {key: v for key, v in settings.flatten(default).items() if key in settings.RULES}
     try:
-        return ConfigDict(settings.nest(young | settings.flatten(settings.tuples(content))))
+        return settings.completed(content, default)
     except (AttributeError, TypeError, ValueError) as error:
         raise refusal(source, settings.INTEGRITY, f"{CONFIG} is no config: {error}") from error
 

@@ -142,9 +142,7 @@ class Peers:
     def __exit__(self, kind, error, trace) -> None:
         """How it ends is said to the others, who may be about to end in the same way."""
         if self._others and kind and not issubclass(kind, settings.Fatal | SystemExit):
-            time.sleep(
-                GRACE_S
-            )  # the error may come of a death elsewhere: the watch tells it better
+            time.sleep(GRACE_S)  # it may come of a death elsewhere, which the watch tells better
         self._closing.set()
         good = kind is None or (kind is SystemExit and error.code == settings.STOPPED)
         for connection in self._others:

@@ -21,7 +21,7 @@ import likelihoods
 from bench import pytorch
 from bench.clock import Measured, in_turn, seconds
 from bench.profile import profile_part
-from bench.speed import network_alone, sample_part, train_part
+from bench.speed import network_alone, sample_part, train_part, training_step
 from bench.tpu import tpu_part
 from diffusion import convert, data, inception, likelihood, log, train
 from diffusion.ingest import pictures, prepare, sources
@@ -66,31 +66,12 @@ def _photographs(n: int, side: int) -> sources.Source:
 
 def _steps(config: ConfigDict, x: experiment.Experiment) -> Iterator[Measured]:
     """A training step of the config that draws its batch, and one that is handed a batch."""
-    size, shape = config.train.batch_size, x.image_shape
-    n = max(size, 2**24 // int(np.prod(shape)))  # 16 MiB of random bytes: content has no part in it
-    image = np.random.default_rng(0).integers(0, 256, (n, *shape), np.uint8)
-    label = np.zeros(n, np.int32)
-
-    def stepper(update, sharding, k):
-        arrays = [train.spread(a[:k], sharding, a[:k].shape) for a in (image, label)]
-        state = experiment.make_initial_state(config, x)()
-        update = update.lower(state, *arrays).compile()
-
-        def run():
-            nonlocal state
-            state, metrics = update(state, *arrays)
-            jax.block_until_ready(metrics)
-
-        return run
-
-    draws = stepper(experiment.make_update(config, x), train.replicated(x.mesh), n)
-    handed = stepper(experiment.make_streamed_update(config, x), train.sharded(x.mesh), size)
-    # In turn, so that what else the machine does falls on both.
-    pairs = [(a, b) for (a, _), (b, _) in zip(seconds(draws, 20), seconds(handed, 20), strict=True)]
-    yield Measured("training step that draws its batch on the device", "s", [a for a, _ in pairs])
-    yield Measured("training step that is handed its batch", "s", [b for _, b in pairs])
-    yield Measured("the first over the second", "", [a / b for a, b in pairs])
-    yield Measured("training", "images/s", [size / a for a, _ in pairs])
+    runs = [training_step(config, x, streamed)[1] for streamed in (False, True)]
+    drawn, handed = zip(*in_turn(*(lambda run=run: run(1) for run in runs), n=20), strict=True)
+    yield Measured("training step that draws its batch on the device", "s", list(drawn))
+    yield Measured("training step that is handed its batch", "s", list(handed))
+    ratios = [a / b for a, b in zip(drawn, handed, strict=True)]
+    yield Measured("the first over the second", "", ratios)
 
 
 # ------------------------------------------------------------------------------------- likelihood

@@ -6,6 +6,7 @@ the formula, and always of the bfloat16 peak.
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -94,20 +95,27 @@ def achieved(flops: float, took: list[float]) -> Iterator[Measured]:
 
 
 def training_step(
-    config: ConfigDict, x: experiment.Experiment
+    config: ConfigDict, x: experiment.Experiment, streamed: bool = False
 ) -> tuple[Any, Callable[[int], None], float]:
     """(the compiled step, to take so many of them, seconds of compiling).
 
-    As in training but for the reading of its metrics. Random images lie on the device: their
-    content has no part in the time.
+    As in training but for the reading of its metrics. streamed: it is handed one batch again and
+    again; else it draws its batches from 16 MiB on the device. Their bytes are random: what they
+    show has no part in the time.
     """
-    size, whole = config.train.batch_size, train.replicated(x.mesh)
-    n = max(size, 2**24 // int(np.prod(x.image_shape)))
-    image = np.random.default_rng(0).integers(0, 256, (n, int(np.prod(x.image_shape))), np.uint8)
-    arrays = [train.spread(a, whole, a.shape) for a in (image, np.zeros(n, np.int32))]
+    size, pixels = config.train.batch_size, math.prod(x.image_shape)
+    if streamed:
+        make, sharding = experiment.make_streamed_update, train.sharded(x.mesh)
+        shape = size, *x.image_shape
+    else:
+        make, sharding = experiment.make_update, train.replicated(x.mesh)
+        shape = max(size, 2**24 // pixels), pixels
+    image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    label = np.zeros(len(image), np.int32)
+    arrays = [train.spread(a, sharding, a.shape) for a in (image, label)]
     state = experiment.make_initial_state(config, x)()
     began = time.perf_counter()
-    update = experiment.make_update(config, x).lower(state, *arrays).compile()
+    update = make(config, x).lower(state, *arrays).compile()
     took = time.perf_counter() - began
 
     def steps(n):
@@ -124,7 +132,6 @@ def train_part(config: ConfigDict, x: experiment.Experiment) -> Iterator[Measure
     size = config.train.batch_size
     update, ours, compiling = training_step(config, x)
     yield Measured("compiling the training step", "s", [compiling])
-
     with pytorch.training(config) as others:
         steps, took, others = _compared(ours, others)
     yield Measured("training step", "s", took)

@@ -6,6 +6,7 @@ or, with the same numbers, by NumPy on the host. So resuming needs the step's nu
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -93,27 +94,31 @@ def positions(step: Array, batch_size: int, n: int) -> tuple[Array, Array]:
 
 
 def draw(
-    image: Array, label: Array, key: Array, step: Array, batch_size: int, flip: bool
+    image: Array,
+    label: Array,
+    key: Array,
+    step: Array,
+    batch_size: int,
+    flip: bool,
+    shape: tuple[int, int, int],
 ) -> tuple[Array, Array]:
     """(x_0 float32[b, h, w, c] in [-1, 1], label int32[b]) of a step, of a set on the device.
 
-    image uint8[n, h, w, c], label int32[n]: the whole set. To be called inside a compiled step, at
-    any step < 2^31. A batch may begin in one epoch and end in the next. Raises ValueError for other
-    arrays.
+    image uint8[n, h * w * c], label int32[n]: the whole set, an image a row. Of another shape, a
+    TPU would copy all of it before it takes a few. shape: (h, w, c). To be called inside a compiled
+    step, at any step < 2^31. A batch may begin in one epoch and end in the next. Raises ValueError
+    for other arrays.
     """
-    if image.dtype != jnp.uint8 or image.ndim != 4 or label.shape != image.shape[:1]:
+    rows = (*label.shape, math.prod(shape))
+    if image.dtype != jnp.uint8 or image.shape != rows or label.ndim != 1:
         found = f"{image.dtype}{list(image.shape)} and {label.dtype}{list(label.shape)}"
-        raise ValueError(f"expected image uint8[n, h, w, c] and label int32[n], found {found}")
-    index = chosen(key, step, batch_size, len(image))
-    return augment(image[index], key, step, flip), label[index]
-
-
-def chosen(key: Array, step: Array, batch_size: int, n: int) -> Array:
-    """Which of n images `draw` takes at a step: uint32[b]."""
-    key_order, _ = random.split(key)
+        wanted = f"image uint8[n, {rows[-1]}] and label int32[n]"
+        raise ValueError(f"expected {wanted}, found {found}")
+    n, (key_order, _) = len(image), random.split(key)
     epoch, place = positions(step, batch_size, n)
     order = jax.vmap(lambda e, i: shuffled(random.fold_in(key_order, e), i, n))
-    return order(epoch, place)
+    index = order(epoch, place)
+    return augment(image[index].reshape(batch_size, *shape), key, step, flip), label[index]
 
 
 def augment(image: Array, key: Array, step: Array, flip: bool) -> Array:

@@ -233,6 +233,8 @@ class Checkpoints:
             if not all((folder / item / "_METADATA").exists() for item in ITEMS):
                 return "is not complete"
             note = about["custom_metadata"]
+            if not note.get("sha256"):
+                return "has no digests to compare its arrays with"
             if note["step"] != step:
                 return f"holds the state of step {note['step']}"
             found = {k: v for k, v in note["arrays"].items() if k.split("/")[0] in (abstract or {})}
@@ -248,16 +250,10 @@ class Checkpoints:
     def _is_whole(self, step: int) -> bool:
         return not self._trouble(step)
 
-    def _note(self, step: int) -> dict[str, Any]:
-        about = json.loads((self._directory / str(step) / "_CHECKPOINT_METADATA").read_text())
-        return about["custom_metadata"]
-
     def _damaged(self, step: int, items: dict[str, Tree]) -> str | None:
         """The name of an array that was restored and is not what was saved; None if all are."""
-        saved = self._note(step).get("sha256")
-        if saved is None:
-            self._warn(f"{self._directory}: step {step} is from before digests; taken as it is")
-            return None
+        about = json.loads((self._directory / str(step) / "_CHECKPOINT_METADATA").read_text())
+        saved = about["custom_metadata"]["sha256"]
         found = digests.sha256(items)
         return digests.differing(found, {k: v for k, v in saved.items() if k in found})
 

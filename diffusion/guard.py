@@ -25,7 +25,10 @@ def guarded(update: Callable, on_nonfinite: str) -> Callable:
     "rollback": the state stops for good, whatever follows, before step k + 1 with state.step = ~k,
     a negative number. Raises ValueError for another word.
     """
-    after = settings_of(on_nonfinite)
+    if on_nonfinite not in AFTER:
+        expected = ", ".join(AFTER)
+        raise ValueError(f"on_nonfinite: expected one of {expected}, found {on_nonfinite!r}")
+    after = AFTER[on_nonfinite]
 
     def step(state: NamedTuple, *inputs: Any):
         new, metrics = update(state, *inputs)
@@ -37,19 +40,12 @@ def guarded(update: Callable, on_nonfinite: str) -> Callable:
     return step
 
 
-def settings_of(on_nonfinite: str) -> Callable[[Array], Array]:
-    """step -> the step after one that was not applied."""
-    if on_nonfinite not in AFTER:
-        expected = ", ".join(AFTER)
-        raise ValueError(f"on_nonfinite: expected one of {expected}, found {on_nonfinite!r}")
-    return AFTER[on_nonfinite]
-
-
-def stopped(step: Array) -> Array:
+def _stopped(step):
     return jnp.where(step < 0, step, ~step)
 
 
-AFTER = {"halt": stopped, "skip": lambda step: step + 1, "rollback": stopped}
+# What becomes of the step's number when the step is not applied.
+AFTER = {"halt": _stopped, "skip": lambda step: step + 1, "rollback": _stopped}
 
 
 def first_non_finite(tree: Tree) -> str | None:

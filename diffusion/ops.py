@@ -25,21 +25,21 @@ def group_norm(
     scale, bias: float32[c]. Everything inside is float32.
     Source: official `normalize` (`tf.contrib.layers.group_norm` and its default epsilon).
     """
-    statistics = _statistics(x, groups)
-    return _normalised(*read_again(x), *statistics, scale, bias, after).astype(dtype)
+    return _forward(x, scale, bias, groups, after, dtype)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def group_norm_in_training(
     x: Array, scale: Array, bias: Array, groups: int, after: Callable[[Array], Array], dtype: Any
 ) -> Array:
-    """The same, with a way back that keeps x and two numbers a channel; no forward mode."""
-    return group_norm(x, scale, bias, groups, after, dtype)
+    """`group_norm` with a way back that keeps x and two numbers a channel; no forward mode."""
+    return _forward(x, scale, bias, groups, after, dtype)[0]
 
 
 def _forward(x, scale, bias, groups, after, dtype):
+    """(what `group_norm` gives, what the way back needs)."""
     statistics = _statistics(x, groups)
-    y = _normalised(*read_again(x), *statistics, scale, bias, after)
+    y = _normalised(*_read_again(x), *statistics, scale, bias, after)
     return y.astype(dtype), (x, *statistics, scale, bias)
 
 
@@ -54,7 +54,7 @@ def _backward_of_norm(groups, after, dtype, saved, g):
 
     normal, by_bias = of_pixels(x, g)
     by_bias, by_scale = by_bias.sum(axis=(1, 2)), (by_bias * normal).sum(axis=(1, 2))
-    x, g, by_bias, by_scale = read_again(x, g, by_bias, by_scale)
+    x, g, by_bias, by_scale = _read_again(x, g, by_bias, by_scale)
     normal, by_normal = of_pixels(x, g)
     pixels = x.shape[1] * x.shape[2]
     first = _of_group(by_bias * scale[None], groups) / pixels
@@ -67,7 +67,7 @@ def _backward_of_norm(groups, after, dtype, saved, g):
 group_norm_in_training.defvjp(_forward, _backward_of_norm)
 
 
-def read_again(*arrays: Array) -> tuple[Array, ...]:
+def _read_again(*arrays):
     """The same arrays, of which no later pass shares what an earlier one computed.
 
     XLA would keep float32 copies of them for that: twice the bytes of bfloat16. A processor reads
@@ -111,7 +111,8 @@ LARGE = 32 * 32 * 64 * 64  # height, width and channels: from here on a CPU's ow
 def convolve(x: Array, kernel: Array, strides: Any, padding: Any, **options) -> Array:
     """`lax.conv_general_dilated`, for nn.Conv in training: XLA's except where that is slow.
 
-    No forward-mode derivative where it is not XLA's.
+    x [b, h, w, c], kernel [kh, kw, c, o] -> [b, h', w', o]. On a CPU the gradient by a large 3x3
+    kernel takes another way, which has no forward mode (docs/performance.md has the times).
     """
     large = math.prod(x.shape[1:]) * kernel.shape[-1] >= LARGE
     if large and kernel.shape[:2] == (3, 3) and set(strides) == {1} and padding == "SAME":
@@ -143,7 +144,7 @@ def by_kernel_of_xla(x: Array, g: Array) -> Array:
 
 
 def by_kernel_in_products(x: Array, g: Array) -> Array:
-    """The same as three matrix products, one for each row of the kernel.
+    """`by_kernel_of_xla` as three matrix products, one for each row of the kernel.
 
     Each is of x, moved by a row, with g moved by three columns side by side: on a CPU up to three
     times as fast as XLA's, and slower for the smallest (docs/performance.md).

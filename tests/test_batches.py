@@ -19,7 +19,12 @@ def images(n, h=3, w=4, c=1):
     return x
 
 
-draw = jax.jit(batches.draw, static_argnums=(4, 5))
+compiled_draw = jax.jit(batches.draw, static_argnums=(4, 5, 6))
+
+
+def draw(x, label, key, step, batch_size, flip):
+    """Of images as they are; the set lies in rows."""
+    return compiled_draw(x.reshape(len(x), -1), label, key, step, batch_size, flip, x.shape[1:])
 
 
 # ------------------------------------------------------------------------------------- the shuffle
@@ -191,7 +196,7 @@ def test_draw_is_bit_identical_on_one_and_four_devices():
         )
         whole, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
         compiled = jax.jit(
-            lambda x, label, step: batches.draw(x, label, random.key(0), step, 16, True),
+            lambda x, label, step: draw(x, label, random.key(0), step, 16, True),
             in_shardings=whole,
             out_shardings=split,
         )
@@ -204,9 +209,12 @@ def test_draw_is_bit_identical_on_one_and_four_devices():
 
 def test_draw_checks_the_data_set():
     x, label = images(5), np.arange(5, dtype=np.int32)
-    for bad in ((x.astype(np.int32), label), (x[..., 0], label), (x, label[:4])):
-        with pytest.raises(ValueError, match=r"expected image uint8\[n, h, w, c\] and label"):
-            batches.draw(*bad, random.key(0), 0, 2, False)
+    rows, shape = x.reshape(5, -1), x.shape[1:]
+    batches.draw(rows, label, random.key(0), 0, 2, False, shape)
+    bad = (rows.astype(np.int32), label), (x, label), (rows[:, 1:], label), (rows, label[:4])
+    for arrays in bad:
+        with pytest.raises(ValueError, match=r"expected image uint8\[n, \d+\] and label"):
+            batches.draw(*arrays, random.key(0), 0, 2, False, shape)
 
 
 # --------------------------------------------------------------------------------- flips and scale

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -174,6 +175,26 @@ def test_tpus_without_their_compiler_are_one_line():
     with pytest.raises(settings.Fatal, match=r"--topology=v5e:2x2.*jax\[tpu\]") as error:
         tpu.mesh_of("v5e:2x2")
     assert "\n" not in str(error.value)
+
+
+def counted_calls(start):
+    """Stands for what is made of PyTorch: two things to call, which remember their process."""
+    calls = [start]
+
+    def run(n):
+        calls.append(n)
+        return os.getpid(), sum(calls)
+
+    return {"a": run, "b": run}
+
+
+def test_what_is_compared_lives_in_a_process_of_its_own():
+    with pytorch._apart(("json",), counted_calls, 5) as runs:
+        (first, five), (second, six) = runs["a"](0), runs["b"](1)
+        assert list(runs) == ["a", "b"] and first == second != os.getpid()
+        assert (five, six) == (5, 6)
+    with pytorch._apart(("json", "no_such_library"), counted_calls, 5) as runs:
+        assert runs == {}
 
 
 def test_a_network_that_diffusers_has_not_is_not_compared():

@@ -254,10 +254,10 @@ def stored(store, tmp_path):
 def test_streaming_gives_the_images_of_the_device_s_batches(stored, batch_size):
     """Also from the middle on, as a resumed run does, and in rows, as several processes do."""
     whole, key, steps = data.load(stored), random.key(3), 9
-    draw = jax.jit(batches.draw, static_argnums=(4, 5))
-    drawn = [
-        draw(whole.image, whole.label, key, np.int32(s), batch_size, False) for s in range(steps)
-    ]
+    draw = jax.jit(batches.draw, static_argnums=(4, 5, 6))
+    rows = whole.image.reshape(len(whole.image), -1)
+    args = batch_size, False, whole.image.shape[1:]
+    drawn = [draw(rows, whole.label, key, np.int32(s), *args) for s in range(steps)]
     for first, rows in ((0, slice(None)), (5, slice(None)), (0, np.arange(3, batch_size, 4))):
         streamed = list(data.stream(stored, key, range(first, steps), batch_size, rows))
         assert len(streamed) == steps - first

@@ -444,10 +444,11 @@ def test_an_image_that_ends_its_process_is_named(tmp_path, monkeypatch):
 
 
 ENDLESS = """
-import itertools, sys
+import itertools, signal, sys
 import numpy as np
 from diffusion.ingest import pictures, prepare, sources
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell had it ignored
 # Run again in a worker, this file would write a second line, and start another preparation.
 print("started", flush=True)
 images = (sources.Item(str(i), np.zeros((8, 8, 3), np.uint8), 0, None) for i in itertools.count())

@@ -224,9 +224,9 @@ def test_some_labels_are_taken_away_in_training():
     label = np.arange(4000) % 10
     key = jax.random.key(0)
     with_dropout = np.asarray(
-        experiment._labels(config_with(train__label_dropout=0.25), key, label)
+        experiment.labels_for(config_with(train__label_dropout=0.25), key, label)
     )
     taken = with_dropout == 10
     assert abs(taken.mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 4000)
     np.testing.assert_array_equal(with_dropout[~taken], label[~taken])
-    assert experiment._labels(config_with(train__label_dropout=0.0), key, label) is label
+    assert experiment.labels_for(config_with(train__label_dropout=0.0), key, label) is label

@@ -19,6 +19,7 @@ import time
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from diffusion.checkpoint import CheckpointError, Checkpoints
 from tests.conftest import ROOT
@@ -208,6 +209,20 @@ def ours(folder):
         assert len(lines) <= 5
     for step, name in ((8, "right"), (4, "older")):
         if same(state, make_state(step)):
+            return name
+    return "wrong"
+
+
+def bare_orbax(folder):
+    """How orbax alone takes it; a new reader of its newest step."""
+    with contextlib.closing(ocp.CheckpointManager(folder)) as manager:
+        args = ocp.args.Composite(ema=ocp.args.StandardRestore(abstract().ema))
+        try:
+            ema = manager.restore(manager.latest_step(), args=args)["ema"]
+        except Exception:
+            return "refused"
+    for step, name in ((8, "right"), (4, "older")):
+        if same(ema, make_state(step).ema):
             return name
     return "wrong"
 

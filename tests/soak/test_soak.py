@@ -15,15 +15,15 @@ import sys
 import time
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
+from diffusion.checkpoint import Checkpoints
 from diffusion.ingest import pictures
 from diffusion.weights import files, tensors
 from diffusion.weights.files import WeightsError
 from tests import tiny_tfds, trials
 from tests.conftest import ROOT
-from tests.test_checkpoint import abstract, make_state
+from tests.test_checkpoint import DAMAGES, make_state
 from tests.test_main import WRONG
 from tests.test_pictures import MALFORMED
 from tests.trials import ENDLESS, TINY, ended, run, start, until
@@ -47,20 +47,7 @@ def test_damage(tmp_path, figures):
 
 def test_damage_to_bare_orbax(tmp_path, figures):
     """The control: seen to fail."""
-
-    def bare(folder):
-        with contextlib.closing(ocp.CheckpointManager(folder)) as manager:
-            args = {"ema": ocp.args.StandardRestore(abstract().ema)}
-            try:
-                found = manager.restore(manager.latest_step(), args=ocp.args.Composite(**args))
-            except Exception:
-                return "refused"
-        for step, name in ((8, "right"), (4, "older")):
-            if trials.same(found["ema"], make_state(step).ema):
-                return name
-        return "wrong"
-
-    found = trials.damaged(tmp_path, 80, np.random.default_rng(1), bare)
+    found = trials.damaged(tmp_path, 80, np.random.default_rng(1), trials.bare_orbax)
     assert found["wrong"] > 0 and found["older"] == 0
     figures("R3 bare orbax", {"damages": 80} | found)
 
@@ -176,10 +163,18 @@ def test_wrong_configs(tmp_path, figures):
 
 
 def test_stray_steps(tmp_path, figures):
-    """R16: empty, half-copied, renamed and uncommitted steps are in test_checkpoint.py's table."""
-    from tests.test_checkpoint import DAMAGES
-
-    figures("R16", {"kinds, none restored (tests/test_checkpoint.py)": len(DAMAGES)})
+    """R16: empty, half-copied, renamed, uncommitted and other bad steps, one kind at a time."""
+    found = {"older": 0, "right": 0}
+    for name, (inflict, bad, _) in DAMAGES.items():
+        run_ = tmp_path / name.replace(" ", "_")
+        with contextlib.closing(Checkpoints(run_)) as checkpoints:
+            for step in (4, 8):
+                checkpoints.save(step, make_state(step))
+                checkpoints.wait()
+        inflict(run_)
+        found[trials.ours(run_)] += 1
+        assert f"{bad}.bad1" in [p.name for p in run_.iterdir()]
+    figures("R16", {"kinds": len(DAMAGES)} | found | {"bad ones restored": 0})
 
 
 def test_clock_jumps(tmp_path, figures):
@@ -274,7 +269,7 @@ def test_goodput(tmp_path, figures):
     took = time.monotonic() - began
     pace = np.median(list(trials.logged(workdir, "train/steps_per_s").values()))
     goodput = 10 * every / pace / took
-    stall = re.search(r"([\d.]+)% save", out)[1]
+    stall = re.search(r"([\d.]+)% saving", out)[1]
     found = {"killed after": f"{killed_at:.0f} s", "goodput": f"{goodput:.1%}"}
     figures("R22", found | {"saves stall": f"{stall}%"})
     assert goodput > 0.9 and float(stall) < 1
