@@ -13,7 +13,8 @@ test: $(VENV)/test ## every test
 	$(VENV)/bin/python -m pytest -n 2
 
 soak: $(VENV)/test ## the promises of docs/reliability.md, often: 25 minutes
-	$(VENV)/bin/python -m pytest -n 2 tests/soak
+	$(VENV)/bin/python -m pytest -n 2 -m "not alone" tests/soak
+	$(VENV)/bin/python -m pytest -m alone tests/soak
 
 bench: $(VENV)/bench ## what docs/performance.md asks of an NVIDIA GPU, beside PyTorch
 	for part in train sample profile; do \
