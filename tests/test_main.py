@@ -461,7 +461,7 @@ def test_training_step_and_sampler_lower_for_tpu_and_cuda(dtype):
     config.model.dtype = dtype
     x = experiment.build(config)
     state = experiment.abstract_state(x)
-    images = jax.ShapeDtypeStruct((50_000, 32, 32, 3), np.uint8)
+    images = jax.ShapeDtypeStruct((50_000, 32 * 32 * 3), np.uint8)
     labels = jax.ShapeDtypeStruct((50_000,), np.int32)
     platforms = ["tpu", "cuda"]
     with jax.numpy_dtype_promotion("standard"):  # optax multiplies its counter with floats
