@@ -176,6 +176,14 @@ def _compiled_update(config, x, batch, sharding):
     return jax.jit(update, donate_argnums=0, **shardings)
 
 
+def output(
+    x: Experiment, params: Any, x_t: Array, t: Array, y: Array | None = None, **options
+) -> Array:
+    """The network's (options: of its `apply`), the images being cut over the devices of x.mesh."""
+    with jax.sharding.use_abstract_mesh(x.mesh.abstract_mesh):
+        return x.net.apply({"params": params}, x_t, t, y, **options)
+
+
 def in_training(config: ConfigDict, x: Experiment) -> tuple[Callable, dict[str, Any]]:
     """(apply, options) for train.make_gradient: as the training takes its gradient.
 
@@ -183,8 +191,7 @@ def in_training(config: ConfigDict, x: Experiment) -> tuple[Callable, dict[str, 
     """
 
     def apply(params, key, x_t, t, label):
-        rngs = {"dropout": key}
-        return x.net.apply({"params": params}, x_t, t, label, train=True, rngs=rngs)
+        return output(x, params, x_t, t, label, train=True, rngs={"dropout": key})
 
     return apply, {k: config.optim[k] for k in ("accumulate", "clip_groups", "clip")}
 
@@ -252,7 +259,7 @@ def make_predictor(config: ConfigDict, x: Experiment, variance: targets.Variance
     def predictor(params: Any, label: Array) -> targets.Predict:
         def apply(x_t, t, y):
             y = y if classes else None
-            return x.net.apply({"params": params}, x_t, t, y, train=False)
+            return output(x, params, x_t, t, y, train=False)
 
         network = functools.partial(apply, y=label)
         if c.guidance:

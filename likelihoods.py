@@ -263,7 +263,7 @@ def by_ode(
     def eps(params, label, x_t, t):
         def apply(x_t, t):
             y = label if x.net.num_classes else None
-            return x.net.apply({"params": params}, x_t, t, y, train=False)
+            return experiment.output(x, params, x_t, t, y, train=False)
 
         return ode.noise_of(x.p, apply, target)(x_t, t)
 

@@ -92,7 +92,7 @@ def likelihood_part(config: ConfigDict, x: experiment.Experiment) -> Iterator[Me
     batch = likelihoods.Batch(*(train.spread(a, split, a.shape) for a in arrays))
 
     def apply(params, label):
-        return lambda x_t, t: x.net.apply({"params": params}, x_t, t, train=False)
+        return lambda x_t, t: experiment.output(x, params, x_t, t, train=False)
 
     def alone(p, network, keys, x_0):
         return network_alone(network, x_0, p.model_t[1:])

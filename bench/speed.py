@@ -199,7 +199,7 @@ def _network(x, params, size, model_ts) -> Callable[[], None]:
 
     def chained(params, images):
         def apply(x_t, t):
-            return x.net.apply({"params": params}, x_t, t, train=False)
+            return experiment.output(x, params, x_t, t, train=False)
 
         return network_alone(apply, images, model_ts)
 

@@ -12,9 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
+
+from diffusion import winograd
 
 EPSILON = 1e-6  # of the normalisation, officially
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+CUT, WHOLE = PartitionSpec("data"), PartitionSpec()
 
 
 def group_norm(
@@ -105,33 +109,73 @@ def _normalised(x, mean, deviation, scale, bias, after):
     return after(x * (deviation * scale[None])[:, None, None] + bias[None, None, None])
 
 
-LARGE = 32 * 32 * 64 * 64  # height, width and channels: from here on a CPU's own way is faster
+# Height * width * channels in * channels out, from which on Winograd's way is the faster one:
+LARGE, LARGE_IN_TRAINING = 2**21, 2**23
 
 
 def convolve(x: Array, kernel: Array, strides: Any, padding: Any, **options) -> Array:
-    """`lax.conv_general_dilated`, for nn.Conv in training: XLA's except where that is slow.
+    """`lax.conv_general_dilated` for nn.Conv; on a CPU a large 3x3 one takes Winograd's way.
 
-    x [b, h, w, c], kernel [kh, kw, c, o] -> [b, h', w', o]. On a CPU the gradient by a large 3x3
-    kernel takes another way, which has no forward mode (docs/performance.md has the times).
+    x [b, h, w, c], kernel [kh, kw, c, o] -> [b, h', w', o].
     """
-    large = math.prod(x.shape[1:]) * kernel.shape[-1] >= LARGE
-    if large and kernel.shape[:2] == (3, 3) and set(strides) == {1} and padding == "SAME":
+    if _is_large(LARGE, x, kernel, strides, padding):
         return _convolve_3x3(x, kernel)
     return lax.conv_general_dilated(x, kernel, strides, padding, **options)
+
+
+def convolve_in_training(x: Array, kernel: Array, strides: Any, padding: Any, **options) -> Array:
+    """`convolve` with Winograd's way back too; no forward mode."""
+    if _is_large(LARGE_IN_TRAINING, x, kernel, strides, padding):
+        return _convolve_3x3_in_training(_parts(x), x, kernel)
+    return lax.conv_general_dilated(x, kernel, strides, padding, **options)
+
+
+def _is_large(least, x, kernel, strides, padding):
+    """And 3x3, of float32, with sides that Winograd's tiles cover."""
+    plain = kernel.shape[:2] == (3, 3) and set(strides) == {1} and padding == "SAME"
+    even = x.shape[1] % 2 == x.shape[2] % 2 == 0 and x.dtype == kernel.dtype == jnp.float32
+    return plain and even and math.prod(x.shape[1:]) * kernel.shape[-1] >= least
+
+
+def _parts(x):
+    """The devices that the images are cut over, if the caller said so (jax.sharding.use_mesh)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or x.shape[0] % mesh.size else mesh
+
+
+def _convolve_3x3(x, kernel, mesh=None):
+    mesh = mesh or _parts(x)
+    fast = winograd.convolve
+    if mesh:
+        fast = jax.shard_map(fast, mesh=mesh, in_specs=(CUT, WHOLE), out_specs=CUT)
+    return lax.platform_dependent(x, kernel, cpu=fast, default=_of_xla)
 
 
 def _of_xla(x, kernel):
     return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=DIMENSIONS)
 
 
-def _backward_of_convolution(saved, g):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _convolve_3x3_in_training(mesh, x, kernel):
+    return _convolve_3x3(x, kernel, mesh)
+
+
+def _backward_of_convolution(mesh, saved, g):
     x, kernel = saved
-    (by_x,) = jax.linear_transpose(lambda x: _of_xla(x, kernel), x)(g)
-    return by_x, lax.platform_dependent(x, g, cpu=by_kernel_in_products, default=by_kernel_of_xla)
+
+    def by_kernel(x, g):
+        return lax.psum(winograd.by_kernel(x, g), mesh.axis_names)
+
+    fast = winograd.by_kernel
+    if mesh:
+        fast = jax.shard_map(by_kernel, mesh=mesh, in_specs=(CUT, CUT), out_specs=WHOLE)
+    by_x = _convolve_3x3(g, kernel[::-1, ::-1].swapaxes(2, 3), mesh)
+    return by_x, lax.platform_dependent(x, g, cpu=fast, default=by_kernel_of_xla)
 
 
-_convolve_3x3 = jax.custom_vjp(_of_xla)
-_convolve_3x3.defvjp(lambda x, kernel: (_of_xla(x, kernel), (x, kernel)), _backward_of_convolution)
+_convolve_3x3_in_training.defvjp(
+    lambda mesh, x, kernel: (_convolve_3x3(x, kernel, mesh), (x, kernel)), _backward_of_convolution
+)
 
 
 def by_kernel_of_xla(x: Array, g: Array) -> Array:
@@ -141,24 +185,6 @@ def by_kernel_of_xla(x: Array, g: Array) -> Array:
     """
     kernel = jax.ShapeDtypeStruct((3, 3, x.shape[-1], g.shape[-1]), x.dtype)
     return jax.linear_transpose(lambda kernel: _of_xla(x, kernel), kernel)(g)[0]
-
-
-def by_kernel_in_products(x: Array, g: Array) -> Array:
-    """`by_kernel_of_xla` as three matrix products, one for each row of the kernel.
-
-    Each is of x, moved by a row, with g moved by three columns side by side: on a CPU up to three
-    times as fast as XLA's, and slower for the smallest (docs/performance.md).
-    """
-    _, height, width, c = x.shape
-    o = g.shape[-1]
-    x = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))
-    g = jnp.pad(g, ((0, 0), (0, 0), (1, 1), (0, 0)))
-    moved = [g[:, :, 2 - j : 2 - j + width] for j in range(3)]
-    columns = jnp.concatenate(moved, axis=-1).reshape(-1, 3 * o)
-    rows = [x[:, i : i + height].reshape(-1, c) for i in range(3)]
-    product = functools.partial(jnp.einsum, "nc,no->co", preferred_element_type=jnp.float32)
-    found = jnp.stack([product(row, columns) for row in rows]).reshape(3, c, 3, o)
-    return found.swapaxes(1, 2).astype(x.dtype)
 
 
 def attention(q: Array, k: Array, v: Array) -> Array:

@@ -42,8 +42,8 @@ def conv(
     train: its gradient may take another way than XLA's, and then has no forward mode.
     Source: official `nn.py`, `conv2d`.
     """
-    options = {"conv_general_dilated": ops.convolve} if train else {}
-    options |= {"kernel_init": init(scale), "dtype": dtype, "name": name}
+    options = {"kernel_init": init(scale), "dtype": dtype, "name": name}
+    options["conv_general_dilated"] = ops.convolve_in_training if train else ops.convolve
     return nn.Conv(features, (3, 3), stride, **options)
 
 

@@ -53,7 +53,8 @@ LAYERS = {
     # With its entropy coder, once there is one.
     "codec": {"numpy", "diffusion.rec", "diffusion.process", "diffusion.targets"},
     "rec": {"numpy", "diffusion.process", "diffusion.targets"},
-    "ops": {"jax"},
+    "winograd": {"jax"},
+    "ops": {"jax", "diffusion.winograd"},
     "unet": {"jax", "flax.linen", "diffusion.ops"},
     "inception": {"jax", "flax.linen", "numpy"},
     "train": {"jax", "optax", "numpy", "scipy"},

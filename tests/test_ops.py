@@ -88,71 +88,99 @@ def test_only_the_input_and_two_numbers_a_channel_are_kept():
 
 # --- Convolution ---------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("by_kernel", [ops.by_kernel_of_xla, ops.by_kernel_in_products])
-@pytest.mark.parametrize("height, width", [(5, 7), (8, 4)])
-def test_the_gradient_by_the_kernel_is_the_adjoint(by_kernel, height, width):
-    """sum(g * conv(x, k)) = sum(k * gradient(x, g)) for any kernel k."""
-    x, g = normal(0, 2, height, width, 3), normal(1, 2, height, width, 4)
-    kernel = normal(2, 3, 3, 3, 4)
-    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    y = sum(
-        padded[:, i : i + height, j : j + width] @ kernel[i, j] for i in range(3) for j in range(3)
-    )
-    found = by_kernel(jnp.asarray(x, jnp.float32), jnp.asarray(g, jnp.float32))
-    assert found.shape == kernel.shape
-    # Sums of 70 float32 products, then of 108.
-    np.testing.assert_allclose(np.sum(kernel * np.asarray(found)), np.sum(g * y), rtol=1e-5)
+OPTIONS = {"dimension_numbers": ops.DIMENSIONS}
 
 
-def test_a_large_convolution_is_xla_s_with_its_gradients():
-    x, kernel = normal(0, 1, 32, 32, 128), normal(1, 3, 3, 128, 128) / 34
-    x, kernel = jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
-    options = {"dimension_numbers": ops.DIMENSIONS}
-    plain = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", **options)  # noqa: E731
-    ours = lambda x, k: ops.convolve(x, k, (1, 1), "SAME", **options)  # noqa: E731
-    assert "custom_vjp" in str(jax.make_jaxpr(ours)(x, kernel))  # or nothing would be compared
-    g = jnp.asarray(normal(2, 1, 32, 32, 128), jnp.float32)
-    for f, h in (
-        (plain, ours),
-        (lambda *a: jax.vjp(plain, *a)[1](g), lambda *a: jax.vjp(ours, *a)[1](g)),
-    ):
-        for a, b in zip(
-            *map(jax.tree.leaves, (jax.jit(f)(x, kernel), jax.jit(h)(x, kernel))), strict=True
-        ):
-            # Sums of 1152 products forwards, of 1024 backwards, in another order.
-            np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * np.abs(a).max())
+def of_xla(x, kernel):
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", **OPTIONS)
+
+
+def ours(x, kernel):
+    return ops.convolve(x, kernel, (1, 1), "SAME", **OPTIONS)
+
+
+def in_training(x, kernel):
+    return ops.convolve_in_training(x, kernel, (1, 1), "SAME", **OPTIONS)
+
+
+def with_gradients(f, g):
+    def run(x, kernel):
+        y, pull = jax.vjp(f, x, kernel)
+        return y, *pull(g)
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("convolve", [ours, in_training])
+@pytest.mark.parametrize("devices", [0, 1, 4])
+def test_a_large_convolution_is_xla_s_with_its_gradients(convolve, devices):
+    """Also where the images are cut over devices, and the caller has said so."""
+    x, kernel = normal(0, 4, 16, 16, 128), normal(1, 3, 3, 128, 256) / 34
+    g = normal(2, 4, 16, 16, 256)
+    x, kernel, g = (jnp.asarray(a, jnp.float32) for a in (x, kernel, g))
+    expected = with_gradients(of_xla, g)(x, kernel)
+    if devices:
+        chosen = jax.devices()[:devices]
+        mesh = jax.make_mesh((devices,), ("data",), (jax.sharding.AxisType.Auto,), devices=chosen)
+        cut = jax.sharding.NamedSharding(mesh, ops.CUT)
+        x, g = jax.device_put((x, g), cut)
+        kernel = jax.device_put(kernel, jax.sharding.NamedSharding(mesh, ops.WHOLE))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            program = with_gradients(convolve, g).lower(x, kernel)
+        compiled = program.compile()
+        found = compiled(x, kernel)
+        if convolve is in_training and devices > 1:  # the gradient's sum, and nothing else
+            assert "all-gather" not in compiled.as_text()
+    else:
+        found = with_gradients(convolve, g)(x, kernel)
+    for a, b in zip(expected, found, strict=True):
+        # Sums of 1,152 and 2,304 products forwards, of 1,024 backwards, in another order.
+        np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * np.abs(a).max())
+
+
+def test_the_way_forward_too():
+    """The divergence of the probability flow is made of these."""
+    x, kernel, v = normal(0, 1, 16, 16, 128), normal(1, 3, 3, 128, 128), normal(2, 1, 16, 16, 128)
+    x, kernel, v = (jnp.asarray(a, jnp.float32) for a in (x, kernel, v))
+    found = jax.jvp(lambda x: ours(x, kernel), (x,), (v,))[1]
+    expected = of_xla(v, kernel)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+def traced(convolve, shape, kernel, strides=(1, 1), dtype="float32"):
+    shapes = [jax.ShapeDtypeStruct(s, dtype) for s in (shape, kernel)]
+    f = lambda x, k: convolve(x, k, strides, "SAME", **OPTIONS)  # noqa: E731
+    return str(jax.make_jaxpr(f)(*shapes))
 
 
 @pytest.mark.parametrize(
-    "shape, kernel, strides",
+    "shape, kernel, options",
     [
-        ((1, 8, 8, 128), (3, 3, 128, 128), (1, 1)),  # a small image
-        ((1, 32, 32, 32), (3, 3, 32, 32), (1, 1)),  # few channels
-        ((1, 64, 64, 128), (3, 3, 128, 128), (2, 2)),
-        ((1, 64, 64, 128), (1, 1, 128, 128), (1, 1)),
+        ((1, 8, 8, 128), (3, 3, 128, 128), {}),  # a small image
+        ((1, 32, 32, 32), (3, 3, 32, 32), {}),  # few channels
+        ((1, 33, 64, 128), (3, 3, 128, 128), {}),  # of an odd height
+        ((1, 64, 64, 128), (3, 3, 128, 128), {"strides": (2, 2)}),
+        ((1, 64, 64, 128), (1, 1, 128, 128), {}),
+        ((1, 64, 64, 128), (3, 3, 128, 128), {"dtype": "bfloat16"}),
     ],
 )
-def test_every_other_convolution_is_left_alone(shape, kernel, strides):
-    f = lambda x, k: ops.convolve(x, k, strides, "SAME", dimension_numbers=ops.DIMENSIONS)  # noqa: E731
-    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, kernel)]
-    assert "custom_vjp" not in str(jax.make_jaxpr(f)(*shapes))
+@pytest.mark.parametrize("convolve", [ops.convolve, ops.convolve_in_training])
+def test_every_other_convolution_is_left_alone(convolve, shape, kernel, options):
+    assert "dot_general" in traced(convolve, (1, 64, 64, 128), (3, 3, 128, 128))
+    assert "dot_general" not in traced(convolve, shape, kernel, **options)
 
 
-def test_only_a_cpu_takes_the_three_products():
+def test_only_a_cpu_takes_winograd_s_way():
     def lowered(platform):
         shape = jax.ShapeDtypeStruct((1, 32, 32, 128), jnp.float32)
         kernel = jax.ShapeDtypeStruct((3, 3, 128, 128), jnp.float32)
-        f = lambda x, k: ops.convolve(x, k, (1, 1), "SAME").sum()  # noqa: E731
-        return (
-            jax.jit(jax.grad(f, 1))
-            .trace(shape, kernel)
-            .lower(lowering_platforms=(platform,))
-            .as_text()
-        )
+        gradient = jax.jit(jax.grad(lambda *a: in_training(*a).sum(), (0, 1)))
+        return gradient.trace(shape, kernel).lower(lowering_platforms=(platform,)).as_text()
 
-    assert lowered("cpu").count("dot_general") == 3
-    assert lowered("tpu").count("dot_general") == lowered("cuda").count("dot_general") == 0
+    for platform in ("tpu", "cuda"):
+        text = lowered(platform)
+        assert "dot_general" not in text and "stablehlo.convolution" in text
+    assert "stablehlo.convolution" not in lowered("cpu")
 
 
 # --- Attention -----------------------------------------------------------------------------------
