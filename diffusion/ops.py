@@ -116,75 +116,77 @@ LARGE, LARGE_IN_TRAINING = 2**21, 2**23
 def convolve(x: Array, kernel: Array, strides: Any, padding: Any, **options) -> Array:
     """`lax.conv_general_dilated` for nn.Conv; on a CPU a large 3x3 one takes Winograd's way.
 
-    x [b, h, w, c], kernel [kh, kw, c, o] -> [b, h', w', o].
+    x [b, h, w, c], kernel [kh, kw, c, o] -> [b, h', w', o]. Where the images are cut over devices,
+    `jax.sharding.use_abstract_mesh` around the call says so; else a CPU would gather them first.
     """
     if _is_large(LARGE, x, kernel, strides, padding):
-        return _convolve_3x3(x, kernel)
+        return _convolve_3x3(_devices(x), x, kernel)
     return lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
 
 def convolve_in_training(x: Array, kernel: Array, strides: Any, padding: Any, **options) -> Array:
     """`convolve` with Winograd's way back too; no forward mode."""
     if _is_large(LARGE_IN_TRAINING, x, kernel, strides, padding):
-        return _convolve_3x3_in_training(_parts(x), x, kernel)
+        return _convolve_3x3_in_training(_devices(x), x, kernel)
     return lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
 
 def _is_large(least, x, kernel, strides, padding):
-    """And 3x3, of float32, with sides that Winograd's tiles cover."""
+    """And 3x3, of float32, for more than a picture's channels and sides that the tiles cover."""
     plain = kernel.shape[:2] == (3, 3) and set(strides) == {1} and padding == "SAME"
     even = x.shape[1] % 2 == x.shape[2] % 2 == 0 and x.dtype == kernel.dtype == jnp.float32
-    return plain and even and math.prod(x.shape[1:]) * kernel.shape[-1] >= least
+    *_, c, o = kernel.shape
+    return plain and even and min(c, o) >= 32 and x.shape[1] * x.shape[2] * c * o >= least
 
 
-def _parts(x):
-    """The devices that the images are cut over, if the caller said so (jax.sharding.use_mesh)."""
+def _devices(x):
+    """Those that the images are cut over, an abstract mesh, or None."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or x.shape[0] % mesh.size else mesh
 
 
-def _convolve_3x3(x, kernel, mesh=None):
-    mesh = mesh or _parts(x)
-    fast = winograd.convolve
+def _convolve_3x3(mesh, x, kernel):
+    return _chosen(mesh, winograd.convolve, _of_xla, (CUT, WHOLE), x, kernel)
+
+
+def _backward_of_convolution(mesh, saved, g):
+    x, kernel = saved
+
+    def by_x(g, kernel):
+        return winograd.convolve(g, kernel[::-1, ::-1].swapaxes(2, 3))
+
+    def by_x_of_xla(g, kernel):
+        return jax.linear_transpose(lambda x: _of_xla(x, kernel), x)(g)[0]
+
+    def by_kernel(x, g):
+        found = winograd.by_kernel(x, g)
+        return lax.psum(found, mesh.axis_names) if mesh else found
+
+    def by_kernel_of_xla(x, g):
+        return jax.linear_transpose(lambda kernel: _of_xla(x, kernel), kernel)(g)[0]
+
+    return (
+        _chosen(mesh, by_x, by_x_of_xla, (CUT, WHOLE), g, kernel),
+        _chosen(mesh, by_kernel, by_kernel_of_xla, (CUT, CUT), x, g),
+    )
+
+
+def _chosen(mesh, fast, of_xla, specs, *arrays):
+    """fast(*arrays) on a CPU, on each device for its images; of_xla(*arrays) elsewhere."""
     if mesh:
-        fast = jax.shard_map(fast, mesh=mesh, in_specs=(CUT, WHOLE), out_specs=CUT)
-    return lax.platform_dependent(x, kernel, cpu=fast, default=_of_xla)
+        out = CUT if WHOLE in specs else WHOLE  # an image for an image, or a sum over all
+        fast = jax.shard_map(fast, mesh=mesh, in_specs=specs, out_specs=out)
+    return lax.platform_dependent(*arrays, cpu=fast, default=of_xla)
 
 
 def _of_xla(x, kernel):
     return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=DIMENSIONS)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _convolve_3x3_in_training(mesh, x, kernel):
-    return _convolve_3x3(x, kernel, mesh)
-
-
-def _backward_of_convolution(mesh, saved, g):
-    x, kernel = saved
-
-    def by_kernel(x, g):
-        return lax.psum(winograd.by_kernel(x, g), mesh.axis_names)
-
-    fast = winograd.by_kernel
-    if mesh:
-        fast = jax.shard_map(by_kernel, mesh=mesh, in_specs=(CUT, CUT), out_specs=WHOLE)
-    by_x = _convolve_3x3(g, kernel[::-1, ::-1].swapaxes(2, 3), mesh)
-    return by_x, lax.platform_dependent(x, g, cpu=fast, default=by_kernel_of_xla)
-
-
+_convolve_3x3_in_training = jax.custom_vjp(_convolve_3x3, nondiff_argnums=(0,))
 _convolve_3x3_in_training.defvjp(
-    lambda mesh, x, kernel: (_convolve_3x3(x, kernel, mesh), (x, kernel)), _backward_of_convolution
+    lambda mesh, x, kernel: (_convolve_3x3(mesh, x, kernel), (x, kernel)), _backward_of_convolution
 )
-
-
-def by_kernel_of_xla(x: Array, g: Array) -> Array:
-    """The gradient by the kernel of a 3x3 'SAME' convolution of x, g being that by its output.
-
-    x [b, h, w, c], g [b, h, w, o] -> [3, 3, c, o].
-    """
-    kernel = jax.ShapeDtypeStruct((3, 3, x.shape[-1], g.shape[-1]), x.dtype)
-    return jax.linear_transpose(lambda kernel: _of_xla(x, kernel), kernel)(g)[0]
 
 
 def attention(q: Array, k: Array, v: Array) -> Array:

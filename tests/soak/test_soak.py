@@ -260,7 +260,7 @@ def test_goodput(tmp_path, figures):
     whole = {"XLA_FLAGS": ""}  # compiled as users' runs are
 
     def until_drawing(workdir, *more):
-        """(when the first step began, when the last one had ended, the line of the time's shares)."""
+        """(when the first step began, when the last had ended, the line of the time's shares)."""
         with start(*args, f"--workdir={workdir}", *more, **whole) as process:
             until(process, "training ")
             began = time.monotonic()
