@@ -111,6 +111,7 @@ def _normalised(x, mean, deviation, scale, bias, after):
 
 # Height * width * channels in * channels out, from which on Winograd's way is the faster one:
 LARGE, LARGE_IN_TRAINING = 2**21, 2**23
+MOST = 2**20  # numbers of an image, beyond which its tiles leave the cache: XLA's is faster again
 
 
 def convolve(x: Array, kernel: Array, strides: Any, padding: Any, **options) -> Array:
@@ -146,13 +147,14 @@ def _devices(x):
 
 
 def _convolve_3x3(mesh, x, kernel):
-    return _chosen(mesh, winograd.convolve, _of_xla, (CUT, WHOLE), x, kernel)
+    fast = winograd.convolve if math.prod(x.shape[1:]) <= MOST else _of_xla
+    return _chosen(mesh, fast, _of_xla, (CUT, WHOLE), x, kernel)
 
 
 def _backward_of_convolution(mesh, saved, g):
     x, kernel = saved
 
-    def by_x(g, kernel):
+    def by_x_of_winograd(g, kernel):
         return winograd.convolve(g, kernel[::-1, ::-1].swapaxes(2, 3))
 
     def by_x_of_xla(g, kernel):
@@ -165,10 +167,9 @@ def _backward_of_convolution(mesh, saved, g):
     def by_kernel_of_xla(x, g):
         return jax.linear_transpose(lambda kernel: _of_xla(x, kernel), kernel)(g)[0]
 
-    return (
-        _chosen(mesh, by_x, by_x_of_xla, (CUT, WHOLE), g, kernel),
-        _chosen(mesh, by_kernel, by_kernel_of_xla, (CUT, CUT), x, g),
-    )
+    fast = by_x_of_winograd if math.prod(g.shape[1:]) <= MOST else by_x_of_xla
+    by_x = _chosen(mesh, fast, by_x_of_xla, (CUT, WHOLE), g, kernel)
+    return by_x, _chosen(mesh, by_kernel, by_kernel_of_xla, (CUT, CUT), x, g)
 
 
 def _chosen(mesh, fast, of_xla, specs, *arrays):

@@ -111,6 +111,15 @@ def with_gradients(f, g):
     return jax.jit(run)
 
 
+def test_an_image_beyond_the_cache_is_xla_s():
+    shapes = (1, 128, 128, 128), (3, 3, 128, 128)
+    for convolve in (ops.convolve, ops.convolve_in_training):
+        assert "dot_general" not in traced(convolve, *shapes)
+    x, kernel = (jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)
+    text = jax.jit(jax.grad(lambda *a: in_training(*a).sum(), 1)).lower(x, kernel).as_text()
+    assert text.count("dot_general") >= 16  # the gradient by the kernel is not
+
+
 @pytest.mark.parametrize("convolve", [ours, in_training])
 @pytest.mark.parametrize("devices", [0, 1, 4])
 def test_a_large_convolution_is_xla_s_with_its_gradients(convolve, devices):
