@@ -257,6 +257,7 @@ def test_goodput(tmp_path, figures):
     """
     args = (f"--config={ROOT}/configs/digits.py", "--config.train.eval_every=0")
     args += ("--config.train.sample_every=1000000", "--config.train.log_every=50")
+    args += ("--config.sampler.steps=20",)  # the last pictures are soon drawn
     whole = {"XLA_FLAGS": ""}  # compiled as users' runs are
 
     def until_drawing(workdir, *more):
