@@ -179,7 +179,11 @@ def _compiled_update(config, x, batch, sharding):
 def output(
     x: Experiment, params: Any, x_t: Array, t: Array, y: Array | None = None, **options
 ) -> Array:
-    """The network's (options: of its `apply`), the images being cut over the devices of x.mesh."""
+    """The network's at images x_t [b, h, w, c], times t [b] and labels y int[b] or None.
+
+    Returns [b, h, w, out_ch]. options: of x.net.apply. The images are cut over the devices of
+    x.mesh, as ops.convolve wants to be told.
+    """
     with jax.sharding.use_abstract_mesh(x.mesh.abstract_mesh):
         return x.net.apply({"params": params}, x_t, t, y, **options)
 

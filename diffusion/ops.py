@@ -18,7 +18,6 @@ from diffusion import winograd
 
 EPSILON = 1e-6  # of the normalisation, officially
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
-CUT, WHOLE = PartitionSpec("data"), PartitionSpec()
 
 
 def group_norm(
@@ -148,7 +147,7 @@ def _devices(x):
 
 def _convolve_3x3(mesh, x, kernel):
     fast = winograd.convolve if math.prod(x.shape[1:]) <= MOST else _of_xla
-    return _chosen(mesh, fast, _of_xla, (CUT, WHOLE), x, kernel)
+    return _chosen(mesh, fast, _of_xla, (True, False, True), x, kernel)
 
 
 def _backward_of_convolution(mesh, saved, g):
@@ -168,15 +167,18 @@ def _backward_of_convolution(mesh, saved, g):
         return jax.linear_transpose(lambda kernel: _of_xla(x, kernel), kernel)(g)[0]
 
     fast = by_x_of_winograd if math.prod(g.shape[1:]) <= MOST else by_x_of_xla
-    by_x = _chosen(mesh, fast, by_x_of_xla, (CUT, WHOLE), g, kernel)
-    return by_x, _chosen(mesh, by_kernel, by_kernel_of_xla, (CUT, CUT), x, g)
+    by_x = _chosen(mesh, fast, by_x_of_xla, (True, False, True), g, kernel)
+    return by_x, _chosen(mesh, by_kernel, by_kernel_of_xla, (True, True, False), x, g)
 
 
-def _chosen(mesh, fast, of_xla, specs, *arrays):
-    """fast(*arrays) on a CPU, on each device for its images; of_xla(*arrays) elsewhere."""
+def _chosen(mesh, fast, of_xla, cut, *arrays):
+    """fast(*arrays) on a CPU, on each device for its images; of_xla(*arrays) elsewhere.
+
+    cut: of each array, and last of the result, whether it is of images, cut over the devices.
+    """
     if mesh:
-        out = CUT if WHOLE in specs else WHOLE  # an image for an image, or a sum over all
-        fast = jax.shard_map(fast, mesh=mesh, in_specs=specs, out_specs=out)
+        *given, out = (PartitionSpec(mesh.axis_names if c else None) for c in cut)
+        fast = jax.shard_map(fast, mesh=mesh, in_specs=tuple(given), out_specs=out)
     return lax.platform_dependent(*arrays, cpu=fast, default=of_xla)
 
 

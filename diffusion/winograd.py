@@ -7,8 +7,8 @@
 F(2x2, 3x3) of Winograd, as in Lavin and Gray (arXiv 1509.09308, Section 4.1): tile and kernel are
 carried to 4x4 numbers each, these are multiplied one by one, for all channels and tiles a product
 of matrices, and the products are carried back. A few images are taken at a time, so that all this
-stays in the processor's cache. Sums come in another order, and are as exact: float32 results differ
-from the plain sum's by some 1e-6 of the largest.
+stays in the processor's cache. Float32 results differ from the plain sum's by some 1e-6 of the
+largest.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,10 @@ NUMBERS = 2**18  # of x that are taken at a time, or one image: four times as ma
 
 
 def convolve(x: Array, kernel: Array) -> Array:
-    """The 'SAME' convolution: x [b, h, w, c], kernel [3, 3, c, o] -> [b, h, w, o]; h and w even."""
+    """The 'SAME' convolution: x [b, h, w, c], kernel [3, 3, c, o] -> [b, h, w, o].
+
+    Raises ValueError where h or w is odd.
+    """
     kernels = both_sides(G, kernel)
 
     def some(x):
@@ -41,7 +44,7 @@ def convolve(x: Array, kernel: Array) -> Array:
 def by_kernel(x: Array, g: Array) -> Array:
     """The gradient of `convolve` by the kernel, g [b, h, w, o] being that by its output.
 
-    The way of `convolve`, taken backwards: -> [3, 3, c, o].
+    The way of `convolve`, taken backwards: -> [3, 3, c, o]. Raises ValueError as it does.
     """
 
     def product(a, b):  # of two dimensions each: else XLA would transpose a, in memory
@@ -71,6 +74,8 @@ def in_turns(*arrays: Array) -> tuple[Array, ...]:
 def tiles(x: Array) -> Grid:
     """[b, 2 m, 2 n, c] -> 4x4 of [b, m, n, c]: B on both sides of tiles that overlap by two."""
     _, height, width, _ = x.shape
+    if height % 2 or width % 2:
+        raise ValueError(f"expected an even height and width, found {height}x{width}")
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     return both_sides(
         B, [[x[:, i : i + height : 2, j : j + width : 2] for j in range(4)] for i in range(4)]

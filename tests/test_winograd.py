@@ -71,3 +71,12 @@ def test_a_constant_is_carried_exactly():
     x, kernel = jnp.ones((1, 6, 6, 4)), jnp.ones((3, 3, 4, 2))
     y = winograd.convolve(x, kernel)
     assert (y[0, 1:-1, 1:-1] == 36).all() and (y[0, 0, 0] == 16).all()
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (4, 3), (5, 4)])
+def test_odd_sizes_are_refused(height, width):
+    x = jnp.ones((1, height, width, 2))
+    with pytest.raises(ValueError, match=f"even height and width, found {height}x{width}"):
+        winograd.convolve(x, jnp.ones((3, 3, 2, 2)))
+    with pytest.raises(ValueError, match=f"even height and width, found {height}x{width}"):
+        winograd.by_kernel(x, x)

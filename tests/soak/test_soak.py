@@ -269,6 +269,7 @@ def test_goodput(tmp_path, figures):
             end = time.monotonic()
             shares = until(process, "time ")
             process.communicate()
+        assert process.returncode == 0
         return began, end, shares
 
     def pace(workdir):
