@@ -140,10 +140,15 @@ def make_update(config: ConfigDict, x: Experiment) -> Callable:
     """
     size, flip = config.train.batch_size, config.data.flip
 
-    def draw(key, step, images, labels):
-        return batches.draw(images, labels, key, step, size, flip, x.image_shape)
+    whole = train.replicated(x.mesh)
 
-    return _compiled_update(config, x, draw, train.replicated(x.mesh))
+    def draw(key, step, images, labels):
+        index = batches.chosen(key, step, size, len(labels))
+        # By every device for itself: else they would wait for each other within its loop.
+        index = jax.lax.with_sharding_constraint(index, whole)
+        return batches.taken(images, labels, index, key, step, flip, x.image_shape)
+
+    return _compiled_update(config, x, draw, whole)
 
 
 def make_streamed_update(config: ConfigDict, x: Experiment) -> Callable:

@@ -99,9 +99,9 @@ def training_step(
 ) -> tuple[Any, Callable[[int], None], float]:
     """(the compiled step, to take so many of them, seconds of compiling).
 
-    As in training but for the reading of its metrics. streamed: it is handed one batch again and
-    again; else it draws its batches from 16 MiB on the device. Their bytes are random: what they
-    show has no part in the time.
+    As in training, one step is on the way while the next is asked for. streamed: it is handed one
+    batch again and again; else it draws its batches from 16 MiB on the device. Their bytes are
+    random: what they show has no part in the time.
     """
     size, pixels = config.train.batch_size, math.prod(x.image_shape)
     if streamed:
@@ -120,9 +120,12 @@ def training_step(
 
     def steps(n):
         nonlocal state
+        last = ()
         for _ in range(n):
             state, metrics = update(state, *arrays)
-        jax.block_until_ready(metrics)
+            jax.block_until_ready(last)  # more steps on the way can lock a processor's devices up
+            last = metrics
+        jax.block_until_ready(last)
 
     return update, steps, took
 

@@ -93,32 +93,38 @@ def positions(step: Array, batch_size: int, n: int) -> tuple[Array, Array]:
     return q + place // n_, place % n_
 
 
-def draw(
+def chosen(key: Array, step: Array, batch_size: int, n: int) -> Array:
+    """Which of n images a step takes, uint32[b] in 0..n-1, at any step < 2^31.
+
+    A batch may begin in one epoch and end in the next.
+    """
+    key_order, _ = random.split(key)
+    epoch, place = positions(step, batch_size, n)
+    order = jax.vmap(lambda e, i: shuffled(random.fold_in(key_order, e), i, n))
+    return order(epoch, place)
+
+
+def taken(
     image: Array,
     label: Array,
+    index: Array,
     key: Array,
     step: Array,
-    batch_size: int,
     flip: bool,
     shape: tuple[int, int, int],
 ) -> tuple[Array, Array]:
-    """(x_0 float32[b, h, w, c] in [-1, 1], label int32[b]) of a step, of a set on the device.
+    """(x_0 float32[b, h, w, c] in [-1, 1], label int32[b]) at `index` of a set on the device.
 
     image uint8[n, h * w * c], label int32[n]: the whole set, an image a row. Of another shape, a
-    TPU would copy all of it before it takes a few. shape: (h, w, c). To be called inside a compiled
-    step, at any step < 2^31. A batch may begin in one epoch and end in the next. Raises ValueError
-    for other arrays.
+    TPU would copy all of it before it takes a few. index: what is `chosen`. flip: see `augment`.
+    shape: (h, w, c). To be called inside a compiled step. Raises ValueError for other arrays.
     """
     rows = (*label.shape, math.prod(shape))
     if image.dtype != jnp.uint8 or image.shape != rows or label.ndim != 1:
         found = f"{image.dtype}{list(image.shape)} and {label.dtype}{list(label.shape)}"
         wanted = f"image uint8[n, {rows[-1]}] and label int32[n]"
         raise ValueError(f"expected {wanted}, found {found}")
-    n, (key_order, _) = len(image), random.split(key)
-    epoch, place = positions(step, batch_size, n)
-    order = jax.vmap(lambda e, i: shuffled(random.fold_in(key_order, e), i, n))
-    index = order(epoch, place)
-    return augment(image[index].reshape(batch_size, *shape), key, step, flip), label[index]
+    return augment(image[index].reshape(-1, *shape), key, step, flip), label[index]
 
 
 def augment(image: Array, key: Array, step: Array, flip: bool) -> Array:
@@ -137,7 +143,7 @@ def augment(image: Array, key: Array, step: Array, flip: bool) -> Array:
 def epoch_words(key: Array, first: int, last: int) -> np.ndarray:
     """What names the orders of the epochs first..last on the host: uint32[epochs, ROUNDS].
 
-    key: the one that `draw` is given. It takes JAX to make them and NumPy to use them.
+    key: the one that `chosen` is given. It takes JAX to make them and NumPy to use them.
     """
     key_order, _ = random.split(key)
     word = jax.vmap(lambda e: random.bits(random.fold_in(key_order, e), (ROUNDS,), jnp.uint32))
@@ -145,7 +151,7 @@ def epoch_words(key: Array, first: int, last: int) -> np.ndarray:
 
 
 def indices(words: np.ndarray, first: int, step: int, batch_size: int, n: int) -> np.ndarray:
-    """Which images `draw` takes at a step, int64[b], without JAX.
+    """What is `chosen` at a step, int64[b], without JAX.
 
     words: of the epochs from `first` on. Host integers of 64 bits: exact wherever `positions` is.
     """

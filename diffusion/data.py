@@ -123,11 +123,11 @@ def stream(
     rows: np.ndarray | slice = slice(None),
     workers: int = 0,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(uint8[r, h, w, c], int32[r]) for each of the steps: what batches.draw takes, unflipped.
+    """(uint8[r, h, w, c], int32[r]) for each of the steps: what batches.taken gives, unflipped.
 
-    key: as for `draw`. rows: which of the batch's images are wanted, for a process that feeds only
-    some of the devices. workers: processes that read ahead; 0: threads of this one. What comes
-    depends on neither. Raises DataError.
+    key: as for batches.chosen. rows: which of the batch's images are wanted, for a process that
+    feeds only some of the devices. workers: processes that read ahead; 0: threads of this one. What
+    comes depends on neither. Raises DataError.
     """
     if not len(steps):
         return

@@ -111,23 +111,27 @@ def _normalised(x, mean, deviation, scale, bias, after):
 # Height * width * channels in * channels out, from which on Winograd's way is the faster one:
 LARGE, LARGE_IN_TRAINING = 2**21, 2**23
 MOST = 2**20  # numbers of an image, beyond which its tiles leave the cache: XLA's is faster again
+TILES = 4  # of F4 along a side, below which so few pixels do not pay for the larger kernels
 
 
 def convolve(x: Array, kernel: Array, strides: Any, padding: Any, **options) -> Array:
-    """`lax.conv_general_dilated` for nn.Conv; on a CPU a large 3x3 one takes Winograd's way.
+    """`lax.conv_general_dilated` for nn.Conv; on a CPU a large 3x3 one takes Winograd's F2.
 
     x [b, h, w, c], kernel [kh, kw, c, o] -> [b, h', w', o]. Where the images are cut over devices,
     `jax.sharding.use_abstract_mesh` around the call says so; else a CPU would gather them first.
     """
     if _is_large(LARGE, x, kernel, strides, padding):
-        return _convolve_3x3(_devices(x), x, kernel)
+        return _convolve_3x3(_devices(x), winograd.F2, x, kernel)
     return lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
 
 def convolve_in_training(x: Array, kernel: Array, strides: Any, padding: Any, **options) -> Array:
-    """`convolve` with Winograd's way back too; no forward mode."""
+    """`convolve` with Winograd's way back too, and F4 on large images; no forward mode.
+
+    F4 rounds ten times as coarsely: what is learned does not care, what is measured may.
+    """
     if _is_large(LARGE_IN_TRAINING, x, kernel, strides, padding):
-        return _convolve_3x3_in_training(_devices(x), x, kernel)
+        return _convolve_3x3_in_training(_devices(x), _fastest(x), x, kernel)
     return lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
 
@@ -139,34 +143,39 @@ def _is_large(least, x, kernel, strides, padding):
     return plain and even and min(c, o) >= 32 and x.shape[1] * x.shape[2] * c * o >= least
 
 
+def _fastest(x):
+    sides = x.shape[1:3]
+    large = all(side % winograd.F4.m == 0 and side >= TILES * winograd.F4.m for side in sides)
+    return winograd.F4 if large else winograd.F2
+
+
 def _devices(x):
     """Those that the images are cut over, an abstract mesh, or None."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or x.shape[0] % mesh.size else mesh
 
 
-def _convolve_3x3(mesh, x, kernel):
-    fast = winograd.convolve if math.prod(x.shape[1:]) <= MOST else _of_xla
+def _convolve_3x3(mesh, f, x, kernel):
+    fast = functools.partial(winograd.convolve, f=f)
+    fast = fast if math.prod(x.shape[1:]) <= MOST else _of_xla
     return _chosen(mesh, fast, _of_xla, (True, False, True), x, kernel)
 
 
-def _backward_of_convolution(mesh, saved, g):
+def _backward_of_convolution(mesh, f, saved, g):
     x, kernel = saved
-
-    def by_x_of_winograd(g, kernel):
-        return winograd.convolve(g, kernel[::-1, ::-1].swapaxes(2, 3))
 
     def by_x_of_xla(g, kernel):
         return jax.linear_transpose(lambda x: _of_xla(x, kernel), x)(g)[0]
 
     def by_kernel(x, g):
-        found = winograd.by_kernel(x, g)
+        found = winograd.by_kernel(x, g, f)
         return lax.psum(found, mesh.axis_names) if mesh else found
 
     def by_kernel_of_xla(x, g):
         return jax.linear_transpose(lambda kernel: _of_xla(x, kernel), kernel)(g)[0]
 
-    fast = by_x_of_winograd if math.prod(g.shape[1:]) <= MOST else by_x_of_xla
+    fast = functools.partial(winograd.by_x, f=f)
+    fast = fast if math.prod(g.shape[1:]) <= MOST else by_x_of_xla
     by_x = _chosen(mesh, fast, by_x_of_xla, (True, False, True), g, kernel)
     return by_x, _chosen(mesh, by_kernel, by_kernel_of_xla, (True, True, False), x, g)
 
@@ -186,9 +195,9 @@ def _of_xla(x, kernel):
     return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=DIMENSIONS)
 
 
-_convolve_3x3_in_training = jax.custom_vjp(_convolve_3x3, nondiff_argnums=(0,))
+_convolve_3x3_in_training = jax.custom_vjp(_convolve_3x3, nondiff_argnums=(0, 1))
 _convolve_3x3_in_training.defvjp(
-    lambda mesh, x, kernel: (_convolve_3x3(mesh, x, kernel), (x, kernel)), _backward_of_convolution
+    lambda *args: (_convolve_3x3(*args), args[2:]), _backward_of_convolution
 )
 
 

@@ -1,5 +1,7 @@
 """batches.py: every image once an epoch, in a random order that follows from (key, step)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,12 +21,11 @@ def images(n, h=3, w=4, c=1):
     return x
 
 
-compiled_draw = jax.jit(batches.draw, static_argnums=(4, 5, 6))
-
-
+@functools.partial(jax.jit, static_argnums=(4, 5))
 def draw(x, label, key, step, batch_size, flip):
     """Of images as they are; the set lies in rows."""
-    return compiled_draw(x.reshape(len(x), -1), label, key, step, batch_size, flip, x.shape[1:])
+    index = batches.chosen(key, step, batch_size, len(label))
+    return batches.taken(x.reshape(len(x), -1), label, index, key, step, flip, x.shape[1:])
 
 
 # ------------------------------------------------------------------------------------- the shuffle
@@ -207,14 +208,15 @@ def test_draw_is_bit_identical_on_one_and_four_devices():
     assert results[0] == results[1]
 
 
-def test_draw_checks_the_data_set():
+def test_taken_checks_the_data_set():
     x, label = images(5), np.arange(5, dtype=np.int32)
     rows, shape = x.reshape(5, -1), x.shape[1:]
-    batches.draw(rows, label, random.key(0), 0, 2, False, shape)
+    rest = jnp.arange(2), random.key(0), 0, False, shape
+    batches.taken(rows, label, *rest)
     bad = (rows.astype(np.int32), label), (x, label), (rows[:, 1:], label), (rows, label[:4])
     for arrays in bad:
         with pytest.raises(ValueError, match=r"expected image uint8\[n, \d+\] and label"):
-            batches.draw(*arrays, random.key(0), 0, 2, False, shape)
+            batches.taken(*arrays, *rest)
 
 
 # --------------------------------------------------------------------------------- flips and scale

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
@@ -254,10 +255,15 @@ def stored(store, tmp_path):
 def test_streaming_gives_the_images_of_the_device_s_batches(stored, batch_size):
     """Also from the middle on, as a resumed run does, and in rows, as several processes do."""
     whole, key, steps = data.load(stored), random.key(3), 9
-    draw = jax.jit(batches.draw, static_argnums=(4, 5, 6))
-    rows = whole.image.reshape(len(whole.image), -1)
-    args = batch_size, False, whole.image.shape[1:]
-    drawn = [draw(rows, whole.label, key, np.int32(s), *args) for s in range(steps)]
+    rows, shape = jnp.asarray(whole.image.reshape(len(whole.label), -1)), whole.image.shape[1:]
+    labels = jnp.asarray(whole.label)
+
+    @jax.jit
+    def draw(step):
+        index = batches.chosen(key, step, batch_size, len(labels))
+        return batches.taken(rows, labels, index, key, step, False, shape)
+
+    drawn = [draw(np.int32(step)) for step in range(steps)]
     for first, rows in ((0, slice(None)), (5, slice(None)), (0, np.arange(3, batch_size, 4))):
         streamed = list(data.stream(stored, key, range(first, steps), batch_size, rows))
         assert len(streamed) == steps - first
