@@ -18,6 +18,11 @@ import sys
 import time
 from typing import NoReturn
 
+import pages
+
+if __name__ == "__main__":
+    pages.ask()  # the program begins once more here, before it has loaded anything large
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA raises what matters; the rest is remarks
 # Cores of a processor wait for each other at the end of a step: as long as a busy one takes.
 PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=86400"

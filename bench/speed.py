@@ -213,12 +213,13 @@ def _network(x, params, size, model_ts) -> Callable[[], None]:
 def _compared(ours, theirs):
     """(steps at a time, seconds of a step of ours, {name: of theirs}), all in turn.
 
-    So many steps at a time that the start of the first does not count.
+    So many steps at a time that the start of the first hardly counts: memory that lay unused while
+    the others ran may have been lent away by then.
     """
     ours(1)
     began = time.perf_counter()
     ours(1)
-    steps = max(1, min(50, round(0.5 / (time.perf_counter() - began))))
+    steps = max(3, min(50, round(0.5 / (time.perf_counter() - began))))
     runs = [lambda f=f: f(steps) for f in (ours, *theirs.values())]
     took, *others = zip(*in_turn(*runs), strict=True)
     per_step = [[s / steps for s in times] for times in (took, *others)]

@@ -109,7 +109,7 @@ def _normalised(x, mean, deviation, scale, bias, after):
 
 
 # Height * width * channels in * channels out, from which on Winograd's way is the faster one:
-LARGE, LARGE_IN_TRAINING = 2**21, 2**23
+LARGE, LARGE_IN_TRAINING = 2**21, 2**22
 MOST = 2**20  # numbers of an image, beyond which its tiles leave the cache: XLA's is faster again
 TILES = 4  # of F4 along a side, below which so few pixels do not pay for the larger kernels
 

@@ -73,7 +73,7 @@ LAYERS["ode"] |= {"scipy"}  # its adaptive solver
 # The only files that see flags and configs: together they are main.
 TOP = {"main", "experiment", "settings", "claim", "watch", "preflight", "replay", "bench"}
 TOP |= {"likelihoods", "sampling", "imagesets", "evaluate", "frontier", "illustrate", "studio"}
-TOP |= {"transfer", "card", "preparation"}
+TOP |= {"transfer", "card", "preparation", "pages"}
 # flax and absl by their bare names would reach what is refused.
 NOT_IN_DIFFUSION = {"flax.linen", "absl.flags", "ml_collections", "configs", "tests", *TOP}
 NOT_IN_DIFFUSION_BARE = {"flax", "absl", "diffusion"}

@@ -123,14 +123,15 @@ def test_an_image_beyond_the_cache_is_xla_s():
         assert "dot_general" not in traced(convolve, *shapes)
     x, kernel = (jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)
     text = jax.jit(jax.grad(lambda *a: in_training(*a).sum(), 1)).lower(x, kernel).as_text()
-    assert text.count("dot_general") >= 16  # the gradient by the kernel is not
+    assert text.count("dot_general") >= 6  # the gradient by the kernel is not
 
 
 @pytest.mark.parametrize("convolve", [ours, in_training])
 @pytest.mark.parametrize("devices", [0, 1, 4])
 def test_a_large_convolution_is_xla_s_with_its_gradients(monkeypatch, convolve, devices):
     """Also where the images are cut over devices, and the caller has said so."""
-    monkeypatch.setattr(winograd, "NUMBERS", 1)  # an image at a time
+    for name in ("NUMBERS", "NUMBERS_BY_KERNEL"):
+        monkeypatch.setattr(winograd, name, 1)  # an image at a time
     x, kernel = normal(0, 8, 16, 16, 128), normal(1, 3, 3, 128, 256) / 34
     g = normal(2, 8, 16, 16, 256)
     x, kernel, g = (jnp.asarray(a, jnp.float32) for a in (x, kernel, g))
@@ -151,7 +152,8 @@ def test_a_large_convolution_is_xla_s_with_its_gradients(monkeypatch, convolve, 
         found = with_gradients(convolve, g)(x, kernel)
     for a, b in zip(expected, found, strict=True):
         # Sums of 1,152 and 2,304 products forwards, of 2,048 backwards, in another order.
-        np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * np.abs(a).max())
+        atol = 3e-5 if convolve is in_training else 5e-6  # F4, F2
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol * np.abs(a).max())
 
 
 def test_the_way_forward_too():

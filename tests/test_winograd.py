@@ -6,49 +6,74 @@ import numpy as np
 import pytest
 
 from diffusion import winograd
+from diffusion.winograd import F2, F4
 
 
 def normal(seed, *shape):
     return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
 
 
-def plain(x, kernel):
-    """The nine products of a 'SAME' convolution, summed in float64."""
+def windows(x):
+    """The nine [b, h, w, c] that a 'SAME' convolution multiplies, in float64: 3x3 of them."""
     _, height, width, _ = x.shape
     x = np.pad(np.float64(x), ((0, 0), (1, 1), (1, 1), (0, 0)))
-    moved = [[x[:, i : i + height, j : j + width] for j in range(3)] for i in range(3)]
+    return [[x[:, i : i + height, j : j + width] for j in range(3)] for i in range(3)]
+
+
+def plain(x, kernel):
+    moved = windows(x)
     return sum(moved[i][j] @ kernel[i, j] for i in range(3) for j in range(3))
 
 
-SHAPES = [(1, 2, 2, 1, 1), (2, 4, 6, 3, 5), (3, 8, 2, 16, 8), (5, 16, 16, 32, 64)]
+# How far from the exact sum, in parts of the largest: float32 rounds sums of up to 1,280 products.
+SHAPES = [
+    (F2, 3e-6, 1, 2, 2, 1, 1),
+    (F2, 3e-6, 2, 4, 6, 3, 5),
+    (F2, 3e-6, 3, 8, 2, 16, 8),
+    (F2, 3e-6, 5, 16, 16, 32, 64),
+    (F4, 3e-5, 1, 4, 4, 1, 1),
+    (F4, 3e-5, 2, 4, 12, 3, 5),
+    (F4, 3e-5, 3, 8, 4, 16, 8),
+    (F4, 3e-5, 5, 16, 16, 32, 64),
+]
+every_shape = pytest.mark.parametrize("f, atol, b, height, width, c, o", SHAPES)
 
 
-@pytest.mark.parametrize("b, height, width, c, o", SHAPES)
-def test_it_is_the_convolution(b, height, width, c, o):
+@every_shape
+def test_it_is_the_convolution(f, atol, b, height, width, c, o):
     x, kernel = normal(0, b, height, width, c), normal(1, 3, 3, c, o)
     expected = plain(x, kernel)
-    found = jax.jit(winograd.convolve)(x, kernel)
-    # Float32 rounds some sums of up to 288 products on the way: 1e-6 of the largest.
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    found = jax.jit(winograd.convolve, static_argnums=2)(x, kernel, f)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=atol * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("b, height, width, c, o", SHAPES)
-def test_the_gradient_by_the_kernel_is_the_adjoint(b, height, width, c, o):
+@every_shape
+def test_the_gradient_by_x_is_the_adjoint(f, atol, b, height, width, c, o):
+    """A convolution with the kernel turned by half a turn, its channels exchanged."""
+    g, kernel = normal(0, b, height, width, o), normal(1, 3, 3, c, o)
+    expected = plain(g, kernel[::-1, ::-1].swapaxes(2, 3))
+    found = jax.jit(winograd.by_x, static_argnums=2)(g, kernel, f)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=atol * np.abs(expected).max())
+    x = normal(2, b, height, width, c)  # and that this is the adjoint: <g, conv(x)> = <by_x(g), x>
+    np.testing.assert_allclose((g * plain(x, kernel)).sum(), (expected * x).sum(), rtol=1e-6)
+
+
+@every_shape
+def test_the_gradient_by_the_kernel_is_the_adjoint(f, atol, b, height, width, c, o):
     """sum(g * conv(x, k)) = sum(k * gradient(x, g)), for the kernels that are 1 at one place."""
     x, g = normal(0, b, height, width, c), normal(1, b, height, width, o)
-    padded = np.pad(np.float64(x), ((0, 0), (1, 1), (1, 1), (0, 0)))
-    expected = np.array(
-        [
-            [
-                np.einsum("bhwc,bhwo->co", padded[:, i : i + height, j : j + width], g)
-                for j in range(3)
-            ]
-            for i in range(3)
-        ]
-    )
-    found = jax.jit(winograd.by_kernel)(x, g)
-    # Sums of up to 1,280 products.
-    np.testing.assert_allclose(found, expected, rtol=0, atol=3e-6 * np.abs(expected).max())
+    expected = np.array([[np.einsum("bhwc,bhwo->co", a, g) for a in row] for row in windows(x)])
+    found = jax.jit(winograd.by_kernel, static_argnums=2)(x, g, f)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=atol * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("f", [F2, F4])
+def test_its_matrices_are_exact(f):
+    """In fractions: sum_k A[p, k] G[k, q] B[k, s] is 1 where s = p + q, and else 0."""
+    a, g, b = (np.float64(matrix) for matrix in (f.A, f.G, f.B))
+    found = np.einsum("pk,kq,ks->pqs", a, g, b)
+    p, q, s = np.indices((f.m, 3, f.m + 2))
+    np.testing.assert_allclose(found, s == p + q, atol=1e-14)
 
 
 def test_images_are_taken_in_turns(monkeypatch):
@@ -57,26 +82,33 @@ def test_images_are_taken_in_turns(monkeypatch):
     sizes, first = {}, None
     for room in (1, 2 * 4 * 4 * 8, 4 * 4 * 4 * 8, 10**6):
         monkeypatch.setattr(winograd, "NUMBERS", room)
-        (turns,) = winograd.in_turns(jnp.asarray(x))
+        monkeypatch.setattr(winograd, "NUMBERS_BY_KERNEL", room)
+        (turns,) = winograd.in_turns(room, jnp.asarray(x))
         sizes[room] = turns.shape[1]
-        found = winograd.convolve(x, kernel), winograd.by_kernel(x, g)
+        found = winograd.convolve(x, kernel, F2), winograd.by_kernel(x, g, F2)
         first = first or found
         for a, b in zip(found, first, strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
     assert list(sizes.values()) == [1, 2, 3, 6]  # divisors of six images
 
 
-def test_a_constant_is_carried_exactly():
-    """Small integers have no rounding: one pixel far from the border gives 9 c."""
-    x, kernel = jnp.ones((1, 6, 6, 4)), jnp.ones((3, 3, 4, 2))
-    y = winograd.convolve(x, kernel)
-    assert (y[0, 1:-1, 1:-1] == 36).all() and (y[0, 0, 0] == 16).all()
+@pytest.mark.parametrize("f, side", [(F2, 6), (F4, 8)])
+def test_a_constant_is_carried(f, side):
+    """One pixel far from the border gives 9 c, a corner 4 c."""
+    x, kernel = jnp.ones((1, side, side, 4)), jnp.ones((3, 3, 4, 2))
+    y = winograd.convolve(x, kernel, f)
+    np.testing.assert_allclose(y[0, 1:-1, 1:-1], 36, rtol=1e-6)
+    np.testing.assert_allclose(y[0, 0, 0], 16, rtol=1e-6)
 
 
-@pytest.mark.parametrize("height, width", [(1, 1), (4, 3), (5, 4)])
-def test_odd_sizes_are_refused(height, width):
+@pytest.mark.parametrize(
+    "f, height, width", [(F2, 1, 1), (F2, 4, 3), (F2, 5, 4), (F4, 6, 4), (F4, 4, 2)]
+)
+def test_sizes_that_tiles_do_not_cover_are_refused(f, height, width):
     x = jnp.ones((1, height, width, 2))
-    with pytest.raises(ValueError, match=f"even height and width, found {height}x{width}"):
-        winograd.convolve(x, jnp.ones((3, 3, 2, 2)))
-    with pytest.raises(ValueError, match=f"even height and width, found {height}x{width}"):
-        winograd.by_kernel(x, x)
+    message = f"height and width that {f.m} divides, found {height}x{width}"
+    for call in (winograd.convolve, winograd.by_x):
+        with pytest.raises(ValueError, match=message):
+            call(x, jnp.ones((3, 3, 2, 2)), f)
+    with pytest.raises(ValueError, match=message):
+        winograd.by_kernel(x, x, f)

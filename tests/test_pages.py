@@ -1,0 +1,55 @@
+"""pages.py: a program asks for large pages once, and only where that can help."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SCRIPT = """
+import os, pathlib, sys
+print("begins", os.getpid(), flush=True)
+sys.path.insert(0, {root!r})
+import pages
+pages.ask(pathlib.Path({enabled!r}))
+print("has", os.environ.get("GLIBC_TUNABLES"), *sys.argv[1:])
+"""
+ASKED = "glibc.malloc.hugetlb=1"
+
+
+def run(tmp_path, says, *options, **more):
+    """(the process ids of its beginnings, what it then has) of a script with two arguments."""
+    enabled, script = tmp_path / "enabled", tmp_path / "script.py"
+    if says:
+        enabled.write_text(says)
+    script.write_text(SCRIPT.format(root=str(ROOT), enabled=str(enabled)))
+    env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"} | more
+    command = [sys.executable, *options, str(script), "--a=b c", "d"]
+    out = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    *begun, has = out.splitlines()
+    return [line.split()[1] for line in begun], has
+
+
+def test_it_begins_once_more_as_the_same_process(tmp_path):
+    begun, has = run(tmp_path, "always [madvise] never\n")
+    assert len(begun) == 2 and begun[0] == begun[1]
+    assert has == f"has {ASKED} --a=b c d"
+
+
+@pytest.mark.parametrize("says", ["[always] madvise never", "always madvise [never]", None])
+def test_where_asking_changes_nothing_nothing_happens(tmp_path, says):
+    begun, has = run(tmp_path, says)
+    assert len(begun) == 1 and has == "has None --a=b c d"
+
+
+def test_what_the_user_says_goes_before(tmp_path):
+    begun, has = run(tmp_path, "[madvise]", GLIBC_TUNABLES="glibc.malloc.check=0")
+    assert len(begun) == 1 and has == "has glibc.malloc.check=0 --a=b c d"
+
+
+def test_a_debugger_is_left_alone(tmp_path):
+    """It starts programs otherwise than `python script.py …`; so does anything with options."""
+    begun, _ = run(tmp_path, "[madvise]", "-X", "dev")
+    assert len(begun) == 1
