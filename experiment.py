@@ -139,7 +139,6 @@ def make_update(config: ConfigDict, x: Experiment) -> Callable:
     the seed and state.step alone, so that a resumed run is the uninterrupted one.
     """
     size, flip = config.train.batch_size, config.data.flip
-
     whole = train.replicated(x.mesh)
 
     def draw(key, step, images, labels):

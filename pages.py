@@ -6,6 +6,7 @@ the system gives those to programs that ask (`madvise`), glibc asks if it is tol
 only before a program starts.
 """
 
+import contextlib
 import os
 import pathlib
 import sys
@@ -17,14 +18,17 @@ TUNABLES, ASK = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 def ask(enabled: pathlib.Path = ENABLED) -> None:
     """Starts `python script.py …` once more, as the same process, so that its pages are large.
 
-    To be called before anything is loaded or written. Nothing happens where the system gives large
-    pages to all or to none, where GLIBC_TUNABLES is set, and under debuggers and notebooks.
+    To be called by the script before anything is loaded or written; what it starts inherits it.
+    Nothing happens where the system gives large pages to all or to none, where GLIBC_TUNABLES is
+    set, and under all that starts scripts otherwise: debuggers, notebooks, `-m`, a pipe.
     """
     try:
         on_request = "[madvise]" in enabled.read_text()
     except OSError:  # not Linux
         return
-    plain = sys.orig_argv[1:] == sys.argv
-    if on_request and plain and TUNABLES not in os.environ:
+    again = [option for option in sys.orig_argv[1:] if option != "-u"]  # as batch systems start it
+    plain = again == sys.argv and os.path.isfile(sys.argv[0])
+    if on_request and plain and sys.executable and TUNABLES not in os.environ:
         os.environ[TUNABLES] = ASK
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+        with contextlib.suppress(OSError):  # then pages stay small
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -111,7 +111,7 @@ def _normalised(x, mean, deviation, scale, bias, after):
 # Height * width * channels in * channels out, from which on Winograd's way is the faster one:
 LARGE, LARGE_IN_TRAINING = 2**21, 2**22
 MOST = 2**20  # numbers of an image, beyond which its tiles leave the cache: XLA's is faster again
-TILES = 4  # of F4 along a side, below which so few pixels do not pay for the larger kernels
+FEWEST = 4  # tiles of F4 along a side: fewer pixels do not pay for the larger kernels
 
 
 def convolve(x: Array, kernel: Array, strides: Any, padding: Any, **options) -> Array:
@@ -128,7 +128,8 @@ def convolve(x: Array, kernel: Array, strides: Any, padding: Any, **options) -> 
 def convolve_in_training(x: Array, kernel: Array, strides: Any, padding: Any, **options) -> Array:
     """`convolve` with Winograd's way back too, and F4 on large images; no forward mode.
 
-    F4 rounds ten times as coarsely: what is learned does not care, what is measured may.
+    F4 rounds ten to twenty times as coarsely as F2: far finer than the noise of a batch's gradient,
+    but not for what is measured.
     """
     if _is_large(LARGE_IN_TRAINING, x, kernel, strides, padding):
         return _convolve_3x3_in_training(_devices(x), _fastest(x), x, kernel)
@@ -145,8 +146,8 @@ def _is_large(least, x, kernel, strides, padding):
 
 def _fastest(x):
     sides = x.shape[1:3]
-    large = all(side % winograd.F4.m == 0 and side >= TILES * winograd.F4.m for side in sides)
-    return winograd.F4 if large else winograd.F2
+    pays = all(side % winograd.F4.m == 0 and side >= FEWEST * winograd.F4.m for side in sides)
+    return winograd.F4 if pays else winograd.F2
 
 
 def _devices(x):

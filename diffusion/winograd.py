@@ -62,9 +62,10 @@ F4 = F(
     A=((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1)),
 )
 
-# Of x, that are taken at a time, or one image. Every turn of a gradient by the kernel reads and
-# writes (m+2)² numbers for each pair of channels: fewer turns of more images.
-NUMBERS, NUMBERS_BY_KERNEL = 2**19, 2**20
+# Tiles, each channel's counted by itself, that are taken at a time, or one image. A turn of the
+# gradient by the kernel also reads and writes its sums, (m+2)² numbers for each pair of channels:
+# so it takes more images a turn.
+TILES, TILES_BY_KERNEL = 2**15, 2**16
 
 
 def convolve(x: Array, kernel: Array, f: F) -> Array:
@@ -96,7 +97,7 @@ def _convolved(x, kernel, f, product):
         rows = lax.optimization_barrier(rows)  # else computed anew for each of the m rows of pixels
         return jnp.stack(times(f.A, rows), axis=2).reshape(*x.shape[:3], -1)
 
-    return lax.map(some, *in_turns(NUMBERS, x)).reshape(*x.shape[:3], -1)
+    return lax.map(some, *in_turns(TILES * f.m**2, x)).reshape(*x.shape[:3], -1)
 
 
 def by_kernel(x: Array, g: Array, f: F) -> Array:
@@ -112,7 +113,7 @@ def by_kernel(x: Array, g: Array, f: F) -> Array:
     def add(total, next_):
         return jax.tree.map(jnp.add, total, some(*next_)), None
 
-    x, g = in_turns(NUMBERS_BY_KERNEL, x, g)
+    x, g = in_turns(TILES_BY_KERNEL * f.m**2, x, g)
     total, _ = lax.scan(add, some(x[0], g[0]), (x[1:], g[1:]))
     return jnp.stack([jnp.stack(row) for row in both_sides(transposed(f.G), total)])
 

@@ -104,6 +104,7 @@ def test_the_step_s_only_collectives_are_the_gradient_s(optax_promotes):
     ((kind, size),) = hlo.collectives(text).items()
     parameters = sum(a.size for a in jax.tree.leaves(state.params))
     assert kind == "all-reduce" and 4 * parameters <= size <= 4 * (parameters + 64)
+    assert "pred[] all-reduce" not in text  # of a loop that the devices go through together
 
 
 def test_a_line_is_the_median_and_its_spread():

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from diffusion import ops, train, unet, winograd
 from diffusion.unet import UNet
+from diffusion.winograd import F2, F4
 
 
 def normal(seed, *shape):
@@ -126,11 +127,27 @@ def test_an_image_beyond_the_cache_is_xla_s():
     assert text.count("dot_general") >= 6  # the gradient by the kernel is not
 
 
+@pytest.mark.parametrize(
+    "height, width, f",
+    [(16, 16, F4), (32, 16, F4), (8, 8, F2), (18, 16, F2), (16, 18, F2), (16, 8, F2)],
+)
+def test_training_takes_large_tiles_where_they_fit_and_pay(height, width, f):
+    """Four along each side, of four pixels; else two pixels, and the right numbers all the same."""
+    x, kernel = normal(0, 2, height, width, 256), normal(1, 3, 3, 256, 256) / 48
+    g = normal(2, 2, height, width, 256)
+    x, kernel, g = (jnp.asarray(a, jnp.float32) for a in (x, kernel, g))
+    rows = f"f32[{f.m + 2},256,256]"  # of the transformed kernel
+    assert rows in traced(in_training, x.shape, kernel.shape)
+    found, expected = (with_gradients(h, g)(x, kernel) for h in (in_training, of_xla))
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=3e-5 * np.abs(a).max())
+
+
 @pytest.mark.parametrize("convolve", [ours, in_training])
 @pytest.mark.parametrize("devices", [0, 1, 4])
 def test_a_large_convolution_is_xla_s_with_its_gradients(monkeypatch, convolve, devices):
     """Also where the images are cut over devices, and the caller has said so."""
-    for name in ("NUMBERS", "NUMBERS_BY_KERNEL"):
+    for name in ("TILES", "TILES_BY_KERNEL"):
         monkeypatch.setattr(winograd, name, 1)  # an image at a time
     x, kernel = normal(0, 8, 16, 16, 128), normal(1, 3, 3, 128, 256) / 34
     g = normal(2, 8, 16, 16, 256)

@@ -27,7 +27,9 @@ def run(tmp_path, says, *options, **more):
     script.write_text(SCRIPT.format(root=str(ROOT), enabled=str(enabled)))
     env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"} | more
     command = [sys.executable, *options, str(script), "--a=b c", "d"]
-    out = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        command, env=env, capture_output=True, text=True, check=True, timeout=60
+    ).stdout
     *begun, has = out.splitlines()
     return [line.split()[1] for line in begun], has
 
@@ -49,7 +51,35 @@ def test_what_the_user_says_goes_before(tmp_path):
     assert len(begun) == 1 and has == "has glibc.malloc.check=0 --a=b c d"
 
 
-def test_a_debugger_is_left_alone(tmp_path):
-    """It starts programs otherwise than `python script.py …`; so does anything with options."""
+def test_an_option_of_batch_systems_is_kept(tmp_path):
+    begun, _ = run(tmp_path, "[madvise]", "-u")
+    assert len(begun) == 2 and begun[0] == begun[1]
+
+
+def test_what_starts_scripts_otherwise_is_left_alone(tmp_path):
+    """Debuggers, notebooks and such: they would begin anew themselves."""
     begun, _ = run(tmp_path, "[madvise]", "-X", "dev")
     assert len(begun) == 1
+
+
+def test_a_script_from_a_pipe_runs(tmp_path):
+    """It cannot be read twice."""
+    run(tmp_path, "[madvise]")
+    text = (tmp_path / "script.py").read_text()
+    env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    command = [sys.executable, "-"]
+    found = subprocess.run(command, input=text, env=env, capture_output=True, text=True, timeout=60)
+    assert found.stdout.endswith("has None\n")
+
+
+def test_a_script_that_another_one_runs_is_left_alone(tmp_path):
+    run(tmp_path, "[madvise]")
+    outer = tmp_path / "outer.py"
+    outer.write_text(
+        "import runpy, sys; print('outer', flush=True)\n"
+        f"runpy.run_path({str(tmp_path / 'script.py')!r}, run_name='__main__')\n"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    command = [sys.executable, str(outer)]
+    out = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60).stdout
+    assert out.count("outer") == 1 and out.endswith("has None\n")

@@ -79,13 +79,17 @@ def run(net, params, x, t, train=False):
 
 
 def official_run(config, gradients):
-    """(loss, output, activations, gradients), as the official code recorded them."""
-    net = UNet(**NETWORKS[config][0])
+    """(loss, output, activations, gradients), as the official code recorded them.
+
+    Where gradients are wanted, by the way of the training, without its dropout.
+    """
+    net = UNet(**NETWORKS[config][0] | {"dropout": 0.0})
     params = weights(net, *OFFICIAL[f"{config}.x"].shape[1:3])
     x, t, target = (jnp.asarray(OFFICIAL[f"{config}.{name}"]) for name in ("x", "t", "target"))
 
     def loss(params):
-        out, state = net.apply({"params": params}, x, t, train=False, capture_intermediates=True)
+        options = {"train": gradients, "capture_intermediates": True}
+        out, state = net.apply({"params": params}, x, t, **options)
         acts = {}
         for name in OFFICIAL[f"{config}.act_names"]:
             node = state["intermediates"]

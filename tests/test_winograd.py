@@ -69,27 +69,34 @@ def test_the_gradient_by_the_kernel_is_the_adjoint(f, atol, b, height, width, c,
 
 @pytest.mark.parametrize("f", [F2, F4])
 def test_its_matrices_are_exact(f):
-    """In fractions: sum_k A[p, k] G[k, q] B[k, s] is 1 where s = p + q, and else 0."""
+    """To float64's digits: sum_k A[p, k] G[k, q] B[k, s] is 1 where s = p + q, and else 0."""
     a, g, b = (np.float64(matrix) for matrix in (f.A, f.G, f.B))
     found = np.einsum("pk,kq,ks->pqs", a, g, b)
     p, q, s = np.indices((f.m, 3, f.m + 2))
     np.testing.assert_allclose(found, s == p + q, atol=1e-14)
 
 
-def test_images_are_taken_in_turns(monkeypatch):
+@pytest.mark.parametrize("f", [F2, F4])
+def test_images_are_taken_in_turns(monkeypatch, f):
     """Whatever their size: the same numbers, and as many images at a time as there is room for."""
-    x, kernel, g = normal(0, 6, 4, 4, 8), normal(1, 3, 3, 8, 8), normal(2, 6, 4, 4, 8)
-    sizes, first = {}, None
-    for room in (1, 2 * 4 * 4 * 8, 4 * 4 * 4 * 8, 10**6):
-        monkeypatch.setattr(winograd, "NUMBERS", room)
-        monkeypatch.setattr(winograd, "NUMBERS_BY_KERNEL", room)
-        (turns,) = winograd.in_turns(room, jnp.asarray(x))
-        sizes[room] = turns.shape[1]
-        found = winograd.convolve(x, kernel, F2), winograd.by_kernel(x, g, F2)
+    x, kernel, g = normal(0, 6, 8, 8, 8), normal(1, 3, 3, 8, 8), normal(2, 6, 8, 8, 8)
+    in_turns, sizes, first = winograd.in_turns, [], None
+
+    def seen(*args):
+        turns = in_turns(*args)
+        sizes.append(turns[0].shape[1])
+        return turns
+
+    monkeypatch.setattr(winograd, "in_turns", seen)
+    image = 8 * (8 // f.m) ** 2  # tiles of one, for each channel
+    for some, more in ((1, image), (2 * image, 4 * image), (10**6, 10**6)):
+        monkeypatch.setattr(winograd, "TILES", some)
+        monkeypatch.setattr(winograd, "TILES_BY_KERNEL", more)
+        found = winograd.convolve(x, kernel, f), winograd.by_kernel(x, g, f)
         first = first or found
         for a, b in zip(found, first, strict=True):
-            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
-    assert list(sizes.values()) == [1, 2, 3, 6]  # divisors of six images
+            np.testing.assert_allclose(a, b, rtol=0, atol=3e-5 * np.abs(b).max())
+    assert sizes == [1, 1, 2, 3, 6, 6]  # divisors of six images
 
 
 @pytest.mark.parametrize("f, side", [(F2, 6), (F4, 8)])
