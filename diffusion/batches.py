@@ -96,7 +96,8 @@ def positions(step: Array, batch_size: int, n: int) -> tuple[Array, Array]:
 def chosen(key: Array, step: Array, batch_size: int, n: int) -> Array:
     """Which of n images a step takes, uint32[b] in 0..n-1, at any step < 2^31.
 
-    A batch may begin in one epoch and end in the next.
+    key: that of the data's order and flips. A batch may begin in one epoch and end in the next.
+    Raises ValueError for sizes that `positions` refuses.
     """
     key_order, _ = random.split(key)
     epoch, place = positions(step, batch_size, n)
@@ -116,8 +117,9 @@ def taken(
     """(x_0 float32[b, h, w, c] in [-1, 1], label int32[b]) at `index` of a set on the device.
 
     image uint8[n, h * w * c], label int32[n]: the whole set, an image a row. Of another shape, a
-    TPU would copy all of it before it takes a few. index: what is `chosen`. flip: see `augment`.
-    shape: (h, w, c). To be called inside a compiled step. Raises ValueError for other arrays.
+    TPU would copy all of it before it takes a few. index: what is `chosen` with this key and step.
+    flip: see `augment`. shape: (h, w, c). To be called inside a compiled step. Raises ValueError
+    for other arrays.
     """
     rows = (*label.shape, math.prod(shape))
     if image.dtype != jnp.uint8 or image.shape != rows or label.ndim != 1:

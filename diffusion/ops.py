@@ -144,6 +144,10 @@ def _is_large(least, x, kernel, strides, padding):
     return plain and even and min(c, o) >= 32 and x.shape[1] * x.shape[2] * c * o >= least
 
 
+def _in_cache(x):
+    return math.prod(x.shape[1:]) <= MOST
+
+
 def _fastest(x):
     sides = x.shape[1:3]
     pays = all(side % winograd.F4.m == 0 and side >= FEWEST * winograd.F4.m for side in sides)
@@ -157,8 +161,7 @@ def _devices(x):
 
 
 def _convolve_3x3(mesh, f, x, kernel):
-    fast = functools.partial(winograd.convolve, f=f)
-    fast = fast if math.prod(x.shape[1:]) <= MOST else _of_xla
+    fast = functools.partial(winograd.convolve, f=f) if _in_cache(x) else _of_xla
     return _chosen(mesh, fast, _of_xla, (True, False, True), x, kernel)
 
 
@@ -175,8 +178,7 @@ def _backward_of_convolution(mesh, f, saved, g):
     def by_kernel_of_xla(x, g):
         return jax.linear_transpose(lambda kernel: _of_xla(x, kernel), kernel)(g)[0]
 
-    fast = functools.partial(winograd.by_x, f=f)
-    fast = fast if math.prod(g.shape[1:]) <= MOST else by_x_of_xla
+    fast = functools.partial(winograd.by_x, f=f) if _in_cache(g) else by_x_of_xla
     by_x = _chosen(mesh, fast, by_x_of_xla, (True, False, True), g, kernel)
     return by_x, _chosen(mesh, by_kernel, by_kernel_of_xla, (True, True, False), x, g)
 

@@ -26,7 +26,7 @@ Matrix = tuple[tuple[float, ...], ...]
 
 
 class F(NamedTuple):
-    """F(m x m, 3x3). B: [m + 2, m + 2], G: [m + 2, 3], A: [m, m + 2]."""
+    """F(m x m, 3x3). B: [m + 2, m + 2], G: [m + 2, 3], A: [m, m + 2]; the paper's Bᵀ, G and Aᵀ."""
 
     m: int
     B: Matrix
@@ -107,8 +107,9 @@ def by_kernel(x: Array, g: Array, f: F) -> Array:
     """
 
     def some(x, g):
-        pairs = zip(tiles(x, f), carried(transposed(f.A), f.m, g, g.shape), strict=True)
-        return [jnp.einsum("jtc,jto->jco", flat(a), flat(b)) for a, b in pairs]
+        of_x, of_g = tiles(x, f), carried(transposed(f.A), f.m, g, *g.shape[1:3])
+        pairs = zip(map(flat, of_x), map(flat, of_g), strict=True)
+        return [jnp.einsum("jtc,jto->jco", a, b) for a, b in pairs]
 
     def add(total, next_):
         return jax.tree.map(jnp.add, total, some(*next_)), None
@@ -128,21 +129,23 @@ def in_turns(numbers: int, *arrays: Array) -> tuple[Array, ...]:
 
 
 def tiles(x: Array, f: F) -> list[Array]:
-    """[b, m i, m j, c] -> m + 2 of [m + 2, b, i, j, c]: B on both sides of overlapping tiles."""
+    """[b, m i, m j, c] -> m + 2 of [m + 2, b, i, j, c]: B on both sides of overlapping tiles.
+
+    Raises ValueError where m does not divide the height and width.
+    """
     _, height, width, _ = x.shape
     if height % f.m or width % f.m:
         wanted = f"expected a height and width that {f.m} divides"
         raise ValueError(f"{wanted}, found {height}x{width}")
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    return carried(f.B, f.m, padded, x.shape)
+    return carried(f.B, f.m, padded, height, width)
 
 
-def carried(matrix: Matrix, m: int, x: Array, shape: Sequence[int]) -> list[Array]:
-    """[n, k] on both sides of x's k² pixels at every m-th one -> n of [n, b, h / m, w / m, c].
+def carried(matrix: Matrix, m: int, x: Array, height: int, width: int) -> list[Array]:
+    """[n, k] on both sides of k² pixels of x at every m-th one -> n of [n, b, h / m, w / m, c].
 
-    x: [b, h, w, c] = shape, or larger at its bottom and right, where the last pixels go on.
+    x: [b, height, width, c], and k - m more rows and columns, which the last of the pixels need.
     """
-    _, height, width, _ = shape
     k = range(len(matrix[0]))
     rows = times(matrix, [x[:, i : i + height : m] for i in k])
     return [jnp.stack(times(matrix, [row[:, :, j : j + width : m] for j in k])) for row in rows]

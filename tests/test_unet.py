@@ -78,17 +78,17 @@ def run(net, params, x, t, train=False):
     return jax.jit(lambda params: net.apply({"params": params}, x, t, train=train))(params)
 
 
-def official_run(config, gradients):
+def official_run(config, gradients, train=False):
     """(loss, output, activations, gradients), as the official code recorded them.
 
-    Where gradients are wanted, by the way of the training, without its dropout.
+    train: by the training's own convolutions and normalisations, without its dropout.
     """
     net = UNet(**NETWORKS[config][0] | {"dropout": 0.0})
     params = weights(net, *OFFICIAL[f"{config}.x"].shape[1:3])
     x, t, target = (jnp.asarray(OFFICIAL[f"{config}.{name}"]) for name in ("x", "t", "target"))
 
     def loss(params):
-        options = {"train": gradients, "capture_intermediates": True}
+        options = {"train": train, "capture_intermediates": True}
         out, state = net.apply({"params": params}, x, t, **options)
         acts = {}
         for name in OFFICIAL[f"{config}.act_names"]:
@@ -203,9 +203,14 @@ def test_gradients(tiny):
     check_gradients("tiny", tiny[3])
 
 
+def test_gradients_in_training():
+    check_gradients("tiny", official_run("tiny", gradients=True, train=True)[3])
+
+
 @pytest.mark.slow
-def test_gradients_of_the_cifar10_network():
-    check_gradients("cifar10", official_run("cifar10", gradients=True)[3])
+@pytest.mark.parametrize("train", [False, True])
+def test_gradients_of_the_cifar10_network(train):
+    check_gradients("cifar10", official_run("cifar10", gradients=True, train=train)[3])
 
 
 # --- Its parts, against the official code --------------------------------------------------------
