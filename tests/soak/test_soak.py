@@ -1,4 +1,4 @@
-"""Every promise of docs/reliability.md as often as it says: `make soak`, under 25 minutes.
+"""Every promise of docs/reliability.md as often as it says: `make soak`, half an hour.
 
 Two processes of pytest on two cores. Each test notes its figures; the table is printed at the end.
 """
