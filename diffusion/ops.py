@@ -213,7 +213,7 @@ def attention(q: Array, k: Array, v: Array) -> Array:
         heads = (a[:, :, None] for a in (q, k, v))
         with jax.numpy_dtype_promotion("standard"):  # which JAX's own function counts on
             return jax.nn.dot_product_attention(*heads, implementation="cudnn")[:, :, 0]
-    # Not JAX's own: its axis of heads costs a processor three times the gradient's time.
+    # Not JAX's own: a processor turns its axis of heads around, a tenth of a small network's time.
     logits = jnp.einsum("bnc,bmc->bnm", q, k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(logits / math.sqrt(q.shape[-1]), axis=-1)
     return jnp.einsum("bnm,bmc->bnc", weights.astype(v.dtype), v)
