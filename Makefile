@@ -12,7 +12,7 @@ demo: $(VENV)/run ## train on handwritten digits and draw some
 test: $(VENV)/test ## every test
 	$(VENV)/bin/python -m pytest -n 2
 
-soak: $(VENV)/test ## the promises of docs/reliability.md, often: half an hour
+soak: $(VENV)/test ## the promises of docs/reliability.md, often: 25 minutes
 	$(VENV)/bin/python -m pytest -n 2 -m "not alone" tests/soak
 	$(VENV)/bin/python -m pytest -m alone tests/soak
 
