@@ -97,7 +97,9 @@ class Checkpoints:
         self.wait()
         if step in self._steps() and self._is_whole(step):
             return
-        items = _items(state)
+        # NumPy's, which orbax copies at once: of JAX arrays it would ask each where it lies, which
+        # takes longer, and the digests need them here too.
+        items = digests.on_host(_items(state))
         args = ocp.args.Composite(**{k: ocp.args.StandardSave(v) for k, v in items.items()})
         # Without a note orbax casts to other types and takes a renamed step, or a flipped bit, for
         # what was saved, in silence.

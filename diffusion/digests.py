@@ -28,12 +28,23 @@ def types(tree: Tree) -> dict[str, str]:
     return {name: f"{x.dtype}{list(x.shape)}" for name, x in named(tree).items()}
 
 
+def on_host(tree: Tree) -> Tree:
+    """NumPy arrays for the JAX arrays of a tree, which lie whole on every device. Waits for them.
+
+    On a processor these are views: to be used, or copied, before the arrays are donated.
+    """
+    # Through a second handle: NumPy's view of the array itself would hold up its donation.
+    return jax.device_get(
+        jax.tree.map(lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, tree)
+    )
+
+
 def sha256(tree: Tree) -> dict[str, str]:
     """{'state/params/kernel': 64 hexadecimal digits, ...}, of the bytes in memory.
 
     tree: of NumPy arrays, or of JAX arrays that lie whole on every device. Waits for them.
     """
-    leaves = named(tree)
+    leaves = named(on_host(tree))
     with ThreadPoolExecutor(THREADS) as pool:
         return dict(zip(leaves, pool.map(_sha256, leaves.values()), strict=True))
 
@@ -43,7 +54,5 @@ def differing(found: dict[str, str], expected: dict[str, str]) -> str | None:
     return next((k for k in sorted(found | expected) if found.get(k) != expected.get(k)), None)
 
 
-def _sha256(x: Any) -> str:
-    # Through a second handle: NumPy's view of the array itself would hold up its donation.
-    x = np.asarray(x.addressable_data(0) if isinstance(x, jax.Array) else x)
+def _sha256(x: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(x).reshape(-1).view(np.uint8)).hexdigest()

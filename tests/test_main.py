@@ -64,8 +64,10 @@ def run_twice(*args, of_each=({}, {})):
     outputs = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     # Only process 0 speaks, and Gloo, which connects them; its threads cut each other short, down
-    # to a number or the end of a line.
-    said = [line for line in outputs[1][0].splitlines() if "Gloo" not in line]
+    # to a number or the end of a line, but each of its messages ends one line and no more.
+    silent = outputs[1][0]
+    assert silent.count("\n") == silent.count("[Gloo]"), silent
+    said = [line for line in silent.splitlines() if "Gloo" not in line]
     said = [line for line in said if line.strip() and not line.strip().isdigit()]
     assert [line for line in said if "peer ranks" not in line] == []
     return outputs[0][0]
