@@ -19,6 +19,42 @@ import time
 from typing import NoReturn
 
 import pages
+from diffusion import checkpoint, experiment, nonfinite, train_step
+from diffusion.bench import parts
+from diffusion.modes import (
+    _sampling,
+    check,
+    evaluate,
+    export_weights,
+    figures,
+    frontier,
+    import_weights,
+    likelihood,
+    prepare,
+    replay,
+    sample,
+)
+from diffusion.plotting import image_grid
+from diffusion.plotting.curves import loss_curve
+from diffusion.runtime import preemption, watchdog
+from diffusion.runtime.config import (
+    CONFIG,
+    STOPPED,
+    WORKDIR,
+    cache_dir,
+    check_sampler_options,
+    differences,
+    exit_with,
+    parse,
+    resolve,
+    typed_flags,
+    validate,
+)
+from diffusion.runtime.workdir import acquire_lock, check_dataset, check_disk_space, write_traceback
+from diffusion.sharding import replicated
+from diffusion.utils import logging, metric_writer
+from diffusion.utils.errors import ConfigError, DataError, Fatal, NonFiniteError, WorkdirError
+from diffusion.utils.progress import GoodputTimer, Progress, human_time
 
 if __name__ == "__main__":
     pages.ask()  # the program begins once more here, before it has loaded anything large
@@ -32,23 +68,6 @@ import jax
 import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
-
-import claim
-import evaluate
-import experiment
-import frontier
-import illustrate
-import likelihoods
-import preflight
-import preparation
-import replay
-import sampling
-import settings
-import transfer
-import watch
-from bench import parts
-from diffusion import checkpoint, data, figures, guard, log, plots, train
-from settings import Fatal
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configs/NAME.py or configs/NAME.py:VARIANT; default configs/digits.py"
@@ -78,17 +97,17 @@ TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "with --part=tpu: the TPUs
 
 def train_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Trains from the work directory's last checkpoint, or from nothing, to train.steps."""
-    shares = watch.Shares()
+    shares = GoodputTimer()
     c, first = config.train, jax.process_index() == 0
     x = experiment.build(config)
-    chain = sampling.make_chain(config, x, c.num_samples)
-    images = experiment.find_images(config, x)
-    update, inputs = experiment.feed(config, x, images)
-    bits = likelihoods.quick(config, x) if c.eval_every else None
+    chain = _sampling.compile_sampler(config, x, c.num_samples)
+    images = experiment.load_split(config, x)
+    update, inputs = experiment.make_input_pipeline(config, x, images)
+    bits = likelihood.make_eval_fn(config, x) if c.eval_every else None
     abstract = experiment.abstract_state(x)
     open_workdir(workdir, config)
-    claim.check_data(workdir, images)
-    claim.check_room(workdir, abstract, c.keep)
+    check_dataset(workdir, images)
+    check_disk_space(workdir, abstract, c.keep)
     kept = {"keep": c.keep, "keep_every": c.keep_every or None, "keep_best": c.keep_best}
     checkpoints = open_checkpoints(workdir, **kept)
     start, state = last_state(checkpoints, abstract)
@@ -106,15 +125,15 @@ def train_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     first_inputs = next(inputs)
     say("compiling  the training step; the next start finds it compiled")
     began = time.monotonic()
-    update = jax.jit(guard.guarded(update, c.on_nonfinite), donate_argnums=0)
+    update = jax.jit(nonfinite.guard_update(update, c.on_nonfinite), donate_argnums=0)
     update = update.lower(state, *first_inputs).compile()
-    say(f"training   from step {start:,}, after {log.human_time(time.monotonic() - began)}")
+    say(f"training   from step {start:,}, after {human_time(time.monotonic() - began)}")
 
-    lr = train.warmup(config.optim.lr, config.optim.warmup)
-    writer = log.open_writer(workdir if first else None, start or -1)
-    progress = log.Progress(c.steps, start, c.batch_size, silent=not first)
-    stop, dog = watch.Stop(), watch.Watchdog(workdir, c.hang_s)
-    mishaps = replay.Mishaps(config, x, images, workdir)
+    lr = train_step.warmup_schedule(config.optim.lr, config.optim.warmup)
+    writer = metric_writer.open_writer(workdir if first else None, start or -1)
+    progress = Progress(c.steps, start, c.batch_size, silent=not first)
+    stop, dog = preemption.PreemptionHandler(), watchdog.Watchdog(workdir, c.hang_s)
+    mishaps = replay.NonFiniteHandler(config, x, images, workdir)
     pending, window = collections.deque(), []
     shares.so_far("starting")
 
@@ -144,7 +163,7 @@ def train_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
 
     with contextlib.closing(checkpoints), contextlib.closing(writer), progress:
         if not start:
-            log.write_config(writer, config.to_dict(), state.params)
+            metric_writer.write_config(writer, config.to_dict(), state.params)
         steps = range(start + 1, c.steps + 1)
         for step, batch in zip(steps, itertools.chain([first_inputs], inputs), strict=False):
             state, metrics = update(state, *batch)
@@ -183,7 +202,7 @@ def train_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     say(f"time       {shares.goodput():.1%} training, {shared}")
     if stop.asked:
         say(f"stopped    at step {step:,}, saved; the same command goes on from there")
-        sys.exit(settings.STOPPED)
+        sys.exit(STOPPED)
     say(f"done       look at {workdir}/samples and {workdir}/figures; more samples:")
     say(f"           python main.py --mode=sample --workdir={workdir}")
 
@@ -191,34 +210,34 @@ def train_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
 def draw_grids(config, chain, state, step, workdir, writer, stop) -> None:
     """Samples of the raw and of the averaged weights, from the same noise, as pictures."""
     n, seed, first = config.train.num_samples, config.sample.seed, jax.process_index() == 0
-    evaluations = sampling.steps_of(chain, n)
+    evaluations = _sampling.steps_of(chain, n)
     say(f"drawing    {n} samples with raw and with averaged weights")
-    with log.Progress(2 * evaluations, unit="sampling step", silent=not first) as progress:
+    with Progress(2 * evaluations, unit="sampling step", silent=not first) as progress:
         for done, (name, params) in enumerate((("raw", state.params), ("ema", state.ema))):
 
             def report(i, done=done):
                 progress(done * evaluations + i)
 
-            images = list(sampling.draw(chain, params, seed, n, report, lambda: stop.asked))
+            images = list(_sampling.draw(chain, params, seed, n, report, lambda: stop.asked))
             if stop.asked:
                 return
-            grid = figures.grid(np.concatenate(images))
+            grid = image_grid.image_grid(np.concatenate(images))
             writer.write_images(step, {f"samples/{name}": grid[None]})
             if first:
-                figures.save_png(workdir / "samples" / f"{step:08d}_{name}.png", grid)
+                image_grid.save_png(workdir / "samples" / f"{step:08d}_{name}.png", grid)
     writer.flush()
     if first and step >= config.train.log_every:
         path = workdir / "figures" / "loss.png"
-        plots.loss_curve(workdir / "metrics.jsonl", path, "train/loss")
+        loss_curve(workdir / "metrics.jsonl", path, "train/loss")
 
 
 def sample_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     """sample.num images from the averaged weights of the last checkpoint."""
     x = experiment.build(config)
-    sampling.make_chain(config, x, 1)  # what is wrong with the sampler is said first
+    _sampling.compile_sampler(config, x, 1)  # what is wrong with the sampler is said first
     step, ema = last_average(workdir, x)
-    x = likelihoods.with_analytic(config, x, workdir, step, ema, say)
-    sampling.run(config, x, workdir, step, ema, say)
+    x = likelihood.with_analytic(config, x, workdir, step, ema, say)
+    sample.run(config, x, workdir, step, ema, say)
 
 
 def last_average(workdir: pathlib.Path, x: experiment.Experiment):
@@ -232,16 +251,14 @@ def trained_state(workdir: pathlib.Path, x: experiment.Experiment):
     with contextlib.closing(trained_checkpoints(workdir)) as checkpoints:
         step, state = last_state(checkpoints, experiment.abstract_state(x))
     if state is None:
-        raise Fatal(settings.WORKDIR, f"{workdir}: no checkpoint is there; train on to the first")
+        raise WorkdirError(f"{workdir}: no checkpoint is there; train on to the first")
     return step, state
 
 
 def trained_checkpoints(workdir: pathlib.Path) -> checkpoint.Checkpoints:
     """The checkpoints of a work directory that was trained in, to read."""
     if not (workdir / "checkpoints").is_dir():
-        raise Fatal(
-            settings.WORKDIR,
-            f"{workdir}: expected a trained work directory, found none; "
+        raise WorkdirError(f"{workdir}: expected a trained work directory, found none; "
             "train first, or name it with --workdir",
         )
     return open_checkpoints(workdir, read_only=True)
@@ -253,16 +270,16 @@ def eval_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     if INPUT.value:
         if len(INPUT.value) > 2:
             message = f"--input: expected one or two of them, found {len(INPUT.value)}"
-            raise Fatal(settings.CONFIG, message)
+            raise ConfigError(message)
         evaluate.run_input(config, x, workdir, INPUT.value, say)
         return
-    sampling.make_chain(config, x, 1)  # what is wrong with the sampler is said first
+    _sampling.compile_sampler(config, x, 1)  # what is wrong with the sampler is said first
     step, state = trained_state(workdir, x)
     weights = {}
     for name in config.eval.weights:
         params = {"ema": state.ema, "raw": state.params}[name]
         args = workdir, step, params, say
-        weights[name] = likelihoods.with_analytic(config, x, *args, name=name), params
+        weights[name] = likelihood.with_analytic(config, x, *args, name=name), params
     evaluate.run(config, workdir, step, weights, say)
 
 
@@ -271,10 +288,10 @@ def figures_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     x = experiment.build(config)
     experiment.make_sampler(config, x)  # what is wrong with it is said first
     step, ema = last_average(workdir, x)
-    x = likelihoods.with_analytic(config, x, workdir, step, ema, say)
+    x = likelihood.with_analytic(config, x, workdir, step, ema, say)
     measured = {"quality", "nearest"} & set(config.figures.names)
     measures = evaluate.measures(config, x, say) if measured else ()
-    illustrate.run(config, x, workdir, step, ema, say, *measures)
+    figures.run(config, x, workdir, step, ema, say, *measures)
 
 
 def frontier_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -282,7 +299,7 @@ def frontier_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     x = experiment.build(config)
     frontier.make_chains(config, x)  # what cannot be done is said first
     step, ema = last_average(workdir, x)
-    x = likelihoods.with_analytic(config, x, workdir, step, ema, say)
+    x = likelihood.with_analytic(config, x, workdir, step, ema, say)
     frontier.run(config, x, workdir, step, ema, say)
 
 
@@ -290,30 +307,30 @@ def bpd_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Bits per dimension of bpd.split under the averaged weights of the last checkpoint."""
     x = experiment.build(config)
     step, ema = last_average(workdir, x)
-    likelihoods.run(config, x, workdir, step, ema, say)
+    likelihood.run(config, x, workdir, step, ema, say)
 
 
 def prepare_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     """data.source -> the data set data.name in data.data_dir; with --dry_run, only a look at it."""
-    preparation.run(config, workdir, DRY_RUN.value)
+    prepare.run(config, workdir, DRY_RUN.value)
 
 
 def import_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     """A work directory made of the weights that --input names; the config is deduced, or given."""
     if len(INPUT.value) != 1 or WORKDIR.value is None:
         message = "--mode=import: expected one --input=WEIGHTS and a new --workdir"
-        raise Fatal(settings.CONFIG, message)
-    given, keys = settings.typed()
-    transfer.import_weights(INPUT.value[0], config if given else None, workdir, say, keys)
+        raise ConfigError(message)
+    given, keys = typed_flags()
+    import_weights.import_weights(INPUT.value[0], config if given else None, workdir, say, keys)
 
 
 def export_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
     """The last checkpoint as a folder that diffusers loads, with a card that says what it is."""
     if OUTPUT.value is None:
-        raise Fatal(settings.CONFIG, "--mode=export: expected --output=FOLDER")
+        raise ConfigError("--mode=export: expected --output=FOLDER")
     x = experiment.build(config)
     step, state = trained_state(workdir, x)
-    transfer.export_weights(config, workdir, step, state, pathlib.Path(OUTPUT.value), say)
+    export_weights.export_weights(config, workdir, step, state, pathlib.Path(OUTPUT.value), say)
 
 
 def bench_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -329,17 +346,17 @@ def check_mode(config: ConfigDict, workdir: pathlib.Path) -> None:
         replay.run(config, x, pathlib.Path(REPLAY.value), say)
     else:
         check_owner(workdir, config)
-        preflight.run(config, x, workdir, say)
+        check.run(config, x, workdir, say)
 
 
 def say(message: str) -> None:
     if jax.process_index() == 0:
-        log.say(message)
+        logging.info(message)
 
 
 def warn(message: str) -> None:
     if jax.process_index() == 0:
-        log.say(f"ddpm: warning: {message}", sys.stderr)
+        logging.info(f"ddpm: warning: {message}", sys.stderr)
 
 
 def describe_devices() -> str:
@@ -355,14 +372,14 @@ def describe_network(x: experiment.Experiment) -> str:
 
 def describe_data(config: ConfigDict, images) -> str:
     shape = "x".join(map(str, images.shape))
-    where = "on every device" if experiment.fits(config, images) else "streamed"
+    where = "on every device" if experiment.fits_on_device(config, images) else "streamed"
     return f"{config.data.name or config.data.source}: {images.n:,} images of {shape}, {where}"
 
 
 def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
     """Makes the work directory this config's and this run's, or finds that it is another's."""
     check_owner(workdir, config)
-    claim.hold(workdir)
+    acquire_lock(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
@@ -370,7 +387,7 @@ def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
             new.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
             os.replace(new, workdir / "config.json")
     except OSError as error:
-        raise Fatal(settings.WORKDIR, f"{workdir}: cannot write there: {error.strerror}") from error
+        raise WorkdirError(f"{workdir}: cannot write there: {error.strerror}") from error
 
 
 READS = ("sample", "eval", "bpd", "figures", "frontier", "export")  # from a trained work directory
@@ -389,19 +406,17 @@ def check_flags() -> None:
     for name, modes in ONLY.items():
         if flags.FLAGS[name].present and MODE.value not in modes:
             message = f"--{name}: nothing to --mode={MODE.value}; it is for {' and '.join(modes)}"
-            raise Fatal(settings.CONFIG, message)
+            raise ConfigError(message)
     if MODE.value in ("train", "sample", "eval", "figures"):
-        settings.check_options()
+        check_sampler_options()
 
 
 def check_owner(workdir: pathlib.Path, config: ConfigDict) -> None:
     """Raises Fatal if another config made the work directory."""
     theirs = remembered(workdir)
-    changed = settings.differences(theirs, config.to_dict()) if theirs else []
+    changed = differences(theirs, config.to_dict()) if theirs else []
     if changed:
-        raise Fatal(
-            settings.WORKDIR,
-            f"{workdir} belongs to another config: {'; '.join(changed)}; "
+        raise WorkdirError(f"{workdir} belongs to another config: {'; '.join(changed)}; "
             "choose another --workdir, or give the old values",
         )
 
@@ -413,7 +428,7 @@ def remembered(workdir: pathlib.Path) -> dict | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise Fatal(settings.WORKDIR, f"{workdir}/config.json: cannot be read: {error}") from error
+        raise WorkdirError(f"{workdir}/config.json: cannot be read: {error}") from error
 
 
 def open_checkpoints(workdir: pathlib.Path, **options) -> checkpoint.Checkpoints:
@@ -421,7 +436,7 @@ def open_checkpoints(workdir: pathlib.Path, **options) -> checkpoint.Checkpoints
     return checkpoint.Checkpoints(workdir / "checkpoints", warn=warn, **options)
 
 
-def last_state(checkpoints: checkpoint.Checkpoints, abstract: train.State):
+def last_state(checkpoints: checkpoint.Checkpoints, abstract: train_step.TrainState):
     """(step, state) of the newest good checkpoint, or (0, None) where there is none at all."""
     if checkpoints.latest() is None:
         return 0, None
@@ -429,24 +444,24 @@ def last_state(checkpoints: checkpoint.Checkpoints, abstract: train.State):
     return int(state.step), state
 
 
-def save_state(checkpoints: checkpoint.Checkpoints, step: int, state: train.State) -> None:
+def save_state(checkpoints: checkpoint.Checkpoints, step: int, state: train_step.TrainState) -> None:
     """Saves what is finite. Raises Fatal, CheckpointError."""
-    if name := guard.first_non_finite(state._asdict()):
+    if name := nonfinite.first_non_finite(state._asdict()):
         message = f"{name} is not finite after step {step}; it is not saved; lower optim.lr"
-        raise Fatal(settings.NON_FINITE, message)
+        raise NonFiniteError(message)
     checkpoints.save_or_warn(step, state)
 
 
 def rolled_back(
     config: ConfigDict, x: experiment.Experiment, checkpoints: checkpoint.Checkpoints, step: int
-) -> train.State:
+) -> train_step.TrainState:
     """The last checkpoint's state, as if its next batches up to those of `step` were not there."""
     checkpoints.wait()
     old, state = last_state(checkpoints, experiment.abstract_state(x))
     if state is None:
         state = experiment.make_initial_state(config, x)()
     warn(f"the weights of step {old:,} go on with step {step + 1:,}")
-    return state._replace(step=jax.device_put(np.int32(step), train.replicated(x.mesh)))
+    return state._replace(step=jax.device_put(np.int32(step), replicated(x.mesh)))
 
 
 def start_processes() -> None:
@@ -463,8 +478,7 @@ def start_processes() -> None:
             jax.distributed.initialize()
     except ValueError:
         if address:
-            raise Fatal(
-                settings.CONFIG, f"{names[0]} is set: expected {names[1]} and {names[2]} too"
+            raise ConfigError(f"{names[0]} is set: expected {names[1]} and {names[2]} too"
             ) from None
 
 
@@ -475,13 +489,13 @@ def use_cores(config: ConfigDict) -> None:
     JAX_NUM_CPU_DEVICES says goes before; a cluster's processes keep one device each.
     """
     if not {"JAX_NUM_CPU_DEVICES", "JAX_COORDINATOR_ADDRESS"} & set(os.environ):
-        jax.config.update("jax_num_cpu_devices", experiment.cores(config))
+        jax.config.update("jax_num_cpu_devices", experiment.cpu_devices(config))
 
 
 def compile_once() -> None:
     """Keeps compiled programs between runs: a second start of the same config compiles nothing."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(settings.cache_folder()))
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -504,51 +518,51 @@ MODES = {
 def end(fatal: Fatal) -> NoReturn:
     """The one line, and out: of several processes without JAX's farewell, which waits for all."""
     try:
-        settings.end(fatal)
+        exit_with(fatal)
     finally:
         if jax.distributed.is_initialized():
-            time.sleep(watch.GRACE_S if jax.process_index() == 0 else 0)  # the others live by it
+            time.sleep(watchdog.GRACE_S if jax.process_index() == 0 else 0)  # the others live by it
             os._exit(fatal.code)
 
 
 def main(argv: list[str]) -> None:
     del argv
-    log.quiet()
+    logging.quiet()
     try:
-        config, workdir = settings.resolve(CONFIG.value, WORKDIR.value, remembered)
+        config, workdir = resolve(CONFIG.value, WORKDIR.value, remembered)
         if MODE.value == "prepare":
-            settings.check(config, devices=1)
+            validate(config, devices=1)
         else:
             compile_once()
-            settings.check(config, devices=1)
+            validate(config, devices=1)
             use_cores(config)
             start_processes()
-            settings.check(config, jax.device_count())
+            validate(config, jax.device_count())
         check_flags()
         if MODE.value in READS and not INPUT.value:
             check_owner(workdir, config)
-        with watch.Peers(workdir) if MODE.value != "prepare" else contextlib.nullcontext():
+        with watchdog.Peers(workdir) if MODE.value != "prepare" else contextlib.nullcontext():
             MODES[MODE.value](config, workdir)
     except Fatal as error:
         if error.__cause__:
-            claim.leave_trace(workdir, error)
+            write_traceback(workdir, error)
         end(error)
-    except checkpoint.CheckpointError as error:
-        claim.leave_trace(workdir, error)
-        end(Fatal(settings.WORKDIR, str(error)))
-    except data.DataError as error:
-        claim.leave_trace(workdir, error)
-        end(Fatal(settings.DATA, f"data: {error}"))
+    except WorkdirError as error:
+        write_traceback(workdir, error)
+        end(WorkdirError(str(error)))
+    except DataError as error:
+        write_traceback(workdir, error)
+        end(DataError(f"data: {error}"))
     except Exception as error:  # a mistake of this program, or of a library
-        trace = claim.leave_trace(workdir, error)
+        trace = write_traceback(workdir, error)
         if not trace:
             raise
         what = " ".join(str(error).split())[:300]
         end(Fatal(1, f"{type(error).__name__}: {what}; the whole of it: {trace}"))
     except KeyboardInterrupt:
         print("ddpm: stopped; what was saved stays, and is gone on with", file=sys.stderr)
-        sys.exit(settings.STOPPED)
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=settings.parse)
+    app.run(main, flags_parser=parse)

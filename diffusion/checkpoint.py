@@ -24,16 +24,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from diffusion import digests, hush
+from diffusion.utils import digests, logging
+from diffusion.utils.errors import WorkdirError
 
 Tree = Any
 ITEMS = ("ema", "state")
 FAILURES = 3  # in a row, of which the last is an error
 LEFT = ("*.orbax-checkpoint-tmp*", "*.deleted")  # what a killed run leaves half written, or gone
-
-
-class CheckpointError(Exception):
-    """One line: which directory and step, what is wrong with it, and what was done or is to do."""
 
 
 class Checkpoints:
@@ -62,7 +59,7 @@ class Checkpoints:
         """
         if keep < 1 or (keep_every is not None and keep_every < 1):
             raise ValueError(f"keep, keep_every: expected 1 or more, found {keep}, {keep_every}")
-        hush.orbax()
+        logging.quiet_orbax()
         self._directory = epath.Path(directory).expanduser().resolve()
         self._read_only, self._warn = read_only, warn
         self._keep, self._keep_every, self._keep_best = keep, keep_every, keep_best
@@ -123,11 +120,11 @@ class Checkpoints:
         for _ in ("the one before", "this one"):
             try:
                 return self.save(step, state)
-            except CheckpointError as error:
+            except WorkdirError as error:
                 self._failures += 1
                 if self._failures >= FAILURES:
                     message = f"{error}; the {FAILURES}rd failure in a row: make room there"
-                    raise CheckpointError(message) from error
+                    raise WorkdirError(message) from error
                 again = f"{FAILURES - self._failures} more in a row end the run"
                 self._warn(f"{error}; training goes on, {again}")
 
@@ -190,10 +187,10 @@ class Checkpoints:
         """The newest step, or only that one, that gives these items; bad ones are set aside."""
         bad, steps = {}, self._steps()
         if not steps:
-            raise CheckpointError(f"{self._directory}: no checkpoint is there")
+            raise WorkdirError(f"{self._directory}: no checkpoint is there")
         if only not in (None, *steps):
             there = ", ".join(map(str, steps))
-            raise CheckpointError(f"{self._directory}: no step {only}; there are: {there}")
+            raise WorkdirError(f"{self._directory}: no step {only}; there are: {there}")
         for step in steps if only is None else [only]:
             items, trouble = self._read(step, abstract)
             if items is not None:
@@ -318,11 +315,11 @@ class Checkpoints:
         (self._directory / str(step)).rename(self._directory / name)
         return name
 
-    def _none_good(self, bad: dict[int, str]) -> CheckpointError:
+    def _none_good(self, bad: dict[int, str]) -> WorkdirError:
         step, *older = bad
         rest = f"; nor is any of these good: {', '.join(map(str, older))}" if older else ""
         advice = "mend it, or move it away to start anew"
-        return CheckpointError(f"{self._directory}: step {step} {bad[step]}{rest}; {advice}")
+        return WorkdirError(f"{self._directory}: step {step} {bad[step]}{rest}; {advice}")
 
     def _attempt(self, action: Callable[[], None]) -> None:
         """Part of a save; its error in one line with the step it belongs to, in every process."""
@@ -338,7 +335,7 @@ class Checkpoints:
         self._sweep()  # half a step takes room where there may be too little
         self._manager = ocp.CheckpointManager(self._directory, options=self._options)
         what = f"step {self._saving} was not saved: {trouble or 'another process failed'}"
-        raise CheckpointError(f"{self._directory}: {what}") from cause
+        raise WorkdirError(f"{self._directory}: {what}") from cause
 
 
 def _read_alone(folder: epath.Path, shapes: dict[str, Tree]) -> dict[str, Tree]:
@@ -377,7 +374,7 @@ def _probe(directory: epath.Path) -> None:
             trouble = error.strerror or _line(error)
     if not _everywhere(not trouble):
         trouble = trouble or "process 0 cannot"
-        raise CheckpointError(f"{directory}: cannot be written: {trouble}; choose another place")
+        raise WorkdirError(f"{directory}: cannot be written: {trouble}; choose another place")
 
 
 def _everywhere(good: bool) -> bool:

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 from jax import Array, random
 
-from diffusion.likelihood import meanflat, prior_bits, term_bits
-from diffusion.process import Process, at, q_sample
-from diffusion.targets import Target, Variance, predictor
+from diffusion.likelihood import meanflat, prior_bits, vlb_term
+from diffusion.process import Process, gather, q_sample
+from diffusion.targets import Target, Variance, make_predict
 
 Apply = Callable[[Array, Array], Array]
 Loss = Callable[[Apply, Array, Array], tuple[Array, dict[str, Array]]]
@@ -36,7 +36,7 @@ def simple(p: Process, target: Target, variance: Variance) -> Loss:
 
     def loss(apply: Apply, key: Array, x_0: Array):
         t, eps, x_t = draw_x_t(p, key, x_0)
-        output = apply(x_t, at(p.model_t, t))
+        output = apply(x_t, gather(p.model_t, t))
         return meanflat((output - target.of(p, x_0, eps, x_t, t)) ** 2), {}
 
     return loss
@@ -51,8 +51,8 @@ def vlb(p: Process, target: Target, variance: Variance) -> Loss:
 
     def loss(apply: Apply, key: Array, x_0: Array):
         t, _, x_t = draw_x_t(p, key, x_0)
-        prediction = predictor(p, apply, target, variance, clip=False)(x_t, t)
-        bits = term_bits(p, prediction, x_0, x_t, t)
+        prediction = make_predict(p, apply, target, variance, clip=False)(x_t, t)
+        bits = vlb_term(p, prediction, x_0, x_t, t)
         return bits, {"bpd": p.T * bits + prior_bits(p, x_0)}
 
     return loss

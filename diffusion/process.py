@@ -75,12 +75,12 @@ def at_levels(p: Process, alpha_bar: np.ndarray) -> Process:
     return q._replace(model_t=np.append(-1.0, np.interp(noise_level, trained, p.model_t[1:])))
 
 
-def at(table: np.ndarray, t) -> Array | np.ndarray:
+def gather(table: np.ndarray, t) -> Array | np.ndarray:
     """table[t]: float64 for a host t, the device's float type for a device or traced t."""
     return jnp.asarray(table)[t] if isinstance(t, Array) else table[t]
 
 
-def expand(c, x: Array) -> Array:
+def broadcast_right(c, x: Array) -> Array:
     """Numbers c, scalar or [b], with the shape [b, 1, ..., 1] and type that multiply x [b, ...]."""
     c = jnp.asarray(c, x.dtype)
     return c.reshape(c.shape + (1,) * (x.ndim - c.ndim)) if c.ndim else c
@@ -95,7 +95,7 @@ def _difference(table: np.ndarray, s, t):
     high = table.astype(np.float32).astype(np.float64)
     with np.errstate(invalid="ignore"):
         low = np.where(np.isfinite(table), table - high, 0.0)  # an infinity has no lower part
-    return (at(high, t) - at(high, s)) + (at(low, t) - at(low, s))
+    return (gather(high, t) - gather(high, s)) + (gather(low, t) - gather(low, s))
 
 
 def log_ratio(p: Process, s, t):
@@ -118,7 +118,7 @@ def log_snr_step(p: Process, t, s):
     return _difference(half_log_snr(p), t, s)
 
 
-def noise_share(p: Process, s, t):
+def beta_between(p: Process, s, t):
     """1 - alpha_bar_t / alpha_bar_s, the variance of q(x_t | x_s); for s = t - 1 it is beta_t."""
     xp = jnp if isinstance(t, Array) or isinstance(s, Array) else np
     return -xp.expm1(log_ratio(p, s, t))
@@ -138,9 +138,9 @@ def posterior(p: Process, s, t) -> Posterior:
     Host integers give float64, device integers float32.
     """
     xp = jnp if isinstance(t, Array) or isinstance(s, Array) else np
-    beta, noise_s, noise_t = noise_share(p, s, t), noise_share(p, 0, s), noise_share(p, 0, t)
+    beta, noise_s, noise_t = beta_between(p, s, t), beta_between(p, 0, s), beta_between(p, 0, t)
     return Posterior(
-        weight_0=xp.sqrt(at(p.alpha_bar, s)) * beta / noise_t,
+        weight_0=xp.sqrt(gather(p.alpha_bar, s)) * beta / noise_t,
         weight_t=xp.exp(0.5 * log_ratio(p, s, t)) * noise_s / noise_t,
         variance=beta * noise_s / noise_t,
     )
@@ -155,14 +155,14 @@ def q_sample(p: Process, x_0: Array, t: Array, eps: Array) -> Array:
     if x_0.shape != eps.shape:
         raise ValueError(f"q_sample: expected eps of x_0's shape {x_0.shape}, found {eps.shape}")
     signal, noise = np.sqrt(p.alpha_bar), np.sqrt(1 - p.alpha_bar)
-    return expand(at(signal, t), x_0) * x_0 + expand(at(noise, t), x_0) * eps
+    return broadcast_right(gather(signal, t), x_0) * x_0 + broadcast_right(gather(noise, t), x_0) * eps
 
 
 def q_posterior(p: Process, x_0: Array, x_t: Array, s, t) -> tuple[Array, Array]:
     """Mean [b, ...] and variance [b, 1, ...] of q(x_s | x_t, x_0): eqs. 6-7, and any s < t."""
     c = posterior(p, s, t)
-    mean = expand(c.weight_0, x_0) * x_0 + expand(c.weight_t, x_t) * x_t
-    return mean, expand(c.variance, x_0)
+    mean = broadcast_right(c.weight_0, x_0) * x_0 + broadcast_right(c.weight_t, x_t) * x_t
+    return mean, broadcast_right(c.variance, x_0)
 
 
 def example_keys(key: Array, b: int) -> Array:
@@ -180,7 +180,7 @@ def example_keys(key: Array, b: int) -> Array:
     return key
 
 
-def noise(keys: Array, t: Array, like: Array) -> Array:
+def sample_noise(keys: Array, t: Array, like: Array) -> Array:
     """Standard normal noise like `like` [b, ...], a function of (keys[i], t) for each example i."""
 
     def draw(key):

@@ -14,9 +14,9 @@ from jax import Array
 
 from diffusion.process import (
     Process,
-    at,
-    expand,
-    noise_share,
+    beta_between,
+    broadcast_right,
+    gather,
     posterior,
     q_posterior,
     respace,
@@ -38,7 +38,7 @@ class Target(NamedTuple):
 
 
 def _scaled(table: np.ndarray, t: Array, x: Array) -> Array:
-    return expand(at(table, t), x) * x
+    return broadcast_right(gather(table, t), x) * x
 
 
 def _eps_of(p, x_0, eps, x_t, t):
@@ -65,7 +65,7 @@ def _mu_of(p, x_0, eps, x_t, t):
 
 def _mu_to_x0(p, output, x_t, t):
     c = posterior(p, t - 1, t)
-    return (output - expand(c.weight_t, x_t) * x_t) / expand(c.weight_0, x_t)
+    return (output - broadcast_right(c.weight_t, x_t) * x_t) / broadcast_right(c.weight_0, x_t)
 
 
 def _v_of(p, x_0, eps, x_t, t):
@@ -102,20 +102,20 @@ def _log_table(p: Process, variance: np.ndarray) -> np.ndarray:
     reads it.
     """
     table = variance.copy()
-    table[:2] = posterior(p, 1, 2).variance if p.T > 1 else variance[1] or noise_share(p, 0, 1)
+    table[:2] = posterior(p, 1, 2).variance if p.T > 1 else variance[1] or beta_between(p, 0, 1)
     return np.log(table)
 
 
 def posterior_log_var(p: Process, t: Array) -> Array:
     """log beta~_t of eq. 7, at t = 1 that of t = 2 (posterior_log_variance_clipped)."""
     steps = np.arange(1, p.T + 1)
-    return at(_log_table(p, np.append(0, posterior(p, steps - 1, steps).variance)), t)
+    return gather(_log_table(p, np.append(0, posterior(p, steps - 1, steps).variance)), t)
 
 
 def beta_log_var(p: Process, t: Array) -> Array:
     """log beta_t, with t = 1 as in `posterior_log_var`."""
     steps = np.arange(1, p.T + 1)
-    return at(_log_table(p, np.append(0, noise_share(p, steps - 1, steps))), t)
+    return gather(_log_table(p, np.append(0, beta_between(p, steps - 1, steps))), t)
 
 
 def implied_var_0(p: Process, log_var: Array, t: Array) -> Array:
@@ -125,8 +125,8 @@ def implied_var_0(p: Process, log_var: Array, t: Array) -> Array:
     solved for Var.
     """
     c = posterior(p, t - 1, t)
-    excess = jnp.exp(log_var) - expand(c.variance, log_var)
-    return jnp.maximum(excess, 0) / expand(c.weight_0, log_var) ** 2
+    excess = jnp.exp(log_var) - broadcast_right(c.variance, log_var)
+    return jnp.maximum(excess, 0) / broadcast_right(c.weight_0, log_var) ** 2
 
 
 VARIANCES = {
@@ -138,48 +138,10 @@ VARIANCES = {
     "fixed_large": Variance(
         1,
         lambda p, extra, t: beta_log_var(p, t),
-        lambda p, log_var, t: expand(noise_share(p, 0, t), log_var),
+        lambda p, log_var, t: broadcast_right(beta_between(p, 0, t), log_var),
     ),
     "learned": Variance(2, lambda p, extra, t: extra, implied_var_0),
 }
-
-
-def analytic(var_0: np.ndarray, decoder: np.ndarray | None = None) -> Variance:
-    """The isotropic variance that makes the bound least: beta~ + weight_0^2 var_0[t].
-
-    Bao et al. 2022, arXiv 2201.06503, Theorem 1, with a measured Var[x_0 | x_t] (bounds.optimum).
-
-    var_0:   float64[T+1], one for each t of the trained chain; entry 0 is not read.
-    decoder: float64[T+1], the variance of p(x_0 | x_t) for a chain whose first step is t -> 0;
-             entry 0 is not read. None: that of the fixed variances.
-    Entries are found by what the network is told, t - 1, so they hold for every respaced chain.
-    Raises ValueError for tables of other shapes or with negative entries.
-    """
-    var_0 = np.asarray(var_0, np.float64)
-    decoder = None if decoder is None else np.asarray(decoder, np.float64)
-    for table in (var_0, var_0 if decoder is None else decoder):
-        if table.ndim != 1 or table.shape != var_0.shape or not np.all(table[1:] >= 0):
-            raise ValueError(f"analytic: expected T + 1 numbers, none below 0; found {table}")
-
-    def trained(p: Process) -> np.ndarray:
-        times = np.round(p.model_t).astype(int) + 1
-        if times[-1] >= len(var_0):
-            raise ValueError(f"analytic: the table ends at t = {len(var_0) - 1} < {times[-1]}")
-        return times
-
-    def log_var(p: Process, extra: Array | None, t: Array) -> Array:
-        steps, times = np.arange(1, p.T + 1), trained(p)
-        c = posterior(p, steps - 1, steps)
-        table = np.append(0, c.variance + c.weight_0**2 * var_0[times[1:]])
-        if decoder is None:
-            return at(_log_table(p, table), t)
-        table[:2] = decoder[times[1]]
-        return at(np.log(table), t)
-
-    def of_x_0(p: Process, log_var: Array, t: Array) -> Array:
-        return expand(at(var_0[trained(p)], t), log_var)
-
-    return Variance(1, log_var, of_x_0)
 
 
 class Prediction(NamedTuple):
@@ -204,58 +166,10 @@ class Prediction(NamedTuple):
 Predict = Callable[[Array, Array], Prediction]
 
 
-def threshold(ratio: float = 0.995, maximum: float = np.inf) -> Callable[[Array], Array]:
-    """Dynamic thresholding of x_0, in place of clipping (Imagen, arXiv 2205.11487, Section 2.3).
-
-    Each image is clipped to [-c, c] and divided by c, the quantile `ratio` of its |x_0|, but at
-    least 1 and at most `maximum`. For strong guidance, whose x_0 clipping saturates. Raises
-    ValueError.
-    """
-    if not (0 < ratio <= 1 <= maximum):
-        found = f"{ratio} and {maximum}"
-        raise ValueError(f"threshold: expected 0 < ratio <= 1 <= maximum, found {found}")
-
-    def limit(x_0: Array) -> Array:
-        c = jnp.quantile(jnp.abs(x_0).reshape(len(x_0), -1), ratio, axis=1)
-        c = expand(jnp.clip(c, 1, maximum), x_0)
-        return jnp.clip(x_0, -c, c) / c
-
-    return limit
-
-
-def guided(
-    apply: Callable[[Array, Array, Array], Array], label: Array, null: int, w: float | Array
-) -> Callable[[Array, Array], Array]:
-    """Classifier-free guidance as a network `(x_t, model_t[b]) -> output`.
-
-    Eq. 6 of arXiv 2207.12598,
-
-        (1 + w) output(x_t, label) - w output(x_t, null)
-
-    of what is predicted, before x_0 is clipped; for any target, as each is linear in eps at one
-    x_t. A second half of the channels, a learned variance, is the labelled one's.
-    apply: (x_t [2b, ...], model_t[2b], label[2b]) -> output: both are one evaluation, pairs side by
-           side, so that a batch cut over devices stays where it is.
-    label: int[b]. null: the label that means none; for unet.UNet its num_classes. w: a number or
-    [b]; 0 is no guidance, -1 no label. Others count from 1: their scale is 1 + w.
-    """
-
-    def both(x_t: Array, model_t: Array) -> Array:
-        labels = jnp.stack([label, jnp.full_like(label, null)], 1).reshape(-1)
-        output = apply(jnp.repeat(x_t, 2, 0), jnp.repeat(model_t, 2, 0), labels)
-        output = output.reshape(len(x_t), 2, *output.shape[1:])
-        labelled, free = output[:, 0], output[:, 1]
-        of, rest = jnp.split(labelled, [x_t.shape[-1]], axis=-1)
-        of = of + expand(w, of) * (of - free[..., : x_t.shape[-1]])
-        return jnp.concatenate([of, rest], -1)
-
-    return both
-
-
 CLIPS = {True: lambda x_0: jnp.clip(x_0, -1, 1), False: lambda x_0: x_0}
 
 
-def predictor(
+def make_predict(
     p: Process,
     apply: Callable[[Array, Array], Array],
     target: Target,
@@ -275,14 +189,14 @@ def predictor(
 
     def predict(x_t: Array, t: Array) -> Prediction:
         t = jnp.broadcast_to(jnp.asarray(t), x_t.shape[:1])
-        output = apply(x_t, at(p.model_t, t))
+        output = apply(x_t, gather(p.model_t, t))
         expected = (*x_t.shape[:-1], x_t.shape[-1] * variance.outputs)
         if output.shape != expected:
             raise ValueError(f"network output: expected {expected}, found {output.shape}")
         output, extra = jnp.split(output, 2, axis=-1) if variance.outputs == 2 else (output, None)
         x_0 = limit(target.to_x0(p, output, x_t, t))
         log_var = variance.log_var(p, extra, t)
-        log_var = expand(log_var, x_t) if extra is None else log_var
+        log_var = broadcast_right(log_var, x_t) if extra is None else log_var
         return Prediction(
             x_0=x_0,
             eps=eps_from_x0(p, x_0, x_t, t),
@@ -301,26 +215,26 @@ def eps_from_x0(p: Process, x_0: Array, x_t: Array, t: Array) -> Array:
         return _scaled(np.sqrt(1 / (1 - a)), t, x_t) - _scaled(np.sqrt(a / (1 - a)), t, x_0)
 
 
-def reverse(p: Process, prediction: Prediction, x_t: Array, s, t) -> tuple[Array, Array]:
+def p_mean_log_variance(p: Process, prediction: Prediction, x_t: Array, s, t) -> tuple[Array, Array]:
     """Mean and log-variance of p_theta(x_s | x_t): eq. 1 for s = t - 1, and any 0 <= s < t <= T.
 
     s, t: ints, scalar or [b]. Returns the mean [b, ...] and the log-variance, which broadcasts to
     it; -inf where the step is certain.
     """
     s, t = (jnp.broadcast_to(jnp.asarray(u), x_t.shape[:1]) for u in (s, t))
-    one_step = expand(s == t - 1, x_t) > 0
+    one_step = broadcast_right(s == t - 1, x_t) > 0
     mean, variance = q_posterior(p, prediction.x_0, x_t, s, t)
     if prediction.mean is not None:
         mean = jnp.where(one_step, prediction.mean, mean)
     var_0 = prediction.var_0
     if var_0 is None:
         var_0 = implied_var_0(p, prediction.log_var, t)
-    weight_0 = expand(posterior(p, s, t).weight_0, x_t)
+    weight_0 = broadcast_right(posterior(p, s, t).weight_0, x_t)
     long_step = jnp.log(variance + weight_0**2 * var_0)
     return mean, jnp.where(one_step, prediction.log_var, long_step)
 
 
-def respaced(p: Process, predict: Predict, variance: Variance, ts: np.ndarray) -> Predict:
+def respace_predict(p: Process, predict: Predict, variance: Variance, ts: np.ndarray) -> Predict:
     """The same model on the chain `process.respace(p, ts)`, for every target: (x, i) -> Prediction.
 
     predict: the model on p, asked at the trained time ts[i], from which a step of the shorter chain
@@ -337,16 +251,16 @@ def respaced(p: Process, predict: Predict, variance: Variance, ts: np.ndarray) -
 
     def shorter(x_t: Array, i: Array) -> Prediction:
         i = jnp.broadcast_to(jnp.asarray(i), x_t.shape[:1])
-        s, t = at(times, i - 1), at(times, i)
+        s, t = gather(times, i - 1), gather(times, i)
         prediction = predict(x_t, t)
-        mean, log_var = reverse(p, prediction, x_t, s, t)
+        mean, log_var = p_mean_log_variance(p, prediction, x_t, s, t)
         var_0 = prediction.var_0
         if variance.outputs == 1:
-            log_var = expand(variance.log_var(q, None, i), x_t)
+            log_var = broadcast_right(variance.log_var(q, None, i), x_t)
             var_0 = variance.var_0(q, log_var, i)
         else:
-            floor = jnp.maximum(log_var, expand(posterior_log_var(q, i), x_t))
-            log_var = jnp.where(expand(s == t - 1, x_t) > 0, log_var, floor)
+            floor = jnp.maximum(log_var, broadcast_right(posterior_log_var(q, i), x_t))
+            log_var = jnp.where(broadcast_right(s == t - 1, x_t) > 0, log_var, floor)
         mean = None if prediction.mean is None else mean
         return prediction._replace(log_var=log_var, var_0=var_0, mean=mean)
 

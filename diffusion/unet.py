@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from diffusion import ops
+from diffusion.kernels import ops
 
 NEARLY_ZERO = 1e-10  # the official scale of what shall start at zero (last layer of every branch)
 

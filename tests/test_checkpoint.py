@@ -19,7 +19,8 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from diffusion.checkpoint import CheckpointError, Checkpoints
+from diffusion.checkpoint import Checkpoints
+from diffusion.utils.errors import WorkdirError
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -95,7 +96,6 @@ def names(directory):
     return sorted(path.name for path in directory.iterdir())
 
 
-# ------------------------------------------------------------------------------------- round trip
 
 
 def test_state_comes_back_bit_for_bit_in_another_object(opened):
@@ -125,7 +125,7 @@ def test_average_alone_without_reading_the_rest(opened, tmp_path):
     for path in (tmp_path / "run/8/state").glob("**/d/*"):
         path.unlink()  # all the arrays of the rest
     assert checkpoints.restore_ema(abstract().ema)[0] == 8
-    with pytest.raises(CheckpointError, match=r"no step 5; there are: 8, 4$"):
+    with pytest.raises(WorkdirError, match=r"no step 5; there are: 8, 4$"):
         checkpoints.restore_ema(abstract().ema, 5)
 
 
@@ -187,7 +187,6 @@ def test_keep_is_checked(tmp_path):
             Checkpoints(tmp_path, **options)
 
 
-# ----------------------------------------------------------------------------------------- damage
 
 
 def data_file(step):
@@ -297,7 +296,7 @@ def test_what_is_no_step_is_ignored(opened, tmp_path):
 def test_no_step_at_all(opened, tmp_path):
     checkpoints = opened()
     assert checkpoints.latest() is None
-    with pytest.raises(CheckpointError, match=f"^{tmp_path}/run: no checkpoint is there$"):
+    with pytest.raises(WorkdirError, match=f"^{tmp_path}/run: no checkpoint is there$"):
         checkpoints.restore(abstract())
 
 
@@ -311,13 +310,13 @@ def test_no_good_step_is_an_error_and_nothing_is_moved(opened, tmp_path):
         data_file(run / str(step)).unlink()
     checkpoints = opened()
     line = f"^{run}: step 8 cannot be restored: .*; nor is any of these good: 4; mend it, or move"
-    with pytest.raises(CheckpointError, match=line):
+    with pytest.raises(WorkdirError, match=line):
         checkpoints.restore(abstract())
     assert names(run) == ["4", "8"] and checkpoints.lines == []
     for step in (4, 8):
         shutil.rmtree(run / str(step))
     (run / "9").mkdir()
-    with pytest.raises(CheckpointError, match=f"^{run}: step 9 is not complete: .*; mend it"):
+    with pytest.raises(WorkdirError, match=f"^{run}: step 9 is not complete: .*; mend it"):
         opened().latest()
 
 
@@ -335,20 +334,19 @@ def test_no_good_step_is_an_error_and_nothing_is_moved(opened, tmp_path):
 )
 def test_a_state_that_does_not_fit_is_an_error_and_nothing_is_moved(opened, tmp_path, change, what):
     checkpoints = saved(opened(), 8)
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(WorkdirError) as error:
         checkpoints.restore(change(abstract()))
     assert f"run: step 8 does not fit: {what}" in str(error.value)
     assert names(tmp_path / "run") == ["8"]
 
 
-# ---------------------------------------------------------------------------------- where it lies
 
 
 @pytest.mark.parametrize("below", ["", "below"])
 def test_a_place_that_cannot_be_written_is_found_when_opening(tmp_path, below):
     (tmp_path / "file").write_text("")
     where = tmp_path / "file" / below
-    with pytest.raises(CheckpointError, match=f"^{where}: cannot be written: .*; choose another"):
+    with pytest.raises(WorkdirError, match=f"^{where}: cannot be written: .*; choose another"):
         Checkpoints(where)
 
 
@@ -360,7 +358,7 @@ def test_opening_leaves_nothing_behind(opened, tmp_path):
 def test_read_only_makes_and_moves_nothing(opened, tmp_path):
     checkpoints = opened(read_only=True)
     assert checkpoints.latest() is None and not (tmp_path / "run").exists()
-    with pytest.raises(CheckpointError, match="no checkpoint is there"):
+    with pytest.raises(WorkdirError, match="no checkpoint is there"):
         checkpoints.restore_ema(abstract().ema)
     saved(opened(), 4, 8)
     data_file(tmp_path / "run/8").unlink()
@@ -378,7 +376,7 @@ def test_a_save_that_cannot_begin_is_an_error_and_the_next_one_is_saved(opened, 
     checkpoints = saved(opened(), 4)
     run.rename(tmp_path / "elsewhere")
     run.write_text("")
-    with pytest.raises(CheckpointError, match=f"^{run}: step 8 was not saved: .*Not a directory"):
+    with pytest.raises(WorkdirError, match=f"^{run}: step 8 was not saved: .*Not a directory"):
         checkpoints.save(8, make_state(8))
     run.unlink()
     (tmp_path / "elsewhere").rename(run)
@@ -393,7 +391,7 @@ def test_a_full_disk_is_told_and_the_older_step_and_the_next_one_are_good(opened
     resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, hard))
     try:
         checkpoints.save(8, make_state(8))
-        with pytest.raises(CheckpointError, match=r"step 8 was not saved: .*File too large"):
+        with pytest.raises(WorkdirError, match=r"step 8 was not saved: .*File too large"):
             checkpoints.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -408,11 +406,10 @@ def test_a_full_disk_is_told_and_the_older_step_and_the_next_one_are_good(opened
 def test_orbax_declining_a_save_is_an_error(opened, monkeypatch):
     checkpoints = opened()
     monkeypatch.setattr(ocp.CheckpointManager, "save", lambda *args, **kwargs: False)
-    with pytest.raises(CheckpointError, match="step 3 was not saved: orbax declined"):
+    with pytest.raises(WorkdirError, match="step 3 was not saved: orbax declined"):
         checkpoints.save(3, make_state(3))
 
 
-# ------------------------------------------------------------------------------ several processes
 
 PROCESS = """
 import sys

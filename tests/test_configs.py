@@ -7,9 +7,9 @@ import os
 import jax
 import pytest
 
-import experiment
-import sampling
-import settings
+from diffusion import experiment
+from diffusion.modes import _sampling
+from diffusion.runtime.config import validate, with_overrides
 from tests.conftest import ROOT
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("[a-z]*.py"))
@@ -41,7 +41,7 @@ def parameters(name, variant=""):
 )
 def test_the_cores_of_a_processor_share_a_batch(name, changes, expected, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    assert experiment.cores(settings.changed(config_of(name, ""), changes)) == expected
+    assert experiment.cpu_devices(with_overrides(config_of(name, ""), changes)) == expected
 
 
 def test_the_configs_of_the_paper_are_there():
@@ -55,9 +55,9 @@ def test_the_configs_of_the_paper_are_there():
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_every_variant_can_be_built(name, variant):
     config = config_of(name, variant)
-    settings.check(config, devices=1)
+    validate(config, devices=1)
     x = experiment.build(config)
-    sampling.make_chain(config, x, config.sample.batch_size)
+    _sampling.compile_sampler(config, x, config.sample.batch_size)
 
 
 @pytest.mark.parametrize("name", NAMES)

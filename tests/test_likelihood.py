@@ -10,7 +10,8 @@ from jax import random
 from scipy import integrate, special, stats
 
 from diffusion import likelihood, process, schedules, targets
-from diffusion.likelihood import decoder_log_likelihood, normal_kl, prior_bits, term_bits, terms
+from diffusion.likelihood import decoder_log_likelihood, normal_kl, prior_bits, vlb_term, vlb_terms
+from diffusion.modes import likelihood
 from diffusion.targets import TARGETS, VARIANCES
 from tests import oracle
 from tests.oracle import Gaussian, official
@@ -51,7 +52,7 @@ def build(p, m, v, clip, network):
     """The predictor of the official names."""
     learned = v == "learned"
     target, variance = TARGETS[oracle.TARGETS[m]], VARIANCES[oracle.VARIANCES[v]]
-    return targets.predictor(p, lambda x, t: network(x, t, learned), target, variance, bool(clip))
+    return targets.make_predict(p, lambda x, t: network(x, t, learned), target, variance, bool(clip))
 
 
 KINDS = list(itertools.product(oracle.VARIANCES, (0, 1)))  # variance and clipping
@@ -65,7 +66,7 @@ def test_official_terms_of_one_time(official):
         for name, network in (("vb", oracle.toy), ("vbB", oracle.toy_b)):
             key = f"{name}.{m}.{v}.clip{clip}."
             prediction = build(LINEAR, m, v, clip, network)(x_t, t)
-            bits = term_bits(LINEAR, prediction, x_0, x_t, t)
+            bits = vlb_term(LINEAR, prediction, x_0, x_t, t)
             theirs = official[key + "bpd"]
             # KL: float32 squares of differences of means, and an absolute floor where eps at t near
             # T leaves 1e-6 bits.
@@ -93,7 +94,7 @@ def test_official_bound(official, monkeypatch):
     monkeypatch.setattr(likelihood, "noise", lambda keys, t, like: noise[t - 1])
     for m in oracle.TARGETS:
         predict = oracle.side_by_side([build(p, m, v, clip, oracle.toy) for v, clip in KINDS])
-        out = jax.jit(lambda x, predict=predict: terms(p, predict, random.key(0), x))(x_0)
+        out = jax.jit(lambda x, predict=predict: vlb_terms(p, predict, random.key(0), x))(x_0)
         parts = (np.split(np.asarray(part), 2 * n) for part in out)
         kinds = [(name, *kind) for kind in KINDS for name in ("noise", "zero")]
         for (name, v, clip), bits, mse in zip(kinds, *parts, strict=True):
@@ -156,7 +157,7 @@ def test_prior_of_the_paper():
 
 
 def exact(p, known, clip=False):
-    return targets.predictor(
+    return targets.make_predict(
         p, known.network(p, "eps"), TARGETS["eps"], VARIANCES["learned"], clip=clip
     )
 
@@ -180,7 +181,7 @@ def test_term_is_the_closed_form_for_each_draw(x64):
 
     @jax.jit
     def bits(x_0, x_t, t):
-        return term_bits(p, exact(p, known)(x_t, t), x_0, x_t, t)
+        return vlb_term(p, exact(p, known)(x_t, t), x_0, x_t, t)
 
     wanted = nats.mean(axis=(1, 2, 3)) / np.log(2)
     np.testing.assert_allclose(bits(x_0, x_t, t), wanted, rtol=1e-10)  # float64
@@ -201,7 +202,7 @@ def expected_bits(p, known, predict, t):
     """E[L_{t-1}] over the data and the noise, for t > 1, where the term is a quadratic."""
     x_0, x_t = (x.reshape(-1, 1, 1, 1) for x in four_points(p, known, t))
     times = np.tile(t, 4)
-    bits = jax.jit(lambda x_0, x_t, t: term_bits(p, predict(x_t, t), x_0, x_t, t))(x_0, x_t, times)
+    bits = jax.jit(lambda x_0, x_t, t: vlb_term(p, predict(x_t, t), x_0, x_t, t))(x_0, x_t, times)
     return np.asarray(bits).reshape(4, -1).mean(0)
 
 
@@ -226,7 +227,7 @@ RESPACED = np.array([2, 3, 7, 12])
 def test_expected_terms_of_a_respaced_chain(x64):
     """E[L_{i-1}] = I(x_0; x_s | x_t), s and t the trained times, from a network of single steps."""
     known, q = Gaussian(0.1, 0.3), process.respace(FINE, RESPACED)
-    predict = targets.respaced(FINE, exact(FINE, known), VARIANCES["learned"], RESPACED)
+    predict = targets.respace_predict(FINE, exact(FINE, known), VARIANCES["learned"], RESPACED)
     ours = expected_bits(q, known, predict, np.arange(2, 5))
     wanted = information(FINE, known, RESPACED[:-1], RESPACED[1:])
     np.testing.assert_allclose(ours, wanted, rtol=1e-9)  # float64
@@ -234,7 +235,7 @@ def test_expected_terms_of_a_respaced_chain(x64):
 
 def fixed(p, known, variance):
     apply = known.network(p, "x0", learned=False)
-    return targets.predictor(p, apply, TARGETS["x0"], VARIANCES[variance], clip=False)
+    return targets.make_predict(p, apply, TARGETS["x0"], VARIANCES[variance], clip=False)
 
 
 def test_extreme_variances_have_their_extreme_data(x64):
@@ -287,7 +288,7 @@ def bound_by_quadrature(p, predict, x_0, monkeypatch, nodes=48):
     batch = jnp.broadcast_to(jnp.asarray(x_0).reshape(1, -1, 1, 1), (nodes, len(x_0), 1, 1))
     draw = jnp.broadcast_to(jnp.asarray(z).reshape(-1, 1, 1, 1), batch.shape)
     monkeypatch.setattr(likelihood, "noise", lambda keys, t, like: draw)
-    bits = jax.jit(lambda x: terms(p, predict, random.key(0), x).bits)(batch)
+    bits = jax.jit(lambda x: vlb_terms(p, predict, random.key(0), x).bits)(batch)
     return weights / weights.sum() @ np.asarray(bits)
 
 
@@ -335,7 +336,7 @@ def test_bound_of_a_respaced_chain_is_the_likelihood(x64, monkeypatch):
     """Exact steps of any length telescope: fewer of them have the same bound and the same prior."""
     p, known, ts = FINE, Gaussian(0.1, 0.06), np.array([1, 2, 5, 12])
     x_0 = LEVELS[[70, 128, 139, 160, 200]]
-    predict = targets.respaced(p, exact(p, known), VARIANCES["learned"], ts)
+    predict = targets.respace_predict(p, exact(p, known), VARIANCES["learned"], ts)
     bits = bound_by_quadrature(process.respace(p, ts), predict, x_0, monkeypatch)
     assert bits.shape == (5,)
     np.testing.assert_allclose(bits.sum(), exact_bits(p, known, x_0).mean(), atol=DECODER)
@@ -347,7 +348,7 @@ def test_bound_of_many_draws():
     rng = np.random.RandomState(0)
     x_0 = known.mean + np.sqrt(known.var) * rng.randn(256, 24, 24, 1)
     x_0 = (np.round((x_0 + 1) * 127.5).clip(0, 255) / 127.5 - 1).astype(np.float32)
-    out = jax.jit(lambda x: terms(p, exact(p, known), random.key(0), x))(x_0)
+    out = jax.jit(lambda x: vlb_terms(p, exact(p, known), random.key(0), x))(x_0)
     assert out.bits.shape == (256, p.T + 1) and out.mse.shape == (256, p.T)
     excess = out.bits.sum(1) - exact_bits(p, known, x_0).mean(axis=(1, 2, 3))
     error = excess.std() / 16
@@ -359,7 +360,7 @@ def test_bound_of_many_draws():
 
     both = likelihood.rate_distortion(out)
     assert both.rate.shape == both.rmse.shape == (256, p.T)
-    rate, rmse = (likelihood.average(a) for a in both)
+    rate, rmse = (likelihood.mean_and_stderr(a) for a in both)
     # What x_k, ..., x_T say of x_0 in all: I(x_0; x_k), and L_T for x_T.
     k = np.arange(1, p.T)
     wanted = np.append(np.cumsum(information(p, known, k, k + 1)[::-1])[::-1], 0)
@@ -383,15 +384,15 @@ def test_rate_and_distortion_of_an_image():
 def test_average():
     """Of n independent draws: the error of their mean, of any shape."""
     values = np.random.RandomState(0).randn(2000, 50, 3).astype(np.float32)
-    mean, error = likelihood.average(values[:50])
+    mean, error = likelihood.mean_and_stderr(values[:50])
     assert mean.shape == error.shape == (50, 3) and mean.dtype == np.float64
-    np.testing.assert_allclose(likelihood.average([1.0, 3.0]), (2, 1))  # sqrt(2) / sqrt(2)
-    means, errors = zip(*(likelihood.average(v) for v in np.split(values, 400)), strict=True)
+    np.testing.assert_allclose(likelihood.mean_and_stderr([1.0, 3.0]), (2, 1))  # sqrt(2) / sqrt(2)
+    means, errors = zip(*(likelihood.mean_and_stderr(v) for v in np.split(values, 400)), strict=True)
     means, errors = np.array(means), np.array(errors)
     np.testing.assert_allclose((errors**2).mean(), means.var(), rtol=0.03)  # 60,000 of each
     for few in ([], [1.0]):
         with pytest.raises(ValueError, match="two or more"):
-            likelihood.average(few)
+            likelihood.mean_and_stderr(few)
 
 
 def test_the_paper_s_table_4():
@@ -403,13 +404,13 @@ def test_the_paper_s_table_4():
     # Rows are the same places of one's own chain: r transmissions leave x_{T-r+1} known.
     k = np.arange(1.0, 1001)
     values = np.stack([[k, -k], [k + 2, -k]], axis=1)
-    rows = likelihood.table_4(*map(likelihood.average, values))
+    rows = likelihood.table_4(*map(likelihood.mean_and_stderr, values))
     assert [row.step for row in rows] == list(steps)
     np.testing.assert_array_equal([row.rate.mean for row in rows], 1001 - steps + 1)
     np.testing.assert_array_equal([row.rate.error for row in rows], 1)
     np.testing.assert_array_equal([row.rmse.mean for row in rows], steps - 1001)
     with pytest.raises(ValueError, match="10 n steps"):
-        likelihood.table_4(*[likelihood.average(np.ones((2, 25)))] * 2)
+        likelihood.table_4(*[likelihood.mean_and_stderr(np.ones((2, 25)))] * 2)
 
 
 def test_point_costs_nothing_after_its_decoder(monkeypatch):
@@ -421,9 +422,9 @@ def test_point_costs_nothing_after_its_decoder(monkeypatch):
     def apply(x, model_t):
         return jnp.broadcast_to(image, x.shape)
 
-    predict = targets.predictor(p, apply, TARGETS["x0"], VARIANCES["fixed_small"])
+    predict = targets.make_predict(p, apply, TARGETS["x0"], VARIANCES["fixed_small"])
     monkeypatch.setattr(likelihood, "noise", oracle.cheap_noise)
-    out = jax.jit(lambda x: terms(p, predict, random.key(1), x))(x_0)
+    out = jax.jit(lambda x: vlb_terms(p, predict, random.key(1), x))(x_0)
     assert np.all(out.mse == 0)
     # Rounding of two logarithms of variances, float32: 1e-7 of -9.
     np.testing.assert_allclose(out.bits[:, 1:-1], 0, atol=1e-6)
@@ -440,7 +441,7 @@ def test_an_image_s_terms_are_its_own():
     """The same numbers alone, in a batch, and with its key given: whatever else is scored."""
     p, known = FINE, Gaussian(0.1, 0.06)
     x_0 = jnp.asarray(LEVELS[random.randint(random.key(0), (5, 4, 4, 1), 0, 256)], jnp.float32)
-    run = jax.jit(lambda key, x: terms(p, exact(p, known), key, x))
+    run = jax.jit(lambda key, x: vlb_terms(p, exact(p, known), key, x))
     key = random.key(1)
     whole = run(key, x_0)
     part = run(key, x_0[:2])
@@ -462,5 +463,5 @@ def test_a_chain_of_one_step(monkeypatch):
         if VARIANCES[variance].outputs == 1:
             predict = fixed(p, Gaussian(0.1, 0.3), variance)
             x_0 = jnp.zeros((2, 4, 4, 1))
-            out = jax.jit(lambda x, predict=predict: terms(p, predict, random.key(0), x))(x_0)
+            out = jax.jit(lambda x, predict=predict: vlb_terms(p, predict, random.key(0), x))(x_0)
             assert out.bits.shape == (2, 2) and np.all(np.isfinite(out.bits))

@@ -144,8 +144,8 @@ def test_bpd_is_an_unbiased_estimate_of_the_bound():
     @jax.jit
     def run(key):
         _, metrics = losses.vlb(SHORT, *chosen)(apply, key, x_0)
-        predict = targets.predictor(SHORT, apply, *chosen, clip=False)
-        return metrics["bpd"], likelihood.terms(SHORT, predict, key, x_0).bits.sum(1)
+        predict = targets.make_predict(SHORT, apply, *chosen, clip=False)
+        return metrics["bpd"], likelihood.vlb_terms(SHORT, predict, key, x_0).bits.sum(1)
 
     estimate, bound = (np.asarray(v, np.float64) for v in run(random.key(3)))
     errors = [v.std() / np.sqrt(b) for v in (estimate, bound)]

@@ -31,14 +31,14 @@ def test_official_tables(official, x64):
     c = process.posterior(LINEAR, t - 1, t)
     one, t_device = jnp.ones((1000, 1)), jnp.asarray(t)
     tables = {
-        "betas": process.noise_share(LINEAR, t - 1, t),
+        "betas": process.beta_between(LINEAR, t - 1, t),
         "alphas_cumprod": LINEAR.alpha_bar[1:],
         "alphas_cumprod_prev": LINEAR.alpha_bar[:-1],
         # The factors of eq. 4 as q_sample applies them; taken off again they are the two "recip"
         # tables of test_targets.py.
         "sqrt_alphas_cumprod": process.q_sample(LINEAR, one, t_device, 0 * one)[:, 0],
         "sqrt_one_minus_alphas_cumprod": process.q_sample(LINEAR, 0 * one, t_device, one)[:, 0],
-        "log_one_minus_alphas_cumprod": np.log(process.noise_share(LINEAR, 0, t)),
+        "log_one_minus_alphas_cumprod": np.log(process.beta_between(LINEAR, 0, t)),
         "posterior_variance": c.variance,
         "posterior_mean_coef1": c.weight_0,
         "posterior_mean_coef2": c.weight_t,
@@ -56,7 +56,7 @@ def test_official_q(official):
     x_0, eps, t = (jnp.asarray(official[k]) for k in ("x_start", "noise", "t"))
     t = t + 1  # the official code counts from 0
     x_t = process.q_sample(LINEAR, x_0, t, eps)
-    variance = process.noise_share(LINEAR, 0, t).reshape(-1, 1, 1, 1)
+    variance = process.beta_between(LINEAR, 0, t).reshape(-1, 1, 1, 1)
     for name in ("", "gd1."):
         # Float32 on both sides, values up to 4: 1e-6 is two units in the last place.
         official.close(f"{name}x_t", x_t, atol=1e-6)
@@ -108,7 +108,7 @@ def test_against_brute_force(name):
         if s:
             ratio = covariance[s, t] / covariance[s, s]  # what x_t keeps of x_s
             kept = covariance[t, t] - ratio**2 * covariance[s, s]
-            np.testing.assert_allclose(process.noise_share(p, s, t), kept, **close)
+            np.testing.assert_allclose(process.beta_between(p, s, t), kept, **close)
 
 
 def test_q_posterior_is_the_same_for_images():
@@ -207,11 +207,11 @@ def test_noise_is_each_example_s_own():
     key = random.key(3)
     like = jnp.zeros((5, 40, 40, 3))
     keys = process.example_keys(key, 5)
-    z = process.noise(keys, jnp.asarray(7), like)
-    np.testing.assert_array_equal(process.noise(process.example_keys(key, 2), 7, like[:2]), z[:2])
-    np.testing.assert_array_equal(process.noise(keys[3:4], 7, like[:1])[0], z[3])
+    z = process.sample_noise(keys, jnp.asarray(7), like)
+    np.testing.assert_array_equal(process.sample_noise(process.example_keys(key, 2), 7, like[:2]), z[:2])
+    np.testing.assert_array_equal(process.sample_noise(keys[3:4], 7, like[:1])[0], z[3])
     assert process.example_keys(keys, 5) is keys
-    draws = [z[0], z[1], process.noise(keys, 8, like)[0], process.noise(keys, 6, like)[0]]
+    draws = [z[0], z[1], process.sample_noise(keys, 8, like)[0], process.sample_noise(keys, 6, like)[0]]
     # 4800 numbers: a correlation of 0.1 is seven standard errors.
     correlations = np.corrcoef([np.ravel(d) for d in draws]) - np.eye(4)
     assert np.abs(correlations).max() < 0.1

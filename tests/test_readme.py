@@ -10,10 +10,11 @@ import tarfile
 import numpy as np
 import pytest
 
-from diffusion import figures
+from diffusion.plotting import image_grid
+from diffusion.utils.io import save_npz
 from tests import tiny_tfds
 from tests.conftest import ROOT
-from tests.test_main import run
+from tests.modes.test_train import run
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = "".join(re.findall(r"^```\n(.*?)^```", README, re.M | re.S)).replace("\\\n", " ")
@@ -31,10 +32,10 @@ def place(tmp_path_factory):
     (folder / "IMAGES").mkdir()
     for i in range(3):
         noise = np.random.default_rng(i).integers(0, 256, (40, 50 + i, 3), np.uint8)
-        figures.save_png(folder / "IMAGES" / f"{i}.png", noise)
+        image_grid.save_png(folder / "IMAGES" / f"{i}.png", noise)
     for name in ("SAMPLES", "OTHERS"):
         images = np.random.default_rng(len(name)).integers(0, 256, (20, 8, 8, 1), np.uint8)
-        figures.save_npz(folder / f"{name}.npz", images)
+        save_npz(folder / f"{name}.npz", images)
     tiny_cifar10(folder / "cifar-10-binary.tar.gz")
     run(f"--config={ROOT}/configs/digits.py:tiny", "--workdir=runs/digits", cwd=folder)
     run("--mode=export", "--workdir=runs/digits", "--output=WEIGHTS", cwd=folder)

@@ -9,9 +9,8 @@ import pytest
 from jax import random
 
 from diffusion import likelihood, process, samplers, schedules, targets
+from diffusion.samplers import analytic, ancestral, base
 from diffusion.targets import TARGETS, VARIANCES, Prediction
-from tests.oracle import TARGETS as OFFICIAL_TARGETS
-from tests.oracle import VARIANCES as OFFICIAL_VARIANCES
 from tests.oracle import Gaussian, cheap_noise, official, side_by_side, toy
 
 LINEAR = process.from_betas(schedules.linear(1000))
@@ -79,10 +78,10 @@ def test_official_x0(official):
 @official("diffusion", "pmv.*", "gd1.pmv.*")
 def test_official_p_mean_variance(official):
     x_t, t = jnp.asarray(official["x_t"]), jnp.asarray(official["t"]) + 1
-    for m, target in OFFICIAL_TARGETS.items():
-        for v, variance in OFFICIAL_VARIANCES.items():
+    for m, target in TARGETS.items():
+        for v, variance in VARIANCES.items():
             for clip in (0, 1):
-                predict = targets.predictor(
+                predict = targets.make_predict(
                     LINEAR,
                     lambda x, t, learned=v == "learned": toy(x, t, learned),
                     TARGETS[target],
@@ -90,7 +89,7 @@ def test_official_p_mean_variance(official):
                     clip=bool(clip),
                 )
                 prediction = predict(x_t, t)
-                mean, log_var = targets.reverse(LINEAR, prediction, x_t, t - 1, t)
+                mean, log_var = targets.p_mean_log_variance(LINEAR, prediction, x_t, t - 1, t)
                 key = f"pmv.{m}.{v}.clip{clip}."
                 # Values up to 10 where an unclipped x_0 of 100 has the weight 0.1: 1e-6 is one
                 # rounding of them.
@@ -169,7 +168,7 @@ def test_contract(target, monkeypatch):
     for module in (likelihood, samplers):
         monkeypatch.setattr(module, "noise", cheap_noise)
     pairs = [
-        targets.predictor(
+        targets.make_predict(
             p, functools.partial(network, outputs=variance.outputs), TARGETS[target], variance
         )
         for variance in VARIANCES.values()
@@ -184,9 +183,9 @@ def test_contract(target, monkeypatch):
             x,
             prediction,
             process.q_sample(p, prediction.x_0, t_n, prediction.eps),
-            [targets.reverse(p, prediction, x, s, t_n) for s in (t_n - 1, 0 * t_n, 0)],
-            samplers.sample(samplers.ancestral(p), predict, KEY, x, np.array([5, 4, 1, 0])),
-            likelihood.terms(p, predict, KEY, jnp.clip(x, -1, 1)),
+            [targets.p_mean_log_variance(p, prediction, x, s, t_n) for s in (t_n - 1, 0 * t_n, 0)],
+            base.sample(ancestral.ancestral(p), predict, KEY, x, np.array([5, 4, 1, 0])),
+            likelihood.vlb_terms(p, predict, KEY, jnp.clip(x, -1, 1)),
         )
 
     t = jnp.arange(1, 6)
@@ -208,7 +207,7 @@ def test_contract(target, monkeypatch):
 def test_shapes_of_a_prediction(target, variance):
     """The same for one time and for one per example; a fixed log-variance is one per example."""
     apply = functools.partial(network, outputs=VARIANCES[variance].outputs)
-    predict = targets.predictor(SHORT, apply, TARGETS[target], VARIANCES[variance])
+    predict = targets.make_predict(SHORT, apply, TARGETS[target], VARIANCES[variance])
     together, alone = predict(X_T, 3), predict(X_T, jnp.full(5, 3))
     jax.tree.map(np.testing.assert_array_equal, together, alone)
     assert alone.x_0.shape == alone.eps.shape == X_T.shape
@@ -229,10 +228,10 @@ def test_clipping(target):
     @jax.jit
     def go(x_t):
         variance = VARIANCES["fixed_small"]
-        predicts = [targets.predictor(SHORT, apply, TARGETS[target], variance, c) for c in (0, 1)]
+        predicts = [targets.make_predict(SHORT, apply, TARGETS[target], variance, c) for c in (0, 1)]
         both = [predict(x_t, t) for predict in predicts]
         wanted, _ = process.q_posterior(SHORT, both[1].x_0, x_t, t - 1, t)
-        return both, [targets.reverse(SHORT, q, x_t, t - 1, t)[0] for q in both], wanted
+        return both, [targets.p_mean_log_variance(SHORT, q, x_t, t - 1, t)[0] for q in both], wanted
 
     (off, on), means, wanted = go(x_t)
     assert np.abs(off.x_0).max() > 1.5
@@ -263,11 +262,11 @@ def test_reverse_is_exact_for_gaussian_data(target, known, x64):
 
     @jax.jit
     def steps(x_t, s, t):
-        predict = targets.predictor(p, apply, TARGETS[target], VARIANCES["learned"], clip=False)
+        predict = targets.make_predict(p, apply, TARGETS[target], VARIANCES["learned"], clip=False)
         prediction = predict(x_t, t)
         # Without var_0 it is derived from log_var on the spot.
         with_and_without = (prediction, prediction._replace(var_0=None))
-        return prediction, [targets.reverse(p, q, x_t, s, t) for q in with_and_without]
+        return prediction, [targets.p_mean_log_variance(p, q, x_t, s, t) for q in with_and_without]
 
     x_t = random.normal(random.key(0), (len(t), 2, 2, 1), jnp.float64)
     prediction, results = steps(x_t, s, t)
@@ -337,8 +336,8 @@ def test_long_steps_are_steps_of_the_respaced_chain(target, variance, x64):
     @jax.jit
     def step(x, i):
         def reverse(p, s, t):
-            predict = targets.predictor(p, apply, TARGETS[target], VARIANCES[variance])
-            return targets.reverse(p, predict(x, t), x, s, t)
+            predict = targets.make_predict(p, apply, TARGETS[target], VARIANCES[variance])
+            return targets.p_mean_log_variance(p, predict(x, t), x, s, t)
 
         return reverse(SHORT, jnp.asarray(ts[:-1]), jnp.asarray(ts[1:])), reverse(q, i - 1, i)
 
@@ -358,10 +357,10 @@ VAR_0 = np.append(0, np.geomspace(1e-3, 0.5, SHORT.T))
 @pytest.mark.parametrize("target", TARGETS)
 def test_respacing_to_all_times_changes_nothing(target, variance):
     """Bit for bit, whatever is predicted and with which variance."""
-    variance = VARIANCES.get(variance) or targets.analytic(VAR_0)
+    variance = VARIANCES.get(variance) or analytic.analytic_variance(VAR_0)
     apply = functools.partial(network, outputs=variance.outputs)
-    predict = targets.predictor(SHORT, apply, TARGETS[target], variance)
-    same = targets.respaced(SHORT, predict, variance, np.arange(1, 21))
+    predict = targets.make_predict(SHORT, apply, TARGETS[target], variance)
+    same = targets.respace_predict(SHORT, predict, variance, np.arange(1, 21))
     t = jnp.array([1, 2, 3, 11, 20])  # not compiled: two programs may round differently
     jax.tree.map(np.testing.assert_array_equal, same(X_T, t), predict(X_T, t))
 
@@ -371,15 +370,15 @@ def test_respacing_to_all_times_changes_nothing(target, variance):
 def test_respaced_is_the_shorter_chain_s_own_predictor(variance, ts):
     """Bit for bit, its first step included, where a network gives no variance and no mean."""
     tables = VAR_0, 2 * VAR_0
-    variance = VARIANCES.get(variance) or targets.analytic(*tables)
+    variance = VARIANCES.get(variance) or analytic.analytic_variance(*tables)
     apply = functools.partial(network, outputs=1)
     q = process.respace(SHORT, ts)
     i = jnp.minimum(jnp.array([1, 2, 3, 3, len(ts)]), len(ts))
     for target in ("eps", "v"):
         # Whatever variance the longer chain had.
-        longer = targets.predictor(SHORT, apply, TARGETS[target], VARIANCES["fixed_large"])
-        wanted = targets.predictor(q, apply, TARGETS[target], variance)(X_T, i)
-        ours = targets.respaced(SHORT, longer, variance, ts)(X_T, i)
+        longer = targets.make_predict(SHORT, apply, TARGETS[target], VARIANCES["fixed_large"])
+        wanted = targets.make_predict(q, apply, TARGETS[target], variance)(X_T, i)
+        ours = targets.respace_predict(SHORT, longer, variance, ts)(X_T, i)
         jax.tree.map(np.testing.assert_array_equal, ours, wanted)
 
 
@@ -389,13 +388,13 @@ def test_respaced_is_exact_for_gaussian_data(target, ts, x64):
     """A learned variance of single steps, and the mean of a mu-network, on longer steps."""
     p, known = SHORT, Gaussian(0.3, 0.4)
     learned = VARIANCES["learned"]
-    predict = targets.predictor(p, known.network(p, target), TARGETS[target], learned, clip=False)
+    predict = targets.make_predict(p, known.network(p, target), TARGETS[target], learned, clip=False)
     q, i = process.respace(p, ts), np.arange(1, len(ts) + 1)
     x_t = random.normal(random.key(0), (len(ts), 2, 2, 1), jnp.float64)
 
     @jax.jit
     def step(x_t, i):
-        return targets.reverse(q, targets.respaced(p, predict, learned, ts)(x_t, i), x_t, i - 1, i)
+        return targets.p_mean_log_variance(q, targets.respace_predict(p, predict, learned, ts)(x_t, i), x_t, i - 1, i)
 
     mean, log_var = step(x_t, i)
     times = np.append(0, np.sort(ts))
@@ -414,14 +413,14 @@ def test_a_respaced_decoder_has_a_floor():
         return jnp.concatenate([0.1 * x, jnp.full_like(x, -30)], -1)
 
     learned = VARIANCES["learned"]
-    predict = targets.predictor(SHORT, apply, TARGETS["x0"], learned)
+    predict = targets.make_predict(SHORT, apply, TARGETS["x0"], learned)
     i = jnp.array([1, 1, 2, 3, 3])
-    log_var = targets.respaced(SHORT, predict, learned, ts)(X_T, i).log_var
+    log_var = targets.respace_predict(SHORT, predict, learned, ts)(X_T, i).log_var
     wanted = column(targets.posterior_log_var(process.respace(SHORT, ts), i))
     # Float32: beta~ on the device, of logarithms' differences, and on the host.
     np.testing.assert_allclose(log_var, jnp.broadcast_to(wanted, X_T.shape), rtol=1e-5)
     # But a trained step says what the network says.
-    log_var = targets.respaced(SHORT, predict, learned, [1, 2, 9])(X_T, jnp.array(2)).log_var
+    log_var = targets.respace_predict(SHORT, predict, learned, [1, 2, 9])(X_T, jnp.array(2)).log_var
     assert np.all(log_var == -30)
 
 
@@ -429,7 +428,7 @@ def test_analytic_variance_is_exact_for_gaussian_data(x64):
     """Theorem 1 of Analytic-DPM (arXiv 2201.06503): one Var[x_0 | x_t] for steps of any length."""
     known, t = Gaussian(0.3, 0.4), np.arange(1, SHORT.T + 1)
     _, _, var_0 = known.given(SHORT, 0, t)
-    variance = targets.analytic(np.append(np.nan, var_0), np.append(np.nan, 3 * var_0))
+    variance = analytic.analytic_variance(np.append(np.nan, var_0), np.append(np.nan, 3 * var_0))
     for ts in RESPACED:
         q, times = process.respace(SHORT, ts), np.append(0, np.sort(ts))
         i = np.arange(1, len(ts) + 1)
@@ -439,7 +438,7 @@ def test_analytic_variance_is_exact_for_gaussian_data(x64):
         of_x_0 = variance.var_0(q, column(jnp.zeros(len(ts))), jnp.asarray(i))
         np.testing.assert_allclose(of_x_0, column(var_0[times[1:] - 1]), rtol=1e-12)
         # Without a decoder's table: as the fixed variances.
-        without = targets.analytic(np.append(0, var_0)).log_var(q, None, jnp.asarray(i))
+        without = analytic.analytic_variance(np.append(0, var_0)).log_var(q, None, jnp.asarray(i))
         np.testing.assert_allclose(without[1:], np.log(ours[1:]), rtol=1e-12)
         np.testing.assert_allclose(without[0], targets.posterior_log_var(q, 1), rtol=1e-12)
 
@@ -448,27 +447,27 @@ def test_analytic_variance_between_the_fixed_ones(x64):
     """Nothing known of x_0, as of unit Gaussian data, is fixed_large; all known, fixed_small."""
     t = jnp.arange(1, SHORT.T + 1)
     for var_0, fixed in ((0 * VAR_0, "fixed_small"), (1 - SHORT.alpha_bar, "fixed_large")):
-        ours = targets.analytic(var_0).log_var(SHORT, None, t)
+        ours = analytic.analytic_variance(var_0).log_var(SHORT, None, t)
         np.testing.assert_allclose(ours, VARIANCES[fixed].log_var(SHORT, None, t), rtol=1e-12)
 
 
 def test_analytic_tables_are_checked():
     for tables in ([[0, -1.0]], [[0, 1.0], [0, 1.0, 2.0]], [[[0, 1.0]]], [[0, np.nan]]):
         with pytest.raises(ValueError, match=r"expected T \+ 1 numbers"):
-            targets.analytic(*tables)
+            analytic.analytic_variance(*tables)
     with pytest.raises(ValueError, match="ends at t = 3 < 20"):
-        targets.analytic(np.ones(4)).log_var(SHORT, None, jnp.array([1]))
+        analytic.analytic_variance(np.ones(4)).log_var(SHORT, None, jnp.array([1]))
 
 
 def test_last_long_step():
     """x_s = x_0: certain where x_0 counts as known, else with the variance of x_0 itself."""
     x = random.normal(random.key(0), (2, 4, 4, 1))
     prediction = Prediction(0.1 * x, x, jnp.zeros((2, 1, 1, 1)), jnp.zeros((2, 1, 1, 1)))
-    mean, log_var = targets.reverse(SHORT, prediction, x, 0, 9)
+    mean, log_var = targets.p_mean_log_variance(SHORT, prediction, x, 0, 9)
     np.testing.assert_array_equal(mean, prediction.x_0)
     assert np.all(log_var == -np.inf)
     prediction = prediction._replace(var_0=jnp.full((2, 1, 1, 1), 0.25))
-    mean, log_var = targets.reverse(SHORT, prediction, x, 0, 9)
+    mean, log_var = targets.p_mean_log_variance(SHORT, prediction, x, 0, 9)
     np.testing.assert_array_equal(mean, prediction.x_0)
     np.testing.assert_allclose(jnp.exp(log_var), 0.25, rtol=1e-6)  # float32
 
@@ -479,7 +478,7 @@ def test_a_given_mean_is_for_single_steps_only():
     small = jnp.zeros((2, 1, 1, 1))
     prediction = Prediction(0.1 * x, x, small, small, mean=x + 7)
     s, t = jnp.array([4, 4]), jnp.array([5, 6])
-    mean, _ = targets.reverse(SHORT, prediction, x, s, t)
+    mean, _ = targets.p_mean_log_variance(SHORT, prediction, x, s, t)
     np.testing.assert_array_equal(mean[0], x[0] + 7)
     wanted, _ = process.q_posterior(SHORT, prediction.x_0, x, s, t)
     np.testing.assert_array_equal(mean[1], wanted[1])
@@ -499,7 +498,7 @@ def test_channels_are_checked(variance, channels):
     def apply(x, model_t):
         return jnp.zeros((*x.shape[:-1], channels))
 
-    predict = targets.predictor(SHORT, apply, TARGETS["eps"], VARIANCES[variance])
+    predict = targets.make_predict(SHORT, apply, TARGETS["eps"], VARIANCES[variance])
     with pytest.raises(ValueError, match="network output: expected"):
         predict(jnp.zeros((2, 4, 4, 3)), 1)
 
@@ -514,5 +513,5 @@ def test_the_network_is_told_the_time_of_its_training():
 
     x = jnp.zeros((2, 4, 4, 1))
     for p in (SHORT, process.respace(SHORT, [5, 9, 20])):
-        targets.predictor(p, apply, TARGETS["x0"], VARIANCES["fixed_small"])(x, jnp.array([1, 3]))
+        targets.make_predict(p, apply, TARGETS["x0"], VARIANCES["fixed_small"])(x, jnp.array([1, 3]))
     np.testing.assert_array_equal(told, [[0, 2], [4, 19]])

@@ -21,10 +21,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from diffusion.checkpoint import CheckpointError, Checkpoints
+from diffusion.checkpoint import Checkpoints
+from diffusion.utils.errors import WorkdirError
 from tests.conftest import ROOT
+from tests.modes.test_train import environment
 from tests.test_checkpoint import abstract, make_state
-from tests.test_main import environment
 
 TINY = (
     f"--config={ROOT}/configs/digits.py:tiny",
@@ -99,7 +100,6 @@ def logged(workdir, name="train/loss"):
     return {line["step"]: line[name] for line in lines if name in line}
 
 
-# ------------------------------------------------------------------------------------------- kills
 
 
 def killed_again_and_again(folder, kills, rng, steps=200, every=10):
@@ -144,7 +144,6 @@ def killed_again_and_again(folder, kills, rng, steps=200, every=10):
     return {"kills": done, "runs": runs, "most steps lost": most}
 
 
-# ------------------------------------------------------------------------------------------ damage
 
 
 def flip(path, rng):
@@ -204,7 +203,7 @@ def ours(folder):
     with contextlib.closing(Checkpoints(folder, warn=lines.append)) as checkpoints:
         try:
             state = checkpoints.restore(abstract())
-        except CheckpointError:
+        except WorkdirError:
             return "refused"
         assert len(lines) <= 5
     for step, name in ((8, "right"), (4, "older")):
@@ -232,7 +231,6 @@ def same(a, b):
     return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
 
 
-# ------------------------------------------------------------------------------------------- locks
 
 
 def started_twice(folder, times):
@@ -249,7 +247,6 @@ def started_twice(folder, times):
     return {"double starts": times, "one ran": times}
 
 
-# ----------------------------------------------------------------------------------- two processes
 
 
 @contextlib.contextmanager
@@ -296,7 +293,6 @@ def peer_lost(workdir, how, which):
     return {"s": round(seconds, 1)}
 
 
-# --------------------------------------------------------------------------------------- full disk
 
 
 def limit(process, size):
@@ -330,7 +326,6 @@ def disk_full(workdir, mended):
     return {"exit code at the third failure": code, "older step": good}
 
 
-# ------------------------------------------------------------------------------------- accidents
 
 # An accident of step 5: the loss is NaN, and so is what it does to the weights.
 POISON = """
@@ -389,7 +384,7 @@ import main, settings, watch
 try:
     with watch.Peers(pathlib.Path(sys.argv[3])):
         {}
-except settings.Fatal as fatal:
+except settings.DDPMError as fatal:
     main.end(fatal)
 """
 FAILS = "raise settings.Fatal(3, 'data: of its own')"

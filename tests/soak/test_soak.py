@@ -18,14 +18,15 @@ import numpy as np
 import pytest
 
 from diffusion.checkpoint import Checkpoints
-from diffusion.ingest import pictures
-from diffusion.weights import files, tensors
-from diffusion.weights.files import WeightsError
+from diffusion.convert import files, safetensors_file
+from diffusion.convert.files import WeightsError
+from diffusion.data.prepare import image_decoding
 from tests import tiny_tfds, trials
 from tests.conftest import ROOT
+from tests.data.prepare.test_image_decoding import MALFORMED
+from tests.modes import test_train
+from tests.modes.test_train import WRONG
 from tests.test_checkpoint import DAMAGES, make_state
-from tests.test_main import WRONG
-from tests.test_pictures import MALFORMED
 from tests.trials import ENDLESS, TINY, ended, run, start, until
 
 pytestmark = pytest.mark.soak
@@ -150,7 +151,7 @@ def test_unusable_places(tmp_path, figures):
 
 def test_wrong_configs(tmp_path, figures):
     began = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import main"], cwd=ROOT, env=trials.environment())
+    subprocess.run([sys.executable, "-c", "import main"], cwd=ROOT, env=test_train.environment())
     imports, most, count = time.monotonic() - began, 0.0, 0
     for args, code, words in WRONG.values():
         if code != 2 or not args[0].startswith("--config."):
@@ -183,11 +184,11 @@ def test_clock_jumps(tmp_path, figures):
 
 def test_hostile_images(figures):
     before, slowest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0.0
-    rule = pictures.Rule(32, 32, 3, (255, 255, 255))
+    rule = image_decoding.ImageSpec(32, 32, 3, (255, 255, 255))
     for content, _ in MALFORMED.values():
         began = time.monotonic()
-        with pytest.raises(pictures.PictureError):
-            pictures.clean(content, rule)
+        with pytest.raises(image_decoding.ImageError):
+            image_decoding.normalize_image(content, rule)
         slowest = max(slowest, time.monotonic() - began)
     more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert more < 300 and slowest < 1
@@ -198,7 +199,7 @@ def test_hostile_images(figures):
 def test_mutated_safetensors(tmp_path, figures):
     path, rng = tmp_path / "x.safetensors", np.random.default_rng(0)
     truth = {"x": np.array([1.5, -2, 3e5], "<f4"), "y": np.arange(4)}
-    tensors.write(path, truth)
+    safetensors_file.write(path, truth)
     whole, count = path.read_bytes(), {"read": 0, "refused": 0}
     for _ in range(100_000):
         content = bytearray(whole)
@@ -332,7 +333,7 @@ def test_overhead(tmp_path, figures):
     """Digests, verification and checks of the CIFAR-10 network's state, in seconds a save."""
     command = [sys.executable, "-c", OVERHEAD, str(tmp_path)]
     done = subprocess.run(
-        command, cwd=ROOT, env=trials.environment(), capture_output=True, text=True
+        command, cwd=ROOT, env=test_train.environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

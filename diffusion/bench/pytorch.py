@@ -1,0 +1,186 @@
+"""What --mode=bench compares with: the same networks in PyTorch, in a process of its own.
+
+In one process the threads of both would fight for the cores; so they take turns, each alone. Only
+where PyTorch and the others are installed (requirements-bench.txt), and where they have such a
+network; otherwise there is nothing to compare with, and nothing is said. On PyTorch's GPU if it has
+one, channels last, bfloat16 by autocast if the config is in bfloat16, random weights and images.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import multiprocessing
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion.convert import diffusers_config
+from diffusion.runtime.config import flatten
+
+Runs = dict[str, Callable]  # {name: what is to be timed; it returns when all is done}
+Apart = contextlib.AbstractContextManager[Runs]  # while the other process lives
+
+
+def training(config: ConfigDict) -> Apart:
+    """(how many steps) -> None: Algorithm 1 of diffusers' network, with Adam, clip and average."""
+    optim = {name: config.optim[name] for name in ("lr", "clip", "ema")}
+    return _of_unet(_training, config, config.train.batch_size, optim)
+
+
+def network(config: ConfigDict, size: int) -> Apart:
+    """(how often) -> None: diffusers' network forward, without gradient, on its last output."""
+    return _of_unet(_network, config, size)
+
+
+def features(weights: dict[str, np.ndarray], image: np.ndarray) -> Apart:
+    """() -> [features, logits] of torch-fidelity's Inception; image: uint8[b, h, w, 3]."""
+    return _apart(("torch", "torch_fidelity"), _features, weights, image)
+
+
+def _of_unet(make, config, size, *args) -> Apart:
+    try:
+        files = diffusers_config.to_diffusers_config(flatten(config))
+    except ValueError:
+        return contextlib.nullcontext({})
+    c, classes = config.data, config.model.num_classes
+    shape = size, c.channels, c.image_size, c.image_width or c.image_size
+    half = config.model.dtype == "bfloat16"
+    about = files["unet/config.json"], shape, classes, half
+    return _apart(("torch", "diffusers"), make, *about, *args)
+
+
+
+
+@contextlib.contextmanager
+def _apart(needed, make, *args) -> Iterator[Runs]:
+    """What `make` makes in the other process, to be called from here; {} where it cannot."""
+    if not all(map(importlib.util.find_spec, needed)):
+        yield {}
+        return
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+
+        def call(name, *args):
+            return process.submit(_call, name, *args).result()
+
+        names = process.submit(_make, make, *args).result()
+        yield {name: functools.partial(call, name) for name in names}
+
+
+_made: Runs = {}  # in the other process
+
+
+def _make(make, *args) -> list[str]:
+    _made.update(make(*args))
+    return list(_made)
+
+
+def _call(name, *args):
+    return _made[name](*args)
+
+
+
+
+def _training(about, shape, classes, half, optim) -> Runs:
+    import torch
+
+    unet, x_0, extra, precision = _unet(about, shape, classes, half)
+    device = x_0.device
+    fused = {"fused": True} if device.type == "cuda" else {}
+    adam = torch.optim.Adam(unet.parameters(), lr=optim["lr"], **fused)
+    average = [p.detach().clone() for p in unet.parameters()]
+    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, device=device), 0)
+
+    def steps(network, n):
+        unet.train()
+        for _ in range(n):
+            t = torch.randint(0, 1000, (len(x_0),), device=device)
+            a = alpha_bar[t][:, None, None, None]
+            eps = torch.randn_like(x_0)
+            with precision():
+                found = network(a.sqrt() * x_0 + (1 - a).sqrt() * eps, t, **extra).sample
+            adam.zero_grad(set_to_none=True)
+            torch.mean((found.float() - eps) ** 2).backward()
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), optim["clip"])
+            adam.step()
+            with torch.no_grad():
+                weights = [p.detach() for p in unet.parameters()]
+                torch._foreach_lerp_(average, weights, 1 - optim["ema"])
+        _wait()
+
+    return {name: functools.partial(steps, form) for name, form in _forms(unet).items()}
+
+
+def _network(about, shape, classes, half) -> Runs:
+    import torch
+
+    unet, x_T, extra, precision = _unet(about, shape, classes, half)
+    t = torch.full((len(x_T),), 500, device=x_T.device)
+
+    def passes(network, n):
+        unet.eval()
+        x = x_T
+        with torch.inference_mode(), precision():
+            for _ in range(n):
+                x = 0.5 * x + 0.1 * network(x, t, **extra).sample
+        _wait()
+
+    return {name: functools.partial(passes, form) for name, form in _forms(unet).items()}
+
+
+def _features(weights, image) -> Runs:
+    import torch
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    torch.backends.cudnn.allow_tf32 = False  # it is float32 that is compared
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/weights.pth"
+        torch.save({name: torch.from_numpy(array) for name, array in weights.items()}, path)
+        taps = ["2048", "logits_unbiased"]
+        network = FeatureExtractorInceptionV3(
+            "inception", taps, feature_extractor_weights_path=path
+        )
+    network = network.to(_device()).eval()
+    batch = torch.from_numpy(np.ascontiguousarray(image.transpose(0, 3, 1, 2)))
+
+    def run():
+        with torch.inference_mode():
+            return [tap.cpu().numpy() for tap in network(batch.to(_device()))]
+
+    return {"torch-fidelity": run}
+
+
+def _unet(about, shape, classes, half) -> tuple[Any, ...]:
+    import torch
+    from diffusers import UNet2DModel
+
+    device, last = _device(), {"memory_format": torch.channels_last}
+    unet = UNet2DModel.from_config(about).to(device, **last)
+    x = torch.randn(shape, device=device).to(**last)
+    labels = {"class_labels": torch.zeros(len(x), dtype=torch.long, device=device)}
+    precision = functools.partial(torch.autocast, device, torch.bfloat16)
+    return unet, x, labels if classes else {}, precision if half else contextlib.nullcontext
+
+
+def _forms(unet) -> dict[str, Any]:
+    """The network as it is and, on a GPU, compiled; on a CPU compiling takes many minutes."""
+    import torch
+
+    compiled = {"PyTorch, compiled": torch.compile(unet)} if _device() == "cuda" else {}
+    return {"PyTorch": unet} | compiled
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _wait() -> None:
+    import torch
+
+    if _device() == "cuda":
+        torch.cuda.synchronize()

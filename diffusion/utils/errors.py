@@ -1,0 +1,56 @@
+"""The errors a user can mend: one family, one exit code for each kind.
+
+A message is one line of the form `key: expected X, found Y; do Z`. Libraries raise these errors or
+ValueError; only `runtime.cli` catches the family, prints the line and exits with the code.
+"""
+
+MAX_LENGTH = 1000  # characters: names inside hostile files have no bound
+
+
+class DDPMError(Exception):
+    """Base class. Its message is one printable line; `code` is the process's exit code."""
+
+    code = 1
+
+    def __init__(self, message: object):
+        super().__init__(one_line(message, MAX_LENGTH))
+
+
+class ConfigError(DDPMError):
+    """A flag or a configuration key has a value that cannot be used."""
+
+    code = 2
+
+
+class DataError(DDPMError):
+    """A data set, an image or a source of images is missing, damaged or unfit."""
+
+    code = 3
+
+
+class WorkdirError(DDPMError):
+    """A work directory or a checkpoint cannot be written, read or used."""
+
+    code = 4
+
+
+class NonFiniteError(DDPMError):
+    """A loss, a gradient or a weight became NaN or infinite."""
+
+    code = 5
+
+
+class IntegrityError(DDPMError):
+    """A file is damaged, hostile or not what its digest says."""
+
+    code = 6
+
+
+LOST = 7  # exit code of a process whose peer was lost, or that made no progress
+STOPPED = 75  # exit code after SIGINT or SIGTERM: the same command resumes (EX_TEMPFAIL)
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """Returns the text with white space folded, other control characters dropped, at most `limit`."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in f"{text}").split())
+    return line if len(line) <= limit else f"{line[: limit - 4]} ..."

@@ -1,0 +1,203 @@
+"""Optimiser, average and step, against the official code, and cut in parts against whole."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import random
+
+from diffusion import losses, process, schedules, targets, train_step, unet
+from diffusion.sharding import batch_sharded, data_mesh, replicated
+from tests.conftest import GOLDEN
+
+# Official TensorFlow 1 code (github.com/hojonathanho/diffusion, commit 1e0dceb):
+# utils.make_optimizer and tpu_utils.make_ema fed ten given gradients.
+OFFICIAL = np.load(GOLDEN / "ema_adam.npz")
+# Adam's epsilon stands elsewhere in optax; with these gradients both round at about 1e-7.
+ROUNDING = 2e-6
+
+
+@pytest.fixture(autouse=True)
+def optax_promotes():
+    """optax multiplies its int32 step counter with floats, which strict promotion refuses."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+RUNS = ("official", "nowarm", "fast")
+
+
+def settings(run):
+    s = json.loads(str(OFFICIAL[f"{run}.settings_json"]))
+    return s, train_step.make_optimizer(s["lr"], s["warmup"], s["grad_clip"])
+
+
+def linear_loss(apply, key, x_0):
+    """A loss whose gradient with respect to the parameters is the batch itself, averaged."""
+    return apply(x_0, None), {}
+
+
+def dot(params, key, x, t, label):
+    return sum(jnp.einsum("bi,i->b", x[name], params[name]) for name in params)
+
+
+def start_params():
+    return {"0": jnp.asarray(OFFICIAL["p0.0"]), "1": jnp.asarray(OFFICIAL["p0.1"])}
+
+
+def run(name, gradients, **options):
+    """Ten steps of train.make_step; gradients: {leaf: [10, b, ...]}. Yields (state, metrics)."""
+    s, tx = settings(name)
+    step = jax.jit(train_step.make_train_step(linear_loss, dot, tx, s["ema_decay"], **options))
+    state = train_step.create_train_state(start_params(), tx)
+    for i in range(10):
+        batch = ({leaf: jnp.asarray(g[i]) for leaf, g in gradients.items()}, None)
+        state, metrics = step(state, random.key(0), batch)
+        yield state, metrics
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_ten_steps_equal_the_official_optimiser(name):
+    gradients = {leaf: OFFICIAL[f"grads.{leaf}"][:, None] for leaf in "01"}
+    lr = train_step.warmup_schedule(*(settings(name)[0][k] for k in ("lr", "warmup")))
+    for i, (state, metrics) in enumerate(run(name, gradients)):
+        assert state.step == OFFICIAL[f"{name}.global_step"][i] == i + 1
+        np.testing.assert_allclose(lr(i), OFFICIAL[f"{name}.lr"][i], rtol=1e-6)
+        np.testing.assert_allclose(metrics["grad_norm"], OFFICIAL[f"{name}.gnorm"][i], rtol=1e-6)
+        adam = state.opt_state[1][0]
+        for leaf in "01":
+            for ours, theirs in [
+                (state.params, "params"),
+                (state.ema, "after.ema"),
+                (adam.mu, "m"),
+                (adam.nu, "v"),
+            ]:
+                expected = OFFICIAL[f"{name}.{theirs}.{leaf}"][i]
+                np.testing.assert_allclose(ours[leaf], expected, rtol=ROUNDING, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_clip_groups_equal_the_official_eight_cores(name):
+    """Each core clips its own mean gradient before the average: eight groups of one example."""
+    gradients = {leaf: OFFICIAL[f"shard_grads.{leaf}"] for leaf in "01"}
+    for i, (state, _) in enumerate(run(name, gradients, clip_groups=8, clip=1.0)):
+        for leaf in "01":
+            for ours, theirs in [(state.params, "params"), (state.ema, "ema")]:
+                expected = OFFICIAL[f"{name}.shards8.{theirs}.{leaf}"][i]
+                np.testing.assert_allclose(ours[leaf], expected, rtol=ROUNDING, atol=ROUNDING)
+
+
+def test_clip_groups_are_not_one_clip_of_the_whole():
+    """The forms must differ where a group's gradient is large, or the setting does nothing."""
+    gradients = {leaf: OFFICIAL[f"shard_grads.{leaf}"] for leaf in "01"}
+    *_, (by_group, _) = run("fast", gradients, clip_groups=8, clip=1.0)
+    *_, (at_once, _) = run("fast", gradients)
+    assert np.abs(by_group.params["0"] - at_once.params["0"]).max() > 1e-3
+
+
+def test_the_learning_rate_of_later_steps():
+    lr = train_step.warmup_schedule(2e-4, 5000)
+    for step, expected in zip(OFFICIAL["lr_table.step"], OFFICIAL["lr_table.lr"], strict=True):
+        np.testing.assert_allclose(lr(int(step)), expected, rtol=1e-6)
+
+
+def test_the_average_is_copied_first_and_then_decays_by_its_own_rate():
+    """Official float32 1 - decay is 1.00017e-4; ours is rounded once: 1.7e-4 relative."""
+    assert OFFICIAL["ema_decay_f32"][0] < 1e-9  # step 0: a decay of nothing, which is a copy
+    ours = np.float32(1 - 0.9999)
+    np.testing.assert_allclose(ours, OFFICIAL["ema_one_minus_decay_f32"][2], rtol=2e-4)
+
+
+def random_batch(b, n=5):
+    return {"0": random.normal(random.key(1), (b, n)), "1": random.normal(random.key(2), (b, 3))}
+
+
+@pytest.mark.parametrize("parts", [2, 3, 6])
+def test_accumulated_gradients_are_the_gradient_of_the_whole_batch(parts):
+    batch = (random_batch(12), None)
+    whole, metrics = train_step.make_grad_fn(linear_loss, dot)(start_params(), random.key(0), batch)
+    gradient = train_step.make_grad_fn(linear_loss, dot, accumulate=parts)
+    summed, same_metrics = jax.jit(gradient)(start_params(), random.key(0), batch)
+    # Sums of 12 float32 numbers in another order.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, summed)
+    np.testing.assert_allclose(metrics["loss"], same_metrics["loss"], atol=1e-6)
+
+
+def test_accumulation_and_clip_groups_together():
+    """Twelve examples in 2 parts of 3 groups: the mean of six clipped means, found by hand."""
+    batch = random_batch(12)
+    gradient = train_step.make_grad_fn(linear_loss, dot, accumulate=2, clip_groups=3, clip=0.5)
+    found, _ = gradient(start_params(), random.key(0), (batch, None))
+    groups = np.concatenate([batch["0"], batch["1"]], axis=1)
+    groups = [groups[part::2].reshape(3, 2, -1).mean(axis=1) for part in (0, 1)]
+    groups = np.concatenate(groups)
+    groups *= np.minimum(1, 0.5 / np.linalg.norm(groups, axis=1, keepdims=True))
+    expected = groups.mean(axis=0)
+    np.testing.assert_allclose(np.append(found["0"], found["1"]), expected, atol=1e-6)
+
+
+def test_mean_of_clipped_leaves_zero_gradients_alone():
+    zero = {"a": jnp.zeros((4, 3))}
+    assert np.all(train_step.mean_of_clipped(zero, 1.0)["a"] == 0)
+
+
+def test_the_mesh_has_every_device():
+    mesh = data_mesh()
+    assert mesh.shape == {"data": jax.device_count()} == {"data": 4}
+    x = jax.device_put(jnp.arange(8), batch_sharded(mesh))
+    assert [s.data.tolist() for s in x.addressable_shards] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert jax.device_put(jnp.arange(8), replicated(mesh)).is_fully_replicated
+
+
+def test_the_optimiser_is_adam_behind_a_clip():
+    """Adam's first update is lr * sign(gradient), whatever the gradient's size."""
+    tx = train_step.make_optimizer(0.1, 0, 1.0)
+    for size in (1e-3, 1.0, 1e6):
+        gradient = {"w": jnp.asarray([size, -size])}
+        updates, _ = tx.update(gradient, tx.init(gradient))
+        np.testing.assert_allclose(updates["w"], [-0.1, 0.1], rtol=1e-4)
+    assert isinstance(tx, optax.GradientTransformation)
+
+
+def curve(dtype, steps=60):
+    """Losses of a small network trained on blobs; the noise of a step is that of any dtype."""
+    net = unet.UNet(ch=16, ch_mult=(1, 2), num_res_blocks=1, dropout=0.1, dtype=dtype)
+    betas = schedules.SCHEDULES["linear"](100, 1e-3, 0.2)
+    target, variance = targets.TARGETS["eps"], targets.VARIANCES["fixed_large"]
+    loss = losses.LOSSES["simple"](process.from_betas(betas), target, variance)
+
+    def apply(params, key, x_t, t, label):
+        return net.apply({"params": params}, x_t, t, train=True, rngs={"dropout": key})
+
+    tx = train_step.make_optimizer(3e-3, 10, 1.0)
+    step = train_step.make_train_step(loss, apply, tx, 0.99)
+    place = np.random.RandomState(0).uniform(2, 6, (256, 2))
+    y, x = np.mgrid[:8, :8]
+    away = (y - place[:, :1, None]) ** 2 + (x - place[:, 1:, None]) ** 2
+    blobs = jnp.asarray(2 * np.exp(-away / 4)[..., None] - 1, jnp.float32)
+    key = random.key(0, impl="rbg")
+
+    params = jax.jit(lambda: net.init(key, blobs[:1], jnp.zeros(1), train=False)["params"])()
+
+    @jax.jit
+    def update(state):
+        at = random.randint(random.fold_in(random.key(1), state.step), (32,), 0, len(blobs))
+        return step(state, random.fold_in(random.key(2), state.step), (blobs[at], None))
+
+    state, found = train_step.create_train_state(params, tx), []
+    for _ in range(steps):  # no scan: the gradient of a convolution is slow in a loop on a CPU
+        state, metrics = update(state)
+        found.append(metrics["loss"])
+    return np.asarray(found)
+
+
+def test_the_loss_in_bfloat16_is_the_loss_in_float32_within_its_noise():
+    full, half = curve("float32"), curve("bfloat16")
+    noise = np.std(np.diff(full[30:])) / np.sqrt(2)  # of a step's loss around its course
+    assert full[-20:].mean() < 0.5 * full[:3].mean()  # it did learn
+    assert not np.array_equal(full, half)  # and bfloat16 is another computation
+    # Both means of 20 have an error of noise / sqrt(20), most of it shared: same images, same eps.
+    assert abs(half[-20:].mean() - full[-20:].mean()) < noise / np.sqrt(20)
