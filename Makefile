@@ -10,7 +10,7 @@ demo: $(VENV)/run ## train on handwritten digits and draw some
 	$(VENV)/bin/python main.py
 
 test: $(VENV)/test ## every test
-	$(VENV)/bin/python -m pytest -n 2
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 soak: $(VENV)/test ## the promises of docs/reliability.md, often: 25 minutes
 	$(VENV)/bin/python -m pytest -n 2 -m "not alone" tests/soak
@@ -23,12 +23,13 @@ bench: $(VENV)/bench ## what docs/performance.md asks of an NVIDIA GPU, beside P
 	$(GPU) --part=train --config=configs/celebahq256.py:bfloat16 --workdir=runs/bench256
 	$(GPU) --part=all
 
-lint: $(VENV)/test ## format and lint, as CI asks for
+lint: $(VENV)/test ## format, lint and layers, as CI asks for
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
+	PYTHONPATH=. $(VENV)/bin/lint-imports --no-logo
 
 clean: ## everything that was made, but for runs/
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .import_linter_cache
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed, found %d.%d; use: make demo PYTHON=python3.12" % sys.version_info[:2])'
@@ -39,10 +40,10 @@ $(VENV)/run: requirements.txt | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/test: requirements-test.txt $(VENV)/run
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+$(VENV)/test: tests/requirements.txt $(VENV)/run
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	@touch $@
 
-$(VENV)/bench: requirements-bench.txt $(VENV)/run
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt "jax[cuda13]>=0.10,<0.13"
+$(VENV)/bench: diffusion/bench/requirements.txt $(VENV)/run
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r diffusion/bench/requirements.txt "jax[cuda13]>=0.10,<0.13"
 	@touch $@

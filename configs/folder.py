@@ -11,20 +11,20 @@ N of them has `--config.model.num_classes=N`. Variants: `:tiny` (seconds, for te
 
 from ml_collections import ConfigDict
 
-from configs import cifar10
+from configs import cifar10, default
+
+CHANGES = {
+    "data.source": "folder",
+    "data.name": "images",
+    "data.image_size": 64,
+    "train.steps": 200_000,
+    "eval.references": ("train",),
+    "eval.quick": 0,
+    "figures.split": "train",
+}
 
 VARIANTS = {name: cifar10.VARIANTS[name] for name in ("bfloat16", "tiny")}
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    config = cifar10.get_config()
-    config.data.source = "folder"
-    config.data.name = "images"
-    config.data.image_size = 64
-    config.train.steps = 200_000
-    config.eval.references = ("train",)
-    config.eval.quick = 0
-    config.figures.split = "train"
-    for name in filter(None, variant.split(",")):
-        config.update_from_flattened_dict(VARIANTS[name])
-    return config
+    return default.make_config(CHANGES, VARIANTS, variant)

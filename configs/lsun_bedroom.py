@@ -12,17 +12,17 @@ script names cat instead). Variants as in celebahq256.py, and `:large`: half as 
 
 from ml_collections import ConfigDict
 
-from configs import celebahq256
+from configs import celebahq256, default
+
+CHANGES = celebahq256.CHANGES | {
+    "data.source": "lsun",
+    "data.name": "lsun_bedroom",
+    "train.steps": 2_400_000,
+    "data.flip": False,
+}
 
 VARIANTS = celebahq256.VARIANTS | {"large": {"model.ch": 192, "train.steps": 1_150_000}}
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    config = celebahq256.get_config()
-    config.data.source = "lsun"
-    config.data.name = "lsun_bedroom"
-    config.train.steps = 2_400_000
-    config.data.flip = False
-    for name in filter(None, variant.split(",")):
-        config.update_from_flattened_dict(VARIANTS[name])
-    return config
+    return default.make_config(CHANGES, VARIANTS, variant)

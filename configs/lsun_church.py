@@ -10,16 +10,16 @@ score of its own yet. Variants as in celebahq256.py.
 
 from ml_collections import ConfigDict
 
-from configs import celebahq256
+from configs import celebahq256, default
+
+CHANGES = celebahq256.CHANGES | {
+    "data.source": "lsun",
+    "data.name": "lsun_church",
+    "train.steps": 1_200_000,
+}
 
 VARIANTS = celebahq256.VARIANTS
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    config = celebahq256.get_config()
-    config.data.source = "lsun"
-    config.data.name = "lsun_church"
-    config.train.steps = 1_200_000
-    for name in filter(None, variant.split(",")):
-        config.update_from_flattened_dict(VARIANTS[name])
-    return config
+    return default.make_config(CHANGES, VARIANTS, variant)

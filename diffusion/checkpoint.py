@@ -1,44 +1,43 @@
-"""Checkpoints: written while training goes on, restored on any number of devices, or said why not.
+"""Saves checkpoints in the background, verifies them, and restores the newest good one.
 
-    directory/STEP/ema      the averaged weights, an item of their own: samplers need no more
-    directory/STEP/state    step, parameters, optimiser
-    directory/scores.json   {step: score}, where the best of them are to stay
+    directory/STEP/ema         the averaged weights, an item of their own: samplers read no more
+    directory/STEP/state       step, params and opt_state
+    directory/STEP/manifest    JSON: the step, and the type and SHA-256 of every array
+    directory/scores.json      {step: score}, for `keep_best`
 
-A step is written under another name and renamed when it is whole. Orbax does that, and counts every
-directory with a number for a name as a step; what is a good step is decided here: one whose arrays
-have the digests that were noted before they were written.
+Orbax writes a step under a temporary name and renames it, but it restores a flipped bit in silence
+and takes any directory with a number for a name as a step. So every restored array is compared with
+the manifest, and a step without a good manifest is never restored.
 """
 
 import contextlib
 import itertools
 import json
 import os
-import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
-from diffusion.utils import digests, logging
+from diffusion.utils import digests, io, logging
 from diffusion.utils.errors import WorkdirError
+from diffusion.utils.multihost import all_processes, barrier, is_primary
 
 Tree = Any
 ITEMS = ("ema", "state")
-FAILURES = 3  # in a row, of which the last is an error
-LEFT = ("*.orbax-checkpoint-tmp*", "*.deleted")  # what a killed run leaves half written, or gone
+MAX_FAILURES = 3  # saves in a row that fail before the run ends
+LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleted")  # what a killed run leaves behind
 
 
 class Checkpoints:
-    """The checkpoints of one run. To be made, and every method called, in all processes alike.
+    """The checkpoints of one run; created, and each method called, by all processes alike.
 
-    A state is a NamedTuple (step, params, ema, opt_state) of trees of arrays, in several processes
-    the same whole arrays on every device. An abstract state or average has jax.ShapeDtypeStruct
-    leaves with shardings: where the arrays are to lie, whatever the devices they were saved from.
+    A state is a NamedTuple (step, params, ema, opt_state) of trees of arrays, replicated on all
+    devices. Abstract states have jax.ShapeDtypeStruct leaves whose shardings say where the arrays
+    are to lie, whatever devices they were saved from.
     """
 
     def __init__(
@@ -48,34 +47,35 @@ class Checkpoints:
         keep_every: int | None = None,
         keep_best: int = 0,
         read_only: bool = False,
-        warn: Callable[[str], None] = lambda line: print(f"warning: {line}", file=sys.stderr),
     ):
-        """Opens, and makes if need be, the directory; it must lie where all processes see it.
+        """Opens the directory, which is made if missing. Raises WorkdirError if it is not writable.
 
-        keep: the newest that many steps stay; of the older ones those that are multiples of
-        keep_every, and the keep_best of the lowest `score`. read_only: nothing is made or moved,
-        for whoever only samples; otherwise no other run may write there meanwhile. warn: is given
-        one line for each step passed over. Raises CheckpointError where nothing can be written.
+        Args:
+          directory: on a file system that all processes share.
+          keep: how many of the newest steps to keep.
+          keep_every: multiples of this step are kept too.
+          keep_best: how many of the steps with the lowest `score` are kept too.
+          read_only: nothing is written, moved or deleted; else no other run may write there.
         """
         if keep < 1 or (keep_every is not None and keep_every < 1):
             raise ValueError(f"keep, keep_every: expected 1 or more, found {keep}, {keep_every}")
         logging.quiet_orbax()
         self._directory = epath.Path(directory).expanduser().resolve()
-        self._read_only, self._warn = read_only, warn
+        self._read_only = read_only
         self._keep, self._keep_every, self._keep_best = keep, keep_every, keep_best
         self._failures = 0
-        self._saving: int | None = None  # the step that was last handed to orbax
-        self._under_way: Future | None = None  # its way to the disk, and its verification
+        self._saving: int | None = None  # the step last handed to orbax
+        self._pending: Future | None = None  # its writing and verification
         self._thread = ThreadPoolExecutor(1)
         if not read_only:
-            _probe(self._directory)
-            self._sweep()
+            _check_writable(self._directory)
+            self._remove_leftovers()
         self._options = ocp.CheckpointManagerOptions(
-            # What goes is decided here: orbax would delete before the new step is verified.
+            # Orbax would delete older steps before the new one is verified.
             preservation_policy=ocp.checkpoint_managers.preservation_policy.PreserveAll(),
             read_only=read_only,
-            # Else a save that cannot begin leaves threads that hold up the exit for minutes.
-            # Its patience is measured by the wall clock: a jump of a day must not end it.
+            # A save that cannot begin must not leave threads that hold up the exit; and the timeout
+            # is measured by the wall clock, which may jump by a day.
             async_options=ocp.AsyncOptions(
                 create_directories_asynchronously=False, timeout_secs=10**7
             ),
@@ -83,60 +83,58 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._directory, options=self._options)
 
     def save(self, step: int, state: NamedTuple) -> None:
-        """Copies the state and writes it in the background; it may be donated at once.
+        """Copies the state, which may then be donated, and writes it in the background.
 
-        There it is read again, compared with what was to be written, and only then older steps are
-        deleted. Nothing is done if the step is there already. Raises CheckpointError if this save
-        cannot begin, or if the one before it failed.
+        The written step is read back and verified, and only then are older steps deleted. A step
+        that is on disk already is not saved again. Raises WorkdirError if this save cannot begin or
+        the one before failed.
         """
         if self._read_only:
             raise ValueError("these checkpoints were opened with read_only=True")
         self.wait()
-        if step in self._steps() and self._is_whole(step):
+        if step in self._steps() and not self._problem(step):
             return
-        # NumPy's, which orbax copies at once: of JAX arrays it would ask each where it lies, which
-        # takes longer, and the digests need them here too.
-        items = digests.on_host(_items(state))
-        args = ocp.args.Composite(**{k: ocp.args.StandardSave(v) for k, v in items.items()})
-        # Without a note orbax casts to other types and takes a renamed step, or a flipped bit, for
-        # what was saved, in silence.
-        note = {"step": step, "arrays": digests.types(items), "sha256": digests.sha256(items)}
+        # NumPy arrays are copied at once, and the digests need them on the host anyway.
+        items = digests.on_host(_split(state))
+        manifest = {"step": step, "arrays": digests.types(items), "sha256": digests.sha256(items)}
+        args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        args = ocp.args.Composite(**args, manifest=ocp.args.JsonSave(manifest))
 
-        def begin():  # force: when to save is the caller's decision, also below the newest step
-            if not self._manager.save(step, args=args, custom_metadata=note, force=True):
+        def begin():
+            # force: orbax would decline to save below the newest step.
+            if not self._manager.save(step, args=args, force=True):
                 raise RuntimeError("orbax declined to save it")
 
         self._saving = step
         self._attempt(begin)
-        shapes = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), items)
-        self._under_way = self._thread.submit(self._finish, step, shapes, note["sha256"])
+        self._pending = self._thread.submit(self._finish, step, manifest["sha256"])
 
     def save_or_warn(self, step: int, state: NamedTuple) -> None:
-        """As `save`, but of failures in a row only the third is an error, the others warnings.
+        """Saves as `save` does, but a failure is a warning until it is the third in a row.
 
-        A full disk or a server that is away for an hour must not end a training of days. What
-        failed is told at the next save, and this one is tried all the same.
+        A full disk or an absent file server must not end a training of days. A failure in the
+        background is reported by the next save, which is tried all the same.
         """
-        for _ in ("the one before", "this one"):
+        for _ in ("the save before", "this save"):
             try:
                 return self.save(step, state)
             except WorkdirError as error:
                 self._failures += 1
-                if self._failures >= FAILURES:
-                    message = f"{error}; the {FAILURES}rd failure in a row: make room there"
+                if self._failures == MAX_FAILURES:
+                    message = f"{error}; failure {MAX_FAILURES} in a row: make room there"
                     raise WorkdirError(message) from error
-                again = f"{FAILURES - self._failures} more in a row end the run"
-                self._warn(f"{error}; training goes on, {again}")
+                count = f"failure {self._failures} of {MAX_FAILURES} in a row"
+                logging.warning(f"{error}; training goes on: {count}")
 
     def wait(self) -> None:
-        """Returns when the last save is on disk and verified. Raises CheckpointError if not."""
-        if self._under_way is not None:
-            under_way, self._under_way = self._under_way, None
-            self._attempt(under_way.result)
+        """Waits until the last save is on disk and verified. Raises WorkdirError if it failed."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._attempt(pending.result)
             self._failures = 0
 
     def close(self) -> None:
-        """Waits, and ends orbax's threads. Raises CheckpointError as `wait` does."""
+        """Waits for the last save and ends all threads. Raises WorkdirError as `wait` does."""
         try:
             self.wait()
         finally:
@@ -144,139 +142,134 @@ class Checkpoints:
             self._thread.shutdown()
 
     def score(self, step: int, value: float) -> None:
-        """Notes how good a step is, the lower the better: the keep_best of them stay."""
-        if jax.process_index() == 0:
-            scores = self._scores() | {step: float(value)}
-            new = self._directory / "scores.json.tmp"
-            try:
-                new.write_text(json.dumps(scores))
-                new.replace(self._directory / "scores.json")
-            except OSError as error:
-                self._warn(f"{self._directory}/scores.json: not written: {_line(error)}")
+        """Records the score of a step, lower is better, for `keep_best`."""
+        path = self._directory / "scores.json"
+        try:
+            if is_primary():
+                io.save_json(path, self._scores() | {step: float(value)})
+        except OSError as error:
+            logging.warning(f"{path}: not written: {_root_cause(error)}")
 
     def latest(self) -> int | None:
-        """The newest step that is whole by its looks; None if there is none at all.
+        """Returns the newest complete step; if none is complete the newest, None if there is none.
 
-        Raises CheckpointError if there are steps and none is whole: that is no fresh start.
+        None means that training starts anew, so it must not come of damage.
         """
         steps = self._steps()
-        whole = next((step for step in steps if self._is_whole(step)), None)
-        if steps and whole is None:
-            raise self._none_good({step: self._trouble(step) for step in steps})
-        return whole
+        complete = (step for step in steps if not self._problem(step))
+        return next(complete, steps[0] if steps else None)
 
     def restore(self, abstract_state: NamedTuple) -> NamedTuple:
-        """The newest state that can be restored and is what its directory's name says.
+        """Returns the newest state that can be restored, with every array verified.
 
-        Newer steps that cannot are warned of and, once an older one is found good, set aside as
-        STEP.bad1: they would be in the way of the saves to come. Raises CheckpointError if no step
-        can be restored, or fits; then nothing is moved.
+        Bad newer steps get a warning and are renamed to STEP.bad1, out of the way of later saves.
+        Raises WorkdirError if no step can be restored or has these arrays; then nothing is renamed.
         """
-        _, items = self._newest(_items(abstract_state))
+        _, items = self._restore_newest(_split(abstract_state))
         return abstract_state._replace(**items["state"], ema=items["ema"])
 
     def restore_ema(self, abstract_ema: Tree, step: int | None = None) -> tuple[int, Tree]:
-        """(step, averaged weights) of the newest step for which they can be had, or of this one.
+        """Returns (step, averaged weights) of the given or newest good step, reading nothing else.
 
-        Only they are read. Raises CheckpointError, also if the step asked for cannot be restored.
+        Raises WorkdirError as `restore` does, or if the given step cannot be restored.
         """
-        step, items = self._newest({"ema": abstract_ema}, step)
+        step, items = self._restore_newest({"ema": abstract_ema}, step)
         return step, items["ema"]
 
-    def _newest(self, abstract: dict[str, Tree], only: int | None = None) -> tuple[int, dict]:
-        """The newest step, or only that one, that gives these items; bad ones are set aside."""
-        bad, steps = {}, self._steps()
-        if not steps:
-            raise WorkdirError(f"{self._directory}: no checkpoint is there")
+    def _restore_newest(self, abstract: dict[str, Tree], only: int | None = None):
+        """Returns (step, items) of the newest good step, or of one step; renames bad newer ones."""
+        problems, steps = {}, self._steps()
         if only not in (None, *steps):
             there = ", ".join(map(str, steps))
             raise WorkdirError(f"{self._directory}: no step {only}; there are: {there}")
+        if not steps:
+            raise WorkdirError(f"{self._directory}: no checkpoint is there")
         for step in steps if only is None else [only]:
-            items, trouble = self._read(step, abstract)
-            if items is not None:
+            items, problems[step] = self._restore_step(step, abstract)
+            if not problems[step]:
                 break
-            bad[step] = trouble
         else:
-            raise self._none_good(bad)
-        for s, trouble in bad.items():
-            aside = "" if self._read_only else f"; set aside as {self._set_aside(s)}"
-            self._warn(f"{self._directory}: step {s} {trouble}; step {step} is used instead{aside}")
+            (first, problem), *older = problems.items()
+            rest = f"; nor is any of these good: {', '.join(str(s) for s, _ in older)}"
+            message = f"{self._directory}: step {first} {problem}{rest if older else ''}"
+            raise WorkdirError(f"{message}; mend it, or move it away to start anew")
+        for bad in list(problems)[:-1]:
+            renamed = "" if self._read_only else f"; set aside as {self._set_aside(bad)}"
+            message = f"step {bad} {problems[bad]}; step {step} is used instead{renamed}"
+            logging.warning(f"{self._directory}: {message}")
         return step, items
 
-    def _read(self, step: int, abstract: dict[str, Tree]) -> tuple[dict | None, str]:
-        """(the items, '') or (None, what is wrong): the same in every process."""
-        items, trouble = None, self._trouble(step, abstract)
-        if not _everywhere(not trouble):
-            return None, trouble or "another process cannot read it"
-        try:
-            args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-            items = dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
-            if name := self._damaged(step, items):
-                trouble = f"is damaged: {name} is not what was saved"
-        except Exception as error:  # orbax and TensorStore raise anything, at any length
-            trouble = f"cannot be restored: {_line(error)}"
-        if not trouble and "state" in items and (inside := int(items["state"]["step"])) != step:
-            trouble = f"holds the state of step {inside}"
-        if not _everywhere(not trouble):
-            return None, trouble or "another process cannot restore it"
-        return items, ""
+    def _restore_step(self, step: int, abstract: dict[str, Tree]) -> tuple[dict, str]:
+        """Returns (items, "") or ({}, problem), in every process alike."""
+        items, problem = {}, self._problem(step, abstract)
+        if all_processes(not problem):
+            try:
+                args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+                items = dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
+                found, saved = digests.sha256(items), self._manifest(step)["sha256"]
+                if name := digests.differing(found, {k: saved[k] for k in found}):
+                    problem = f"is damaged: {name} is not what was saved"
+                elif "state" in items and (inside := int(items["state"]["step"])) != step:
+                    problem = f"holds the state of step {inside}"
+            except Exception as error:  # orbax and TensorStore raise anything
+                problem = f"cannot be restored: {_root_cause(error)}"
+            if all_processes(not problem):
+                return items, ""
+        return {}, problem or "cannot be restored by another process"
 
-    def _trouble(self, step: int, abstract: dict[str, Tree] | None = None) -> str:
-        """'' for a step that is whole by its looks and, if given, has the arrays of `abstract`."""
+    def _manifest(self, step: int) -> dict[str, Any]:
+        """Reads {"step": int, "arrays": {name: type}, "sha256": {name: digest}} of a step."""
         folder = self._directory / str(step)
+        path = folder / "manifest" / "metadata"
+        if not path.exists():  # version 1 had it in a file of orbax's
+            return json.loads((folder / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
+        return json.loads(path.read_text())
+
+    def _problem(self, step: int, abstract: dict[str, Tree] | None = None) -> str:
+        """Returns "" for a complete step that has the arrays of `abstract`, else what is wrong."""
         try:
-            # Orbax's own reader of this file opens every array as well.
-            about = json.loads((folder / "_CHECKPOINT_METADATA").read_text())
-            if not about["commit_timestamp_nsecs"]:
-                return "is not complete"
-            if not all((folder / item / "_METADATA").exists() for item in ITEMS):
-                return "is not complete"
-            note = about["custom_metadata"]
-            if not note.get("sha256"):
-                return "has no digests to compare its arrays with"
-            if note["step"] != step:
-                return f"holds the state of step {note['step']}"
-            found = {k: v for k, v in note["arrays"].items() if k.split("/")[0] in (abstract or {})}
+            folder, manifest = self._directory / str(step), self._manifest(step)
+            if manifest["step"] != step:
+                return f"holds the state of step {manifest['step']}"
+            if manifest["sha256"].keys() != manifest["arrays"].keys():
+                raise ValueError("a digest is missing")
+            types = manifest["arrays"].items()
+            found = {k: v for k, v in types if k.split("/")[0] in (abstract or {})}
         except Exception as error:  # any file may be cut, or be something else
-            return f"is not complete: {type(error).__name__}: {_line(error)}"
-        wanted = digests.types(abstract or {})
-        for k in sorted(wanted | found):
-            if wanted.get(k) != found.get(k):
-                was, now = found.get(k, "nothing"), wanted.get(k, "nothing")
-                return f"does not fit: {k} is {was}, expected {now}"
+            return f"is not complete: manifest: {type(error).__name__}: {_root_cause(error)}"
+        for item in ITEMS:
+            if not (folder / item).is_dir():
+                return f"is not complete: {item} is missing"
+        expected = digests.types(abstract or {})
+        if name := digests.differing(found, expected):
+            was, now = found.get(name, "nothing"), expected.get(name, "nothing")
+            return f"does not fit: {name} is {was}, expected {now}"
         return ""
 
-    def _is_whole(self, step: int) -> bool:
-        return not self._trouble(step)
-
-    def _damaged(self, step: int, items: dict[str, Tree]) -> str | None:
-        """The name of an array that was restored and is not what was saved; None if all are."""
-        about = json.loads((self._directory / str(step) / "_CHECKPOINT_METADATA").read_text())
-        saved = about["custom_metadata"]["sha256"]
-        found = digests.sha256(items)
-        return digests.differing(found, {k: v for k, v in saved.items() if k in found})
-
-    def _finish(self, step: int, shapes: dict[str, Tree], expected: dict[str, str]) -> None:
-        """What is left of a save, on a thread: written, read again, and older steps deleted."""
+    def _finish(self, step: int, expected: dict[str, str]) -> None:
+        """Waits until a step is written, reads it back, and deletes older steps; on a thread."""
         self._manager.wait_until_finished()
-        if jax.process_index() > 0:
+        if not is_primary():
             return
-        found = digests.sha256(_read_alone(self._directory / str(step), shapes))
+        problem = self._problem(step)
+        found = digests.sha256(_read_alone(self._directory / str(step)))
         if name := digests.differing(found, expected):
-            self._move_aside(step)
-            raise OSError(f"{name} is on the disk otherwise than it was written")
-        for old in sorted(set(filter(self._is_whole, self._steps())) - self._kept() - {step}):
-            gone = self._directory / f"{old}.deleted"  # whoever reads now sees all of it or nothing
+            problem = f"{name} differs on disk from what was written"
+        if problem:
+            self._rename_bad(step)
+            raise OSError(problem)
+        for old in self._expendable(step):
+            gone = self._directory / f"{old}.deleted"  # a reader sees all of a step or nothing
             with contextlib.suppress(OSError):  # what stays now goes with the next save
                 (self._directory / str(old)).rename(gone)
                 gone.rmtree()
 
-    def _kept(self) -> set[int]:
-        """The steps on disk that are to stay."""
-        steps, scores = list(filter(self._is_whole, self._steps())), self._scores()
-        best = sorted((scores[s], s) for s in steps if s in scores)[: self._keep_best]
+    def _expendable(self, newest: int) -> set[int]:
+        """The complete steps that no rule keeps."""
+        steps, scores = [s for s in self._steps() if not self._problem(s)], self._scores()
+        best = sorted(scores.keys() & {*steps}, key=lambda s: (scores[s], s))[: self._keep_best]
         multiples = [s for s in steps if self._keep_every and s % self._keep_every == 0]
-        return {*steps[: self._keep], *multiples, *(s for _, s in best)}
+        return {*steps} - {newest, *steps[: self._keep], *best, *multiples}
 
     def _scores(self) -> dict[int, float]:
         try:
@@ -285,111 +278,84 @@ class Checkpoints:
         except (OSError, ValueError, TypeError, AttributeError):
             return {}
 
-    def _sweep(self) -> None:
-        """Removes what killed runs left half written or half deleted."""
-        if jax.process_index() == 0:
-            for path in itertools.chain.from_iterable(map(self._directory.glob, LEFT)):
-                path.rmtree(missing_ok=True)
-        if jax.process_count() > 1:
-            _sync("swept")
-
     def _steps(self) -> list[int]:
-        """What is on the disk under a step's name, newest first."""
+        """The directories that are named as steps are, newest first."""
         if not self._directory.is_dir():
             return []
         names = [path.name for path in self._directory.iterdir() if path.is_dir()]
         return sorted((int(x) for x in names if x.isdecimal() and str(int(x)) == x), reverse=True)
 
+    def _remove_leftovers(self) -> None:
+        if is_primary():
+            for path in itertools.chain.from_iterable(map(self._directory.glob, LEFTOVERS)):
+                path.rmtree(missing_ok=True)
+        barrier("checkpoint leftovers removed")
+
     def _set_aside(self, step: int) -> str:
-        if jax.process_count() > 1:
-            _sync("all have read it")
-        name = self._move_aside(step) if jax.process_index() == 0 else ""
-        if jax.process_count() > 1:
-            _sync("moved")
+        barrier("checkpoint read by all")
+        name = self._rename_bad(step) if is_primary() else ""
+        barrier("checkpoint renamed")
         self._manager.reload()
         return name
 
-    def _move_aside(self, step: int) -> str:
+    def _rename_bad(self, step: int) -> str:
         names = (f"{step}.bad{k}" for k in itertools.count(1))
         name = next(x for x in names if not (self._directory / x).exists())
         (self._directory / str(step)).rename(self._directory / name)
         return name
 
-    def _none_good(self, bad: dict[int, str]) -> WorkdirError:
-        step, *older = bad
-        rest = f"; nor is any of these good: {', '.join(map(str, older))}" if older else ""
-        advice = "mend it, or move it away to start anew"
-        return WorkdirError(f"{self._directory}: step {step} {bad[step]}{rest}; {advice}")
-
-    def _attempt(self, action: Callable[[], None]) -> None:
-        """Part of a save; its error in one line with the step it belongs to, in every process."""
-        trouble, cause = "", None
+    def _attempt(self, action: Callable[[], Any]) -> None:
+        """Runs a part of a save; its failure in one process is a WorkdirError in every process."""
+        problem, cause = "", None
         try:
             action()
         except Exception as error:
-            trouble, cause = _line(error), error
-        if _everywhere(not trouble):
+            problem, cause = _root_cause(error), error
+        if all_processes(not problem):
             return
-        with contextlib.suppress(Exception):  # the old manager counts the step as saved
+        with contextlib.suppress(Exception):
             self._manager.close()
-        self._sweep()  # half a step takes room where there may be too little
+        self._remove_leftovers()  # half a step takes room where there may be too little
+        # The old manager counts the step as saved.
         self._manager = ocp.CheckpointManager(self._directory, options=self._options)
-        what = f"step {self._saving} was not saved: {trouble or 'another process failed'}"
+        what = f"step {self._saving} was not saved: {problem or 'another process failed'}"
         raise WorkdirError(f"{self._directory}: {what}") from cause
 
 
-def _read_alone(folder: epath.Path, shapes: dict[str, Tree]) -> dict[str, Tree]:
-    """The arrays of a step, to this process's memory, whatever the other processes do."""
+def _read_alone(folder: epath.Path) -> dict[str, Tree]:
+    """Reads a step as NumPy arrays in this process, without waiting for the others."""
     alone = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(),
         active_processes={jax.process_index()},
         barrier_sync_key_prefix="alone",
     )
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
-
-        def read(name):
-            args = ocp.args.PyTreeRestore(item=shapes[name], restore_args=as_numpy[name])
-            return reader.restore(folder / name, args=args)
-
-        return {name: read(name) for name in shapes}
+        return {item: reader.restore(folder / item) for item in ITEMS}
 
 
-def _items(state: NamedTuple) -> dict[str, Tree]:
+def _split(state: NamedTuple) -> dict[str, Tree]:
+    """The items that a state is stored as."""
     fields = state._asdict()
     return {"ema": fields.pop("ema"), "state": fields}
 
 
-def _probe(directory: epath.Path) -> None:
+def _check_writable(directory: epath.Path) -> None:
     """Makes the directory and writes into it: better an error now than at the first save."""
-    trouble = ""
-    if jax.process_index() == 0:
+    problem = ""
+    if is_primary():
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            probe = directory / f".probe{os.getpid()}"
-            probe.write_text("x")
-            probe.unlink()
+            io.save_text(directory / ".probe", "")
+            (directory / ".probe").unlink()
         except OSError as error:
-            trouble = error.strerror or _line(error)
-    if not _everywhere(not trouble):
-        trouble = trouble or "process 0 cannot"
-        raise WorkdirError(f"{directory}: cannot be written: {trouble}; choose another place")
+            problem = error.strerror
+    if not all_processes(not problem):
+        problem = problem or "process 0 cannot write there"
+        raise WorkdirError(f"{directory}: cannot be written: {problem}; choose another place")
 
 
-def _everywhere(good: bool) -> bool:
-    """Whether it is so in every process: none may go another way than the others."""
-    if jax.process_count() == 1:
-        return good
-    return bool(np.all(multihost_utils.process_allgather(np.array(good))))
-
-
-def _sync(name: str) -> None:
-    multihost_utils.sync_global_devices(f"checkpoint {name}")
-
-
-def _line(error: BaseException) -> str:
-    """The error at the root, as one short line without TensorStore's dump of its parameters."""
+def _root_cause(error: BaseException) -> str:
+    """Returns the innermost message as one short line, without TensorStore's dump of parameters."""
     while error.__cause__:
         error = error.__cause__
     text = " ".join(str(error).split("[tensorstore_spec")[0].split()) or type(error).__name__

@@ -1,8 +1,6 @@
-"""What a config means: the objects of diffusion/, wired together and compiled.
+"""The factory: what a configuration means, as the objects of diffusion/, wired and compiled.
 
-`build` turns names into functions, `make_update` is one training step, `make_predictor` and
-`make_sampler` are what samples are made of.
-Configuration ends here: nothing below sees a ConfigDict.
+Configuration ends here: nothing below this layer sees a ConfigDict.
 """
 
 import collections
@@ -17,62 +15,88 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array, random
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from optax import GradientTransformation
 
-from diffusion import data, losses, process, samplers, schedules, targets, train_step, unet
+from diffusion import data, losses, samplers, schedules, targets, train_step, unet
 from diffusion.data import augment, loader
-from diffusion.runtime.config import call_for_key, data_key_message, lookup
-from diffusion.samplers import base, guidance, timesteps
-from diffusion.sharding import batch_sharded, data_mesh, local_rows, make_global_array, replicated
+from diffusion.data.loader import load_dataset
+from diffusion.kernels import group_norm, winograd
+from diffusion.process import Process, from_betas
+from diffusion.runtime.config import call_for_key, lookup
+from diffusion.samplers import guidance, timesteps
+from diffusion.sharding import (
+    batch_sharded,
+    data_mesh,
+    local_rows,
+    make_global_array,
+    replicated,
+)
 from diffusion.utils.errors import DataError
+
+ANALYTIC = "analytic"  # a sampler.variance that is measured first (modes._common.with_analytic)
+MIN_PIXELS_PER_DEVICE = 16 * 16  # smaller images are over before CPU devices have synchronised
+MAX_CPU_DEVICES = 4  # each holds a replica of the state
+PREFETCH = 2  # streamed batches on their way to the devices while one is used
 
 
 class Experiment(NamedTuple):
-    """A config's model and objective, before any data or weights.
+    """A model and its objective, before any data or weights.
 
-    variance: of the reverse steps that was trained with; reverse: the one that samples are drawn
-    with.
+    net: the network as samplers and likelihoods apply it; train_net: with the training kernels.
+    variance: of the reverse steps in training; sample_variance: the one that samples have.
     """
 
-    p: process.Process
+    process: Process
     target: targets.Target
     variance: targets.Variance
-    reverse: targets.Variance
+    sample_variance: targets.Variance
     loss: losses.Loss
     net: unet.UNet
-    tx: GradientTransformation
+    train_net: unet.UNet
+    tx: optax.GradientTransformation
     image_shape: tuple[int, int, int]
     mesh: Mesh
 
 
-def build(config: ConfigDict) -> Experiment:
-    """Looks every name up and finds what does not fit together (DDPMError), without computing."""
-    c = config
+def build(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
+    """Looks up every name and checks what must fit together, without computing anything.
+
+    mesh: None: of all devices. Raises ConfigError.
+    """
+    c, mesh = config, mesh or data_mesh()
     schedule = lookup(schedules.SCHEDULES, "process.schedule", c.process.schedule)
     target = lookup(targets.TARGETS, "target", c.target)
     variance = lookup(targets.VARIANCES, "variance", c.variance)
     make_loss = lookup(losses.LOSSES, "loss.name", c.loss.name)
 
     betas = schedule(c.process.T, c.process.beta_start, c.process.beta_end)
-    p = call_for_key(process.from_betas, "process", betas)
-    loss = call_for_key(make_loss, "loss", p, target, variance, **without(c.loss, "name"))
-    shape = image_shape(c)
-    net = unet.UNet(**c.model, out_ch=c.data.channels * variance.outputs)
-    tx = train_step.make_optimizer(c.optim.lr, c.optim.warmup, c.optim.clip)
-    reverse = reverse_variance(c, variance)
-    x = Experiment(p, target, variance, reverse, loss, net, tx, shape, data_mesh())
-    call_for_key(abstract_state, "model", x)  # sizes that do not divide are found here
-    return x
+    process = call_for_key(from_betas, "process", betas)
+    arguments = {key: value for key, value in c.loss.items() if key != "name"}
+    loss = call_for_key(make_loss, "loss", process, target, variance, **arguments)
+    make_net = functools.partial(unet.UNet, **c.model, out_ch=c.data.channels * variance.outputs)
+    exp = Experiment(
+        process,
+        target,
+        variance,
+        _sample_variance(c, variance),
+        loss,
+        net=make_net(conv=functools.partial(winograd.conv, mesh=mesh)),
+        train_net=make_net(
+            conv=functools.partial(winograd.conv_with_vjp, mesh=mesh),
+            norm=group_norm.group_norm_with_vjp,
+        ),
+        tx=train_step.make_optimizer(c.optim.lr, c.optim.warmup, c.optim.clip),
+        image_shape=image_shape(c),
+        mesh=mesh,
+    )
+    call_for_key(abstract_state, "model", exp)  # sizes that do not divide are found here
+    return exp
 
 
-TAKEN = 2**31  # far from what the step folds in or splits off
-ANALYTIC = "analytic"  # sampler.variance that is measured: likelihoods.with_analytic
-
-
-def reverse_variance(config: ConfigDict, trained: targets.Variance) -> targets.Variance:
+def _sample_variance(config: ConfigDict, trained: targets.Variance) -> targets.Variance:
     """What sampler.variance names; "" and, until it is measured, "analytic": the trained one."""
     name = config.sampler.variance
     known = {n: v for n, v in targets.VARIANCES.items() if v.outputs == trained.outputs}
@@ -80,241 +104,205 @@ def reverse_variance(config: ConfigDict, trained: targets.Variance) -> targets.V
     return lookup(known, "sampler.variance", name) if name else trained
 
 
-SMALL = 16 * 16  # pixels
-
-
-def cpu_devices(config: ConfigDict) -> int:
-    """How many of this machine's cores can share a batch evenly: at most four.
-
-    Each holds a state of its own, so more would cost much memory; XLA has a use for the others.
-    Steps on small images are over before the cores have agreed on a gradient: one.
-    """
-    if math.prod(image_shape(config)[:2]) < SMALL:
-        return 1
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parts, groups = config.optim.accumulate, config.optim.clip_groups
-    shares = [n for n in range(1, min(here or 1, 4) + 1)]
-    return max(
-        n for n in shares if config.train.batch_size % math.lcm(n * parts, groups * parts) == 0
-    )
-
-
 def image_shape(config: ConfigDict) -> tuple[int, int, int]:
-    """(height, width, channels) of the images."""
+    """Returns (height, width, channels) of the images."""
     c = config.data
     return c.image_size, c.image_width or c.image_size, c.channels
 
 
-def without(config: ConfigDict, *names: str) -> dict[str, Any]:
-    """The other entries: keyword arguments of the function that `names` chose."""
-    return {key: value for key, value in config.items() if key not in names}
+def cpu_devices(config: ConfigDict) -> int:
+    """Returns how many of this machine's cores can share a batch evenly as devices of their own.
 
-
-def training_keys(seed: int) -> Array:
-    """The keys of a training: initial parameters, order of the data, randomness of the steps."""
-    return random.split(random.key(seed), 3)
-
-
-def initial_state(x: Experiment, seed: int) -> train_step.TrainState:
-    """The state before the first step, a function of the seed."""
-    images, times = jnp.zeros((1, *x.image_shape)), jnp.zeros(1)
-    params = x.net.init(training_keys(seed)[0], images, times, train=False)["params"]
-    return train_step.create_train_state(params, x.tx)
-
-
-def abstract_state(x: Experiment) -> train_step.TrainState:
-    """The shapes, types and shardings of a state: all of it on every device."""
-    state = jax.eval_shape(lambda: initial_state(x, 0))
-    whole = replicated(x.mesh)
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), state)
-
-
-def make_initial_state(config: ConfigDict, x: Experiment) -> Callable[[], train_step.TrainState]:
-    """The compiled `initial_state` of the config's seed, on every device."""
-    whole = replicated(x.mesh)
-    return jax.jit(lambda: initial_state(x, config.seed), out_shardings=whole)
-
-
-def make_update(config: ConfigDict, x: Experiment) -> Callable:
-    """update(state, images uint8[n, h * w * c], labels int[n]) -> (state, metrics): a whole step.
-
-    The whole set lies on every device, an image a row. Batch, flips, t, eps and dropout follow from
-    the seed and state.step alone, so that a resumed run is the uninterrupted one.
+    XLA gives more than one core only to its largest operations, and small networks have few.
     """
-    size, flip = config.train.batch_size, config.data.flip
-    whole = replicated(x.mesh)
-
-    def draw(key, step, images, labels):
-        index = augment.batch_indices(key, step, size, len(labels))
-        # By every device for itself: else they would wait for each other within its loop.
-        index = jax.lax.with_sharding_constraint(index, whole)
-        return augment.gather_batch(images, labels, index, key, step, flip, x.image_shape)
-
-    return _compiled_update(config, x, draw, whole)
-
-
-def make_streamed_update(config: ConfigDict, x: Experiment) -> Callable:
-    """update(state, image uint8[b, h, w, c], label int[b]) -> (state, metrics): the same step.
-
-    The batch comes from outside, cut over the devices; its flips are drawn here, as above.
-    """
-
-    def augment(key, step, image, label):
-        return augment.augment(image, key, step, config.data.flip), label
-
-    return _compiled_update(config, x, augment, batch_sharded(x.mesh))
+    if math.prod(image_shape(config)[:2]) < MIN_PIXELS_PER_DEVICE:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parts, groups = config.optim.accumulate, config.optim.clip_groups
+    return max(
+        n
+        for n in range(1, min(cores or 1, MAX_CPU_DEVICES) + 1)
+        if config.train.batch_size % math.lcm(n * parts, groups * parts) == 0
+    )
 
 
-def _compiled_update(config, x, batch, sharding):
-    """batch: (key, step, *inputs) -> (x_0, label); sharding: of the inputs."""
-
-    apply, options = make_apply_fn(config, x)
-    step = train_step.make_train_step(x.loss, apply, x.tx, config.optim.ema, **options)
-
-    def update(state, images, labels):
-        _, key_data, key_step = training_keys(config.seed)
-        drawn = batch(key_data, state.step, images, labels)
-        x_0, label = jax.lax.with_sharding_constraint(drawn, batch_sharded(x.mesh))
-        key = random.fold_in(key_step, state.step)
-        return step(state, key, (x_0, drop_labels(config, key, label)))
-
-    whole = replicated(x.mesh)
-    shardings = {"in_shardings": (whole, sharding, sharding), "out_shardings": whole}
-    return jax.jit(update, donate_argnums=0, **shardings)
+# Training
 
 
-def apply_model(
-    x: Experiment, params: Any, x_t: Array, t: Array, y: Array | None = None, **options
-) -> Array:
-    """The network's at images x_t [b, h, w, c], times t [b] and labels y int[b] or None.
-
-    Returns [b, h, w, out_ch]. options: of x.net.apply. The images are cut over the devices of
-    x.mesh, as ops.convolve wants to be told.
-    """
-    with jax.sharding.use_abstract_mesh(x.mesh.abstract_mesh):
-        return x.net.apply({"params": params}, x_t, t, y, **options)
+def initial_state(exp: Experiment, seed: int) -> train_step.TrainState:
+    """Returns the state before the first step, a function of the seed."""
+    images, times = jnp.zeros((1, *exp.image_shape)), jnp.zeros(1)
+    key = train_step.training_keys(seed).params
+    params = exp.net.init(key, images, times, train=False)["params"]
+    return train_step.create_train_state(params, exp.tx)
 
 
-def make_apply_fn(config: ConfigDict, x: Experiment) -> tuple[Callable, dict[str, Any]]:
-    """(apply, options) for train.make_gradient: as the training takes its gradient.
+def abstract_state(exp: Experiment) -> train_step.TrainState:
+    """Returns the shapes, dtypes and shardings of a state: replicated on every device."""
+    state = jax.eval_shape(lambda: initial_state(exp, 0))
+    sharding = replicated(exp.mesh)
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), state)
 
-    apply: (params, key, x_t, t, label) -> the network's output, with dropout.
-    """
+
+def make_initial_state(config: ConfigDict, exp: Experiment) -> train_step.TrainState:
+    """Computes the `initial_state` of the config's seed, replicated on every device."""
+    sharding = replicated(exp.mesh)
+    return jax.jit(lambda: initial_state(exp, config.seed), out_shardings=sharding)()
+
+
+def make_apply_fn(exp: Experiment) -> Callable:
+    """Builds (params, dropout key, x_t, t, label) -> output, as training applies the network."""
 
     def apply(params, key, x_t, t, label):
-        return apply_model(x, params, x_t, t, label, train=True, rngs={"dropout": key})
+        variables, rngs = {"params": params}, {"dropout": key}
+        return exp.train_net.apply(variables, x_t, t, label, train=True, rngs=rngs)
 
-    return apply, {k: config.optim[k] for k in ("accumulate", "clip_groups", "clip")}
+    return apply
 
 
-def drop_labels(config: ConfigDict, key: Array, label: Array) -> Array | None:
-    """The labels to train with: none, or some of them taken away, as guidance needs it.
+def make_grad_fn(config: ConfigDict, exp: Experiment) -> Callable:
+    """Builds train_step.make_grad_fn's function with the options of config.optim."""
+    options = {key: config.optim[key] for key in ("accumulate", "clip_groups", "clip")}
+    return train_step.make_grad_fn(exp.loss, make_apply_fn(exp), **options)
 
-    key: of the step; label: int[b], the data's.
+
+def make_update(config: ConfigDict, exp: Experiment, resident: bool) -> Callable:
+    """Compiles one training step: (state, *inputs) -> (state, metrics).
+
+    Batch, flips, t, eps and dropout follow from the seed and state.step alone, so that a resumed
+    run equals the uninterrupted one. The state is donated.
+
+    Args:
+      resident: the inputs are dataset indices int32[b], and the whole data set on every device,
+        uint8[n, h * w * c] and labels int32[n]; else a batch that was read elsewhere, uint8
+        [b, h, w, c] and labels int32[b], sharded over the devices.
     """
-    classes, share = config.model.num_classes, config.train.label_dropout
-    if not classes or not share:
-        return label if classes else None
-    taken = random.bernoulli(random.fold_in(key, TAKEN), share, label.shape)
-    return jnp.where(taken, classes, label)
+    keys = train_step.training_keys(config.seed)
+    step = train_step.make_train_step(make_grad_fn(config, exp), exp.tx, config.optim.ema)
+    classes, rate = config.model.num_classes, config.train.label_dropout
+    whole, sharded = replicated(exp.mesh), batch_sharded(exp.mesh)
 
+    def update(state, *inputs):
+        if resident:
+            index, images, labels = inputs
+            image, label = augment.gather_batch(images, labels, index, exp.image_shape)
+        else:
+            image, label = inputs
+        image, label = jax.lax.with_sharding_constraint((image, label), sharded)
+        x_0 = augment.augment(image, keys.augment, state.step, config.data.flip)
+        key = random.fold_in(keys.steps, state.step)
+        return step(state, key, (x_0, train_step.drop_labels(key, label, classes, rate)))
 
-Inputs = Callable[[int], Iterator[tuple[Array, Array]]]  # the step to start from -> of each step
+    shardings = (whole,) * 4 if resident else (whole, sharded, sharded)
+    return jax.jit(update, in_shardings=shardings, out_shardings=whole, donate_argnums=0)
 
 
 def fits_on_device(config: ConfigDict, images: data.ImageDataset) -> bool:
-    """Whether the whole set may lie on every device."""
+    """Whether the whole data set may lie on every device."""
     return images.nbytes <= config.data.on_device_gib * 2**30
 
 
-def make_input_pipeline(config: ConfigDict, x: Experiment, images: data.ImageDataset) -> tuple[Callable, Inputs]:
-    """(update, inputs: the step to start from -> what update takes at each step).
+def make_input_pipeline(
+    config: ConfigDict, exp: Experiment, images: data.ImageDataset
+) -> tuple[Callable, Callable[[int], Iterator[tuple[Array, ...]]]]:
+    """Returns (update, start -> iterator over what update takes at steps start, start + 1, ...).
 
-    A set that fits lies on every device; a larger one is streamed. Both give the same batches.
+    A data set that fits lies on every device; a larger one is streamed. Both give the same batches.
     Raises DataError, at once or while reading.
     """
+    size, whole = config.train.batch_size, replicated(exp.mesh)
     if not fits_on_device(config, images):
-        return make_streamed_update(config, x), lambda start: _streamed(config, x, images, start)
-    image, label, _ = loader.load_dataset(images)
-    arrays = image.reshape(len(image), -1), label
+        return make_update(config, exp, False), functools.partial(_stream, config, exp, images)
+    image, label = load_dataset(images)
+    image = image.reshape(len(image), -1)  # a TPU would copy images of another shape as a whole
+    resident = [make_global_array(a, whole, a.shape) for a in (image, label)]
+    indices = loader.make_batch_indices(images.n, size, config.seed)
 
     def inputs(start):
-        whole = replicated(x.mesh)
-        return itertools.repeat(tuple(make_global_array(a, whole, a.shape) for a in arrays))
+        for step in itertools.count(start):
+            yield make_global_array(indices(step), whole, (size,)), *resident
 
-    return make_update(config, x), inputs
+    return make_update(config, exp, True), inputs
 
 
-def _streamed(config, x, images, start):
-    """The batches of every step, two of them on the way to the devices while one is used."""
-    size, sharding = config.train.batch_size, batch_sharded(x.mesh)
+def _stream(config, exp, images, start):
+    """Yields each step's batch, with PREFETCH of them on their way to the devices."""
+    size, sharding = config.train.batch_size, batch_sharded(exp.mesh)
     rows, steps = local_rows(sharding, size), range(start, config.train.steps)
-    _, key_data, _ = training_keys(config.seed)
     ahead = collections.deque()
-    for batch in loader.iterate_shuffled(images, key_data, steps, size, rows, config.data.workers):
+    args = images, config.seed, steps, size, rows, config.data.workers
+    for batch in loader.iterate_shuffled(*args):
         ahead.append(tuple(make_global_array(a, sharding, (size, *a.shape[1:])) for a in batch))
-        if len(ahead) > 2:
+        if len(ahead) > PREFETCH:
             yield ahead.popleft()
     yield from ahead
 
 
-def make_predictor(config: ConfigDict, x: Experiment, variance: targets.Variance | None = None):
-    """(params, label int[b]) -> Predict, on the chain of the training.
+# Sampling
 
-    x_0 is clipped, or thresholded, and guided towards the label, as config.sampler says. variance:
-    of the reverse steps; None: the one for samples.
+
+def apply_model(exp: Experiment, params: Any, x_t: Array, t: Array, y: Array | None) -> Array:
+    """Returns the network's output [b, h, w, out_ch] at x_t [b, h, w, c], t [b], labels y int[b].
+
+    A model without classes ignores y.
     """
-    c, classes = config.sampler, config.model.num_classes
-    limit = guidance.dynamic_threshold(c.threshold) if c.threshold else c.clip
+    y = y if exp.net.num_classes else None
+    return exp.net.apply({"params": params}, x_t, t, y, train=False)
+
+
+def make_predictor(
+    config: ConfigDict, exp: Experiment, variance: targets.Variance | None = None
+) -> Callable[[Any, Array], targets.Predict]:
+    """Builds (params, label int[b]) -> Predict, on the chain of the training.
+
+    x_0 is clipped or thresholded, and guided towards the label, as config.sampler says. variance:
+    of the reverse steps; None: exp.sample_variance.
+    """
+    c, null = config.sampler, config.model.num_classes
+    clip = guidance.dynamic_threshold(c.threshold) if c.threshold else c.clip
 
     def predictor(params: Any, label: Array) -> targets.Predict:
-        def apply(x_t, t, y):
-            y = y if classes else None
-            return apply_model(x, params, x_t, t, y, train=False)
-
+        apply = functools.partial(apply_model, exp, params)
         network = functools.partial(apply, y=label)
         if c.guidance:
-            network = guidance.classifier_free_guidance(apply, label, classes, c.guidance)
-        return targets.make_predict(x.p, network, x.target, variance or x.reverse, limit)
+            network = guidance.classifier_free_guidance(apply, label, null, c.guidance)
+        used = variance or exp.sample_variance
+        return targets.make_predict(exp.process, network, exp.target, used, clip)
 
     return predictor
 
 
-def make_sampler(config: ConfigDict, x: Experiment) -> tuple[base.Sampler, np.ndarray]:
-    """The config's sampler and the times ts, int32[steps + 1], that it visits. Raises Fatal.
+def make_sampler(config: ConfigDict, exp: Experiment) -> tuple[samplers.Sampler, np.ndarray]:
+    """Returns the config's sampler and the times int32[steps + 1] that it visits.
 
-    Of the sampler's options those are passed on that it has, and that are not "".
+    Of config.sampler's options the sampler gets those that it has and that are not "". Raises
+    ConfigError.
     """
-    c = config.sampler
+    c, process = config.sampler, exp.process
     make = lookup(samplers.SAMPLERS, "sampler.name", c.name)
-    grid = lookup(timesteps.GRIDS, "sampler.grid", c.grid)
+    grid = lookup(samplers.GRIDS, "sampler.grid", c.grid)
     known = inspect.signature(make).parameters
     options = {key: value for key, value in c.items() if key in known and value != ""}
-    sampler = call_for_key(make, "sampler", x.p, **options)
+    sampler = call_for_key(make, "sampler", process, **options)
     if c.times:
-        return sampler, call_for_key(timesteps.explicit, "sampler.times", x.p, c.times)
-    return sampler, call_for_key(grid, "sampler.steps", x.p, c.steps)
+        return sampler, call_for_key(timesteps.explicit, "sampler.times", process, c.times)
+    return sampler, call_for_key(grid, "sampler.steps", process, c.steps)
 
 
-def load_split(config: ConfigDict, x: Experiment, split: str = "train") -> data.ImageDataset:
-    """The images of a split, seen to be what the config says they are. Raises Fatal."""
+def load_split(config: ConfigDict, exp: Experiment, split: str = "train") -> data.ImageDataset:
+    """Opens a split and checks that its images are what the config says.
+
+    Raises DataError.
+    """
     c = config.data
     source = c.source if c.source in data.SOURCES else "tfds"  # the others are prepared beforehand
-    try:
-        images = data.open_dataset(source, split, name=c.name, data_dir=c.data_dir)
-    except DataError as error:
-        raise DataError(data_key_message(error, c)) from error
-    if images.shape != x.image_shape:
-        found, wanted = ("x".join(map(str, shape)) for shape in (images.shape, x.image_shape))
-        message = (
-            f"data: expected images of {wanted} (data.image_size, data.image_width, "
-            f"data.channels), found {found}; change these keys"
-        )
-        raise DataError(message)
+    images = data.open_dataset(source, split, name=c.name, data_dir=c.data_dir)
+    if images.shape != exp.image_shape:
+        found, wanted = ("x".join(map(str, shape)) for shape in (images.shape, exp.image_shape))
+        keys = "data.image_size, data.image_width, data.channels"
+        raise DataError(f"data: expected images of {wanted} ({keys}), found {found}; change these")
     if config.model.num_classes not in (0, images.num_classes):
-        message = (
-            f"model.num_classes: expected the data's {images.num_classes}, or 0 for a model "
-            f"without classes, found {config.model.num_classes}"
-        )
-        raise DataError(message)
+        wanted = f"the data's {images.num_classes}, or 0 for a model without classes"
+        found = config.model.num_classes
+        raise DataError(f"model.num_classes: expected {wanted}, found {found}")
     return images

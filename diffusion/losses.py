@@ -1,8 +1,7 @@
-"""Training objectives: `Loss = (apply, key, x_0) -> (loss[b], {name: [b]})`.
+"""Training objectives, `Loss = (apply, key, x_0) -> (loss[b], {name: [b]})`.
 
-Per example out; train.py reduces once. `apply: (x_t, model_t[b]) -> output` is the network with
-parameters, labels and dropout already bound. Each builder takes (p, target, variance) and its own
-settings. Table 2 of the paper is made of these two and the targets.
+`apply: (x_t, model_t[b]) -> output` is the network with parameters, labels and dropout bound.
+Table 2 of the paper combines the two losses with the targets.
 """
 
 from collections.abc import Callable
@@ -18,7 +17,7 @@ Loss = Callable[[Apply, Array, Array], tuple[Array, dict[str, Array]]]
 
 
 def draw_x_t(p: Process, key: Array, x_0: Array) -> tuple[Array, Array, Array]:
-    """t ~ Uniform{1..T} int[b], eps ~ N(0, 1) and x_t (eq. 4): lines 3-4 of Algorithm 1."""
+    """Draws t ~ Uniform{1..T} int[b], eps ~ N(0, 1) and x_t (Algorithm 1, lines 3-4)."""
     key_t, key_eps = random.split(key)
     t = random.randint(key_t, x_0.shape[:1], 1, p.T + 1)
     eps = random.normal(key_eps, x_0.shape, x_0.dtype)
@@ -26,10 +25,9 @@ def draw_x_t(p: Process, key: Array, x_0: Array) -> tuple[Array, Array, Array]:
 
 
 def simple(p: Process, target: Target, variance: Variance) -> Loss:
-    """L_simple (eq. 14): the unweighted squared error of the prediction, whatever is predicted.
+    """Builds L_simple (eq. 14): the mean squared error of the output, whatever the target.
 
-    It says nothing of the variance, so a learned one is refused with ValueError, as in the official
-    code.
+    Raises ValueError for a learned variance, which it does not train.
     """
     if variance.outputs != 1:
         raise ValueError("loss 'simple' trains no variance: use a fixed one, or the loss 'vlb'")
@@ -37,16 +35,15 @@ def simple(p: Process, target: Target, variance: Variance) -> Loss:
     def loss(apply: Apply, key: Array, x_0: Array):
         t, eps, x_t = draw_x_t(p, key, x_0)
         output = apply(x_t, gather(p.model_t, t))
-        return meanflat((output - target.of(p, x_0, eps, x_t, t)) ** 2), {}
+        return meanflat((output - target.from_x0(p, x_0, eps, x_t, t)) ** 2), {}
 
     return loss
 
 
 def vlb(p: Process, target: Target, variance: Variance) -> Loss:
-    """L (eq. 5): a uniformly drawn term of the true bound, in bits/dim, x_0 unclipped.
+    """Builds L (eq. 5): one uniformly drawn term of the bound in bits/dim, x_0 not clipped.
 
-    As in the official code (training_losses, 'kl') the term is not multiplied by T and the constant
-    L_T is left out; the metric `bpd` is the unbiased estimate of the whole bound.
+    It is not multiplied by T and lacks L_T (official code); `bpd` estimates L without bias.
     """
 
     def loss(apply: Apply, key: Array, x_0: Array):

@@ -1,75 +1,68 @@
-"""A step whose loss or gradient is not finite: it is not applied, and it is taken apart.
+"""Guards the training state against NaN and infinity, and finds where they are.
 
-The check costs nothing that is seen: it reads two numbers that the step gives anyway, on the
-device, so that no state is spoilt while the host, one step behind, still reads the last numbers.
+The guard reads two numbers that a step computes anyway, and it does so on the device, because the
+host, one step behind, would see them only after they had spoilt the state.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
+
+from diffusion.utils import digests
 
 Tree = Any
 WATCHED = ("loss", "grad_norm")
+ON_NONFINITE = ("halt", "skip", "rollback")
 
 
 def guard_update(update: Callable, on_nonfinite: str) -> Callable:
-    """update' (state, *inputs) -> (state, metrics) of an update; state: a NamedTuple with `step`.
+    """Wraps an update so that a step with a non-finite loss or gradient norm is not applied.
 
-    Where the loss or the gradient's norm is NaN or infinite, parameters, average and optimiser stay
-    as they were. "skip": the step counts all the same, and the next batch is taken. "halt" and
-    "rollback": the state stops for good, whatever follows, before step k + 1 with state.step = ~k,
-    a negative number. Raises ValueError for another word.
+    Args:
+      update: (state, *inputs) -> (state, metrics), where the state is a NamedTuple with `step`.
+      on_nonfinite: "skip" counts the step and changes nothing else; "halt" and "rollback" set
+        `halted`, after which no step is applied or counted.
+
+    Returns:
+      (state, halted, *inputs) -> (state, halted, metrics). halted: bool[], False at the start.
     """
-    if on_nonfinite not in AFTER:
-        expected = ", ".join(AFTER)
+    if on_nonfinite not in ON_NONFINITE:
+        expected = ", ".join(ON_NONFINITE)
         raise ValueError(f"on_nonfinite: expected one of {expected}, found {on_nonfinite!r}")
-    after = AFTER[on_nonfinite]
+    skip = on_nonfinite == "skip"
 
-    def step(state: NamedTuple, *inputs: Any):
+    def guarded(state: NamedTuple, halted: Array, *inputs: Any):
         new, metrics = update(state, *inputs)
-        numbers = jnp.stack([metrics[name].astype(jnp.float32) for name in WATCHED])
-        good = jnp.isfinite(numbers).all() & (state.step >= 0)
-        passed = state._replace(step=after(state.step))
-        return jax.tree.map(functools.partial(jnp.where, good), new, passed), metrics
+        watched = jnp.stack([metrics[name].astype(jnp.float32) for name in WATCHED])
+        apply = jnp.isfinite(watched).all() & ~halted
+        unchanged = state._replace(step=state.step + 1) if skip else state
+        state = jax.tree.map(lambda a, b: jnp.where(apply, a, b), new, unchanged)
+        return state, halted if skip else ~apply, metrics
 
-    return step
-
-
-def _stopped(step):
-    return jnp.where(step < 0, step, ~step)
-
-
-# What becomes of the step's number when the step is not applied.
-AFTER = {"halt": _stopped, "skip": lambda step: step + 1, "rollback": _stopped}
+    return guarded
 
 
 def first_non_finite(tree: Tree) -> str | None:
-    """The name of the first leaf with a NaN or an infinity, 'params/conv/kernel'; None if none."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    good = jax.device_get(_finite([leaf for _, leaf in leaves]))
-    bad = (path for (path, _), fine in zip(leaves, good, strict=True) if not fine)
-    path = next(bad, None)
-    return None if path is None else jax.tree_util.keystr(path, simple=True, separator="/")
+    """Returns the name of the first leaf with a NaN or infinity, 'params/conv/kernel', or None."""
+    leaves = digests.named(tree)
+    finite = jax.device_get(_are_finite(list(leaves.values())))
+    return next((name for name, ok in zip(leaves, finite, strict=True) if not ok), None)
 
 
 @jax.jit
-def _finite(leaves: list[Array]) -> list[Array]:
+def _are_finite(leaves: list[Array]) -> list[Array]:
     return [jnp.isfinite(leaf).all() for leaf in leaves]
 
 
 def norms(tree: Tree) -> dict[str, float]:
-    """{'conv/kernel': the Euclidean norm of the leaf, ...}; NaN or infinite where it is."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    found = jax.device_get(_norms([leaf for _, leaf in leaves]))
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    return dict(zip(names, map(float, np.asarray(found)), strict=True))
+    """Returns {'conv/kernel': Euclidean norm of the leaf, ...}."""
+    leaves = digests.named(tree)
+    return dict(zip(leaves, map(float, _norms(list(leaves.values()))), strict=True))
 
 
 @jax.jit
-def _norms(leaves: list[Array]) -> Array:
-    return jnp.stack([jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum()) for x in leaves])
+def _norms(leaves: list[Array]) -> list[Array]:
+    return [jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum()) for x in leaves]

@@ -1,7 +1,7 @@
-"""Training: the state, the optimiser, the moving average of the weights, and one step of all of it.
+"""Algorithm 1: the training state, the optimizer, the averaged weights and one step of all of them.
 
-Pure functions of arrays; main.py compiles and drives them. The optimiser behaves as the official
-one does (utils.make_optimizer, tpu_utils.make_ema), differences are named where they are.
+Pure functions of arrays. The optimizer and the average behave as the official code's
+(utils.make_optimizer, tpu_utils.make_ema); differences are named where they are.
 """
 
 from collections.abc import Callable
@@ -13,13 +13,13 @@ import optax
 from jax import Array, random
 
 Tree = Any
-
-
 Batch = tuple[Array, Array | None]  # x_0 float[b, h, w, c] in [-1, 1], label int[b] or None
+Metrics = dict[str, Array]
+LABEL_DROPOUT = 2**31  # folded into a step's key; far from what else is folded in or split off
 
 
 class TrainState(NamedTuple):
-    """Everything that training changes; arrays only. step: int32[], the number of updates made."""
+    """Everything that training changes. step: int32[], the number of updates made."""
 
     step: Array
     params: Tree
@@ -27,8 +27,26 @@ class TrainState(NamedTuple):
     opt_state: Tree
 
 
+class TrainingKeys(NamedTuple):
+    """The keys of a training: of the initial weights, of the augmentation, of the steps."""
+
+    params: Array
+    augment: Array
+    steps: Array
+
+
+def training_keys(seed: int) -> TrainingKeys:
+    """Returns the keys that everything random in a training follows from."""
+    return TrainingKeys(*random.split(random.key(seed), 3))
+
+
+def create_train_state(params: Tree, tx: optax.GradientTransformation) -> TrainState:
+    """Returns the state before the first step; the average starts at the parameters."""
+    return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), tx.init(params))
+
+
 def warmup_schedule(lr: float, steps: int) -> optax.Schedule:
-    """lr * min(step / steps, 1), step counted from 0: as officially, the first update has rate 0.
+    """Returns lr * min(step / steps, 1): as in the official code the first update has rate 0.
 
     optax's own warm-up counts down from lr and so loses four digits of the first rates.
     """
@@ -36,27 +54,25 @@ def warmup_schedule(lr: float, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(lr: float, warmup_steps: int, clip: float) -> optax.GradientTransformation:
-    """Adam (0.9, 0.999, 1e-8) with warm-up, behind a clip of the whole gradient's norm.
+    """Returns Adam (0.9, 0.999, 1e-8) with warm-up, behind a clip of the gradient's global norm.
 
     optax adds epsilon to the bias-corrected root, TensorFlow 1 to the uncorrected one. The updates
-    differ only where |gradient| is within a few orders of 1e-8.
+    differ only where |gradient| is within a few orders of magnitude of 1e-8.
     """
-    return optax.chain(optax.clip_by_global_norm(clip), optax.adam(warmup_schedule(lr, warmup_steps)))
+    schedule = warmup_schedule(lr, warmup_steps)
+    return optax.chain(optax.clip_by_global_norm(clip), optax.adam(schedule))
 
 
-def create_train_state(params: Tree, tx: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; the average starts at the parameters."""
-    return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), tx.init(params))
+def drop_labels(key: Array, label: Array, num_classes: int, rate: float) -> Array | None:
+    """Hides a share `rate` of the labels int[b] (Ho and Salimans 2022, arXiv:2207.12598, Alg. 1).
 
-
-def mean_of_clipped(gradients: Tree, clip: float) -> Tree:
-    """[g, ...] gradients, each clipped to a norm of at most `clip` over all its leaves, averaged.
-
-    The official code clips so on each of eight TPU cores, before the average over the cores.
+    A hidden label is `num_classes`, which means "no class". Returns None for a model without
+    classes. key: of the step.
     """
-    norms = jax.vmap(optax.tree.norm)(gradients)
-    scale = clip / jnp.maximum(norms, clip) / norms.shape[0]
-    return jax.tree.map(lambda g: jnp.einsum("g...,g->...", g, scale.astype(g.dtype)), gradients)
+    if not num_classes or not rate:
+        return label if num_classes else None
+    hidden = random.bernoulli(random.fold_in(key, LABEL_DROPOUT), rate, label.shape)
+    return jnp.where(hidden, num_classes, label)
 
 
 def make_grad_fn(
@@ -66,13 +82,16 @@ def make_grad_fn(
     accumulate: int = 1,
     clip_groups: int = 1,
     clip: float = 1.0,
-) -> Callable[[Tree, Array, Batch], tuple[Tree, dict[str, Array]]]:
-    """(params, key, batch) -> (gradient of the mean loss, {name: mean over the batch}).
+) -> Callable[[Tree, Array, Batch], tuple[Tree, Metrics]]:
+    """Builds (params, key, batch) -> (gradient of the mean loss, {name: mean over the batch}).
 
-    loss: of losses.py. apply: (params, key of the dropout, x_t, t, label) -> output.
-    accumulate: the batch is taken in that many parts, one after the other, to save memory.
-    clip_groups: more than 1 cuts each part into groups whose gradients are clipped to `clip` before
-    they are averaged; 8 is what the official code does on its eight cores. Both must divide b.
+    Args:
+      loss: one of losses.LOSSES, built.
+      apply: (params, dropout key, x_t, t, label) -> network output.
+      accumulate: number of microbatches, taken one after the other to save memory; divides b.
+      clip_groups: above 1, the gradients of that many parts of a microbatch are clipped to `clip`
+        before they are averaged; 8 is what the official code does on its eight cores.
+      clip: largest global norm of each part's gradient.
     """
 
     def objective(params, key, batch):
@@ -83,53 +102,56 @@ def make_grad_fn(
         )
         return values.mean(), jax.tree.map(jnp.mean, {"loss": values, **metrics})
 
-    gradient = jax.grad(objective, has_aux=True)
+    grad_fn = jax.grad(objective, has_aux=True)
 
-    def by_group(params, key, batch):
+    def grad_of_groups(params, key, batch):
         groups = jax.tree.map(lambda x: x.reshape(clip_groups, -1, *x.shape[1:]), batch)
         keys = random.split(key, clip_groups)
-        gradients, metrics = jax.vmap(gradient, (None, 0, 0))(params, keys, groups)
+        gradients, metrics = jax.vmap(grad_fn, (None, 0, 0))(params, keys, groups)
         return mean_of_clipped(gradients, clip), jax.tree.map(jnp.mean, metrics)
 
-    part_gradient = gradient if clip_groups == 1 else by_group
+    micro_grad_fn = grad_fn if clip_groups == 1 else grad_of_groups
 
-    def in_parts(params, key, batch):
-        # Every k-th image, not a contiguous k-th of them: a part then lies on all devices evenly.
+    def grad_of_microbatches(params, key, batch):
+        # Every k-th image, not a contiguous k-th: a microbatch then lies evenly on all devices.
         def strided(x):
             return jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
 
         def add(total, key_and_part):
-            return jax.tree.map(jnp.add, total, part_gradient(params, *key_and_part)), None
+            return jax.tree.map(jnp.add, total, micro_grad_fn(params, *key_and_part)), None
 
         parts = (random.split(key, accumulate), jax.tree.map(strided, batch))
-        zero = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part_gradient, params, key, batch)
-        )
+        shapes = jax.eval_shape(micro_grad_fn, params, key, batch)
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         # XLA's CPU backend runs the gradient of a convolution many times slower inside a loop.
         unroll = accumulate if jax.default_backend() == "cpu" else 1
         total, _ = jax.lax.scan(add, zero, parts, unroll=unroll)
         return jax.tree.map(lambda x: x / accumulate, total)
 
-    return part_gradient if accumulate == 1 else in_parts
+    return micro_grad_fn if accumulate == 1 else grad_of_microbatches
+
+
+def mean_of_clipped(gradients: Tree, clip: float) -> Tree:
+    """Clips each of the gradients [g, ...] to a global norm of at most `clip` and averages them."""
+    norms = jax.vmap(optax.tree.norm)(gradients)
+    scale = clip / jnp.maximum(norms, clip) / norms.shape[0]
+    return jax.tree.map(lambda g: jnp.einsum("g...,g->...", g, scale.astype(g.dtype)), gradients)
 
 
 def make_train_step(
-    loss: Callable,
-    apply: Callable,
+    grad_fn: Callable[[Tree, Array, Batch], tuple[Tree, Metrics]],
     tx: optax.GradientTransformation,
     ema_decay: float,
-    **gradient_options,
-) -> Callable[[TrainState, Array, Batch], tuple[TrainState, dict[str, Array]]]:
-    """(state, key, batch) -> (state, metrics): one update of parameters and average (Algorithm 1).
+) -> Callable[[TrainState, Array, Batch], tuple[TrainState, Metrics]]:
+    """Builds (state, key, batch) -> (state, metrics): one update of parameters and average.
 
-    metrics: scalars; `loss` and the loss's own, `grad_norm` before the optimiser's clip. The
-    average follows the new parameters with a constant decay, no ramp and no bias correction, and
-    the first step copies them. gradient_options: of `make_gradient`.
+    The metrics are scalars: `loss`, the loss's own, and `grad_norm` before the optimizer's clip.
+    The average follows the new parameters with a constant decay, no ramp and no bias correction;
+    the first step copies them.
     """
-    gradient = make_grad_fn(loss, apply, **gradient_options)
 
-    def step(state: TrainState, key: Array, batch: Batch):
-        gradients, metrics = gradient(state.params, key, batch)
+    def train_step(state: TrainState, key: Array, batch: Batch):
+        gradients, metrics = grad_fn(state.params, key, batch)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         rate = jnp.where(state.step == 0, 1.0, 1.0 - ema_decay)
@@ -137,4 +159,4 @@ def make_train_step(
         metrics["grad_norm"] = optax.tree.norm(gradients)
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
-    return step
+    return train_step

@@ -1,7 +1,9 @@
 """Strict JAX for every test: four virtual CPU devices, no silent broadcasting or promotion."""
 
+import collections
 import os
 import pathlib
+import time
 
 # Compilation is what the suite costs: half of it is XLA's polish, which tiny shapes never earn.
 os.environ["XLA_FLAGS"] = (
@@ -13,14 +15,33 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
+MAX_CPU_S = 150  # of a test file: what takes longer belongs into tests/soak
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# What is compiled is kept between runs, and shared with the processes that tests start.
+# Compiled programs are kept between runs, and shared with the processes that tests start.
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+_cpu_s = collections.Counter()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item):
+    """Adds up the processor time of each test file."""
+    before = time.process_time()
+    yield
+    _cpu_s[item.location[0]] += time.process_time() - before
+
+
+def pytest_sessionfinish(session):
+    """Fails a session in which a file outside of soak took more than its budget."""
+    for path, seconds in _cpu_s.items():
+        if seconds > MAX_CPU_S and "soak" not in path:
+            print(f"\n{path}: {seconds:.0f} s of processor time, the budget is {MAX_CPU_S}")
+            session.exitstatus = session.exitstatus or 1
 
 
 @pytest.fixture
@@ -28,3 +49,13 @@ def x64():
     """Float64 for one test: closed forms are compared at 1e-10, not at float32's rounding."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A finished tiny training, which tests must not change: (work directory, stdout, stderr)."""
+    from tests import runs
+
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    out, err = runs.run(runs.TINY, f"--workdir={workdir}", "--config.train.eval_every=4")
+    return workdir, out, err

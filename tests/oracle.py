@@ -1,4 +1,4 @@
-"""What the tests compare with: arrays of the official code, and data whose denoiser is known."""
+"""Truths for the tests: arrays of the official code, and data whose denoiser is known."""
 
 import functools
 import inspect
@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion import process, targets
+from diffusion.samplers import base
 from tests.conftest import GOLDEN
 
-# The official code's names for our targets and variances.
+# The official code's names of targets and variances.
 TARGETS = {"eps": "eps", "xstart": "x0", "xprev": "mu"}
 VARIANCES = {"fixedsmall": "fixed_small", "fixedlarge": "fixed_large", "learned": "learned"}
 
@@ -22,14 +24,14 @@ COMPARED = defaultdict(set)
 
 @functools.cache
 def arrays(file):
-    """The arrays of one golden file, by key."""
+    """Returns the arrays of one golden file, by key."""
     # Official TensorFlow 1 code, github.com/hojonathanho/diffusion, commit 1e0dceb.
     with np.load(GOLDEN / f"{file}.npz") as npz:
         return {key: npz[key] for key in npz.files}
 
 
 class Official:
-    """Arrays of the official code: `official[key]` reads, `official.close` compares and notes."""
+    """Arrays of the official code: `official[key]` reads one, `official.close` compares it."""
 
     def __init__(self, file):
         self.file = arrays(file)
@@ -47,10 +49,10 @@ class Official:
 
 
 def official(file, *patterns):
-    """Gives a test the `Official` arrays of `file` and demands that it compares all of `patterns`.
+    """Passes the `Official` arrays of `file` to a test, which must compare all of `patterns`.
 
-    The claim is noted in COMPARED when the test is defined and held to when it runs, so that a
-    forgotten array shows whatever part of the suite is run.
+    The keys are registered in COMPARED when the test is defined and checked when it has run, so
+    that a forgotten array is found whichever part of the suite is run.
     """
     keys = {key for key in arrays(file) if any(fnmatchcase(key, p) for p in patterns)}
     COMPARED[file] |= keys
@@ -60,7 +62,7 @@ def official(file, *patterns):
         def run(**fixtures):
             given = Official(file)
             test(given, **fixtures)
-            assert given.compared == keys, f"claimed, not compared: {keys ^ given.compared}"
+            assert given.compared == keys, f"registered, not compared: {keys ^ given.compared}"
 
         _, *fixtures = inspect.signature(test).parameters.values()
         run.__signature__ = inspect.Signature(fixtures)
@@ -70,7 +72,7 @@ def official(file, *patterns):
 
 
 def toy(x, t, learned=False):
-    """The network without parameters that the official vectors were made with; t counts from 0."""
+    """The network without parameters behind the official arrays; t counts from 0."""
     output = 0.5 * jnp.tanh(x) + 0.1 * jnp.sin(t / 1000).reshape(-1, 1, 1, 1)
     return jnp.concatenate([output, -5 + 0.1 * jnp.cos(x)], -1) if learned else output
 
@@ -81,14 +83,25 @@ def toy_b(x, t, learned=False):
     return jnp.concatenate([output, -5 + 0.1 * jnp.cos(x)], -1) if learned else output
 
 
+def official_predict(p, m, v, clip=True, network=toy):
+    """Returns the model of the official names: mean type m, variance type v."""
+    return targets.make_predict(
+        p,
+        lambda x, t: network(x, t, v == "learned"),
+        targets.TARGETS[TARGETS[m]],
+        targets.VARIANCES[VARIANCES[v]],
+        clip=bool(clip),
+    )
+
+
 def cheap_noise(keys, t, like):
-    """In place of `process.noise` where any noise will do: threefry is most of a compilation."""
+    """Replaces `process.sample_noise` where any noise will do: threefry is slow to compile."""
     phase = 5 * jnp.asarray(t, like.dtype)
     return 1.4 * jnp.cos(phase + jnp.arange(like.size, dtype=like.dtype)).reshape(like.shape)
 
 
 def side_by_side(predicts):
-    """Several models as one, each for its part of the batch: compiling costs more than all else."""
+    """Joins models into one, each for its part of the batch, so that one program runs them all."""
 
     def predict(x, t):
         n = len(predicts)
@@ -102,11 +115,22 @@ def side_by_side(predicts):
     return predict
 
 
-class Gaussian(NamedTuple):
-    """Data N(mean, var) in every pixel, alone: all that a perfect network says is known.
+def at_noise_levels(p, alpha_bar):
+    """Returns the process of any noise levels, those between the trained times included.
 
-    Nothing here uses the code's posteriors: x_s and x_t are jointly Gaussian, so x_s given x_t
-    follows from their two variances and their covariance, for any s < t, s = 0 included.
+    alpha_bar: float[n], strictly falling in (0, 1), of the steps 1..n. The network's time input is
+    interpolated linearly in log(sigma / alpha) and constant outside of the trained times.
+    """
+    q = process.Process(np.append(1.0, alpha_bar), np.zeros(len(alpha_bar) + 1))
+    level, trained = -process.half_log_snr(q)[1:], -process.half_log_snr(p)[1:]
+    return q._replace(model_t=np.append(-1.0, np.interp(level, trained, p.model_t[1:])))
+
+
+class Gaussian(NamedTuple):
+    """Data N(mean, var), independent in every pixel, whose perfect network is known.
+
+    The closed forms do not use the code's posteriors: x_s and x_t are jointly Gaussian, so x_s
+    given x_t follows from their variances and covariance, for any s < t, s = 0 included.
     """
 
     mean: float
@@ -135,18 +159,57 @@ class Gaussian(NamedTuple):
             "mu": step[:2],
             "eps": (-np.sqrt(a / (1 - a)) * intercept, (1 - np.sqrt(a) * slope) / np.sqrt(1 - a)),
             "v": (-intercept / np.sqrt(1 - a), (np.sqrt(a) - slope) / np.sqrt(1 - a)),
-        }[target]
-        log_var = np.log(step[2]) if learned else 0 * t
-        tables = [np.append(0.0, table) for table in (*lines, log_var)]  # no step at t = 0
+        }
+        # Any other target is linear in x_0 and eps too, so its mean is the target of their means.
+        means = *lines.get(target, lines["x0"]), *lines["eps"]
+        tables = [
+            np.append(0.0, table) for table in (*means, np.log(step[2]) if learned else 0 * t)
+        ]
 
         def apply(x, model_t):
             t = jnp.round(model_t).astype(int) + 1  # the network is told t - 1
-            c_0, c_1, log_var = (
+            c_0, c_1, e_0, e_1, log_var = (
                 jnp.asarray(table, x.dtype)[t].reshape(-1, *(1,) * (x.ndim - 1)) for table in tables
             )
             output = c_0 + c_1 * x
+            if target not in lines:
+                output = targets.TARGETS[target].from_x0(p, output, e_0 + e_1 * x, x, t)
             if not learned:
                 return output
             return jnp.concatenate([output, jnp.broadcast_to(log_var, x.shape)], -1)
 
         return apply
+
+    def predict(self, p, target="eps", variance="learned"):
+        """The perfect model, not clipped."""
+        chosen = targets.VARIANCES[variance]
+        apply = self.network(p, target, learned=chosen.outputs == 2)
+        return targets.make_predict(p, apply, targets.TARGETS[target], chosen, clip=False)
+
+
+def check_marginals(sampler, predict, known, p, ts, monkeypatch):
+    """Asserts that each x_s of the chain has q(x_s)'s mean and variance, for a perfect model.
+
+    The chain is linear in x_T and in the noise of each step, so its mean is the chain without noise
+    and its variance the sum of the squared derivatives: no draws, no standard errors.
+    """
+
+    def chain(x_T, z):
+        monkeypatch.setattr(process, "sample_noise", lambda keys, t, like: z[t].reshape(like.shape))
+        x_T = x_T.reshape(1, 1)
+        return base.trajectory(sampler, predict, jax.random.key(0), x_T, np.array(ts)).x[:, 0, 0]
+
+    mean_T, var_T = known.marginal(p, p.T)
+
+    @jax.jit
+    def moments(x_T, z):
+        by_x, by_z = jax.jacfwd(chain, (0, 1))(x_T, z)
+        return chain(x_T, z), by_x**2 * var_T + (by_z**2).sum(1)
+
+    mean, var = moments(jnp.asarray(mean_T), jnp.zeros(p.T + 1))
+    mean_s, var_s = known.marginal(p, np.array(ts[1:]))
+    # The last step draws no noise: x_0 is the conditional mean, without Var[x_0 | x_t].
+    var_s[-1] -= known.given(p, 0, ts[-2])[2]
+    # Float64; x0_variance comes out of log_var with an amplification of up to 2e3.
+    np.testing.assert_allclose(mean, mean_s, atol=1e-11)
+    np.testing.assert_allclose(var, var_s, atol=1e-11)

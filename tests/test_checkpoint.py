@@ -1,14 +1,17 @@
-"""checkpoint.py: what comes back is what was saved, bit for bit, or an older step, or an error."""
+"""checkpoint.py restores exactly what was saved, or an older step, or raises an error."""
 
 import contextlib
+import hashlib
+import itertools
 import json
 import os
-import pathlib
 import resource
 import shutil
 import socket
 import subprocess
 import sys
+import tarfile
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -19,10 +22,14 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from diffusion import checkpoint, experiment
 from diffusion.checkpoint import Checkpoints
+from diffusion.runtime.config import fill_defaults
+from diffusion.utils import digests
 from diffusion.utils.errors import WorkdirError
+from tests.conftest import GOLDEN, ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
+VERSION_1 = "67d728425318f9edee0e4138b7d47dd1becc7b38435d470f3bb692e7fdb0441b"
 
 
 class State(NamedTuple):
@@ -32,7 +39,7 @@ class State(NamedTuple):
     opt_state: Any
 
 
-def whole(devices=1):
+def replicated(devices=1):
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
     return NamedSharding(mesh, PartitionSpec())
 
@@ -53,12 +60,12 @@ def make_state(step, devices=1):
     floats = {"kernel": params["conv"]["kernel"]}
     ema = {"kernel": bits("float32", 40, 50), "bias": bits(jnp.bfloat16, 7)}
     opt_state = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)).init(floats)
-    return jax.device_put(State(np.int32(step), params, ema, opt_state), whole(devices))
+    return jax.device_put(State(np.int32(step), params, ema, opt_state), replicated(devices))
 
 
 def abstract(devices=1):
     state = make_state(0)
-    sharding = whole(devices)
+    sharding = replicated(devices)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
 
 
@@ -72,17 +79,23 @@ def assert_same(a, b):
 
 @pytest.fixture
 def opened(tmp_path):
-    """opened(...) -> Checkpoints of tmp_path/run; its warnings in .lines; closed at the end."""
+    """opened(...) -> Checkpoints of tmp_path/run, closed at the end."""
     with contextlib.ExitStack() as stack:
 
         def open_(directory=tmp_path / "run", **options):
-            lines = []
-            checkpoints = Checkpoints(directory, warn=lines.append, **options)
-            checkpoints.lines = lines
+            checkpoints = Checkpoints(directory, **options)
             stack.callback(checkpoints.close)
             return checkpoints
 
         yield open_
+
+
+@pytest.fixture
+def warned(monkeypatch):
+    """The warnings of checkpoint.py, in order."""
+    lines = []
+    monkeypatch.setattr(checkpoint.logging, "warning", lines.append)
+    return lines
 
 
 def saved(checkpoints, *steps):
@@ -96,18 +109,16 @@ def names(directory):
     return sorted(path.name for path in directory.iterdir())
 
 
-
-
-def test_state_comes_back_bit_for_bit_in_another_object(opened):
+def test_restores_the_saved_state_bit_for_bit(opened, warned):
     saved(opened(), 4, 8)
     checkpoints = opened()
     assert checkpoints.latest() == 8
     assert_same(checkpoints.restore(abstract()), make_state(8))
-    assert checkpoints.lines == []
+    assert warned == []
 
 
 @pytest.mark.parametrize("before, after", [(1, 4), (4, 1), (4, 2)])
-def test_any_number_of_devices(opened, before, after):
+def test_restores_on_another_number_of_devices(opened, before, after):
     checkpoints = opened()
     checkpoints.save(3, make_state(3, before))
     checkpoints.wait()
@@ -116,7 +127,7 @@ def test_any_number_of_devices(opened, before, after):
     assert {len(x.sharding.device_set) for x in jax.tree.leaves(state)} == {after}
 
 
-def test_average_alone_without_reading_the_rest(opened, tmp_path):
+def test_restores_the_averaged_weights_without_reading_the_rest(opened, tmp_path):
     checkpoints = saved(opened(), 4, 8)
     for step, ask in ((8, None), (4, 4)):
         found, ema = checkpoints.restore_ema(abstract(4).ema, ask)
@@ -170,7 +181,7 @@ def test_saving_below_the_newest_step_saves(opened):
     assert_same(checkpoints.restore_ema(abstract().ema, 6)[1], make_state(6).ema)
 
 
-def test_keeps_the_last_and_the_multiples(opened, tmp_path):
+def test_keeps_the_newest_steps_and_the_multiples(opened, tmp_path):
     saved(opened(keep=2, keep_every=4), *range(1, 8))
     assert names(tmp_path / "run") == ["4", "6", "7"]
 
@@ -181,12 +192,10 @@ def test_relative_directory(opened, tmp_path, monkeypatch):
     assert names(tmp_path / "some/run") == ["1"]
 
 
-def test_keep_is_checked(tmp_path):
+def test_rejects_a_keep_below_one(tmp_path):
     for options in ({"keep": 0}, {"keep_every": 0}):
         with pytest.raises(ValueError, match="expected 1 or more"):
             Checkpoints(tmp_path, **options)
-
-
 
 
 def data_file(step):
@@ -194,13 +203,14 @@ def data_file(step):
     return max((step / "state").glob("ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
 
 
-def half_copied(run):
+def copy_half(run):
     (run / "9").mkdir()
-    shutil.copy(run / "8/_CHECKPOINT_METADATA", run / "9")
+    shutil.copytree(run / "8/manifest", run / "9/manifest")
     shutil.copytree(run / "8/ema", run / "9/ema")
+    edit_manifest(run / "9", step=9)
 
 
-def halved(name):
+def halve(name):
     def cut(run):
         path = run / "8" / name
         os.truncate(path, path.stat().st_size // 2)
@@ -208,46 +218,59 @@ def halved(name):
     return cut
 
 
-def uncommitted(run):
+def edit_manifest(folder, **entries):
+    path = folder / "manifest/metadata"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def copy_without_manifest(run):
     shutil.copytree(run / "8", run / "9")
-    path = run / "9/_CHECKPOINT_METADATA"
-    about = json.loads(path.read_text())
-    about["custom_metadata"]["step"], about["commit_timestamp_nsecs"] = 9, None
-    path.write_text(json.dumps(about))
+    shutil.rmtree(run / "9/manifest")
 
 
-# What happens to a directory with the steps 4 and 8: (how, the bad step, what is said of it).
+def copy_as_its_own_step(run):
+    shutil.copytree(run / "8", run / "9")
+    edit_manifest(run / "9", step=9)
+
+
+def remove_a_digest(run):
+    manifest = json.loads((run / "8/manifest/metadata").read_text())
+    manifest["sha256"].popitem()
+    edit_manifest(run / "8", sha256=manifest["sha256"])
+
+
+# What is done to a directory with the steps 4 and 8: (how, the bad step, what is said of it).
 DAMAGES = {
-    "empty directory": (lambda run: (run / "9").mkdir(), 9, "is not complete"),
-    "half copied": (half_copied, 9, "is not complete"),
-    "never committed": (uncommitted, 9, "is not complete"),
+    "empty directory": (lambda run: (run / "9").mkdir(), 9, "is not complete: manifest"),
+    "half copied": (copy_half, 9, "is not complete: state is missing"),
+    "no manifest": (copy_without_manifest, 9, "is not complete: manifest"),
     "renamed": (lambda run: (run / "8").rename(run / "50"), 50, "holds the state of step 8"),
     "copied": (lambda run: shutil.copytree(run / "8", run / "9"), 9, "holds the state of step 8"),
+    "copied, edited": (copy_as_its_own_step, 9, "holds the state of step 8"),
     "array data cut": (lambda run: os.truncate(data_file(run / "8"), 100), 8, "cannot be restored"),
     "array data gone": (lambda run: data_file(run / "8").unlink(), 8, "cannot be restored"),
-    "index cut": (halved("state/manifest.ocdbt"), 8, "cannot be restored"),
+    "index cut": (halve("state/manifest.ocdbt"), 8, "cannot be restored"),
     "index gone": (lambda run: (run / "8/ema/manifest.ocdbt").unlink(), 8, "cannot be restored"),
-    "description cut": (halved("ema/_METADATA"), 8, "cannot be restored"),
-    "marker cut": (halved("_CHECKPOINT_METADATA"), 8, "is not complete"),
-    "item gone": (lambda run: shutil.rmtree(run / "8/ema"), 8, "is not complete"),
+    "description cut": (halve("ema/_METADATA"), 8, "cannot be restored"),
+    "manifest cut": (halve("manifest/metadata"), 8, "is not complete: manifest"),
+    "digest gone": (remove_a_digest, 8, "is not complete: manifest"),
+    "item gone": (lambda run: shutil.rmtree(run / "8/ema"), 8, "is not complete: ema is missing"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_bad_step_is_passed_over_named_and_out_of_the_way(
-    opened, tmp_path, damage, capfd, caplog
+def test_a_bad_step_is_named_and_set_aside_and_the_older_one_restored(
+    opened, warned, tmp_path, damage, capfd, caplog
 ):
     inflict, bad, what = DAMAGES[damage]
     run = tmp_path / "run"
-    first = opened()
-    saved(first, 4, 8)
-    first.close()
+    saved(opened(), 4, 8).close()
     inflict(run)
     good = max(int(name) for name in names(run) if int(name) != bad)
     checkpoints = opened()
-    assert checkpoints.latest() in (good, 8)  # 8 where only reading every byte can tell
+    assert checkpoints.latest() in (good, bad)  # the bad one where only reading it can tell
     assert_same(checkpoints.restore(abstract()), make_state(good))
-    (line,) = checkpoints.lines
+    (line,) = warned
     assert line.startswith(f"{run}: step {bad} {what}") and "\n" not in line
     assert line.endswith(f"; step {good} is used instead; set aside as {bad}.bad1")
     assert checkpoints.latest() == good
@@ -259,27 +282,23 @@ def test_a_bad_step_is_passed_over_named_and_out_of_the_way(
 
 def test_bare_orbax_takes_an_empty_directory_for_the_latest_step(opened, tmp_path):
     """The control: if this fails, less of checkpoint.py is needed."""
-    first = opened()
-    saved(first, 4)
-    first.close()
+    saved(opened(), 4).close()
     (tmp_path / "run/9").mkdir()
     with contextlib.closing(ocp.CheckpointManager(tmp_path / "run")) as manager:
         assert manager.latest_step() == 9
 
 
-def test_a_state_of_another_step_is_noticed(opened):
+def test_a_state_of_another_step_is_not_restored(opened, warned):
     checkpoints = saved(opened(), 4)
     checkpoints.save(8, make_state(7))
     checkpoints.wait()
     assert int(checkpoints.restore(abstract()).step) == 4
-    assert "step 8 holds the state of step 7" in checkpoints.lines[0]
+    assert "step 8 holds the state of step 7" in warned[0]
 
 
-def test_what_is_no_step_is_ignored(opened, tmp_path):
+def test_other_files_and_directories_are_ignored(opened, warned, tmp_path):
     run = tmp_path / "run"
-    first = opened()
-    saved(first, 8)
-    first.close()
+    saved(opened(), 8).close()
     for name in ("12.orbax-checkpoint-tmp/state/d", "8.bad1", "0012", "-3", "notes"):
         (run / name).mkdir(parents=True)
     (run / "12.orbax-checkpoint-tmp/state/d/rest").write_text("of a run that was killed")
@@ -290,34 +309,34 @@ def test_what_is_no_step_is_ignored(opened, tmp_path):
     saved(checkpoints, 12)
     assert checkpoints.latest() == 12 and not (run / "12/state/d/rest").exists()
     assert_same(checkpoints.restore(abstract()), make_state(12))
-    assert checkpoints.lines == []
+    assert warned == []
 
 
-def test_no_step_at_all(opened, tmp_path):
+def test_restoring_without_any_step_is_an_error(opened, tmp_path):
     checkpoints = opened()
     assert checkpoints.latest() is None
     with pytest.raises(WorkdirError, match=f"^{tmp_path}/run: no checkpoint is there$"):
         checkpoints.restore(abstract())
 
 
-def test_no_good_step_is_an_error_and_nothing_is_moved(opened, tmp_path):
+def test_without_a_good_step_restoring_is_an_error_and_nothing_is_moved(opened, warned, tmp_path):
     """Not a fresh start: that would throw a training away."""
     run = tmp_path / "run"
-    first = opened()
-    saved(first, 4, 8)
-    first.close()
+    saved(opened(), 4, 8).close()
     for step in (4, 8):
         data_file(run / str(step)).unlink()
     checkpoints = opened()
     line = f"^{run}: step 8 cannot be restored: .*; nor is any of these good: 4; mend it, or move"
     with pytest.raises(WorkdirError, match=line):
         checkpoints.restore(abstract())
-    assert names(run) == ["4", "8"] and checkpoints.lines == []
+    assert names(run) == ["4", "8"] and warned == []
     for step in (4, 8):
         shutil.rmtree(run / str(step))
     (run / "9").mkdir()
+    checkpoints = opened()
+    assert checkpoints.latest() == 9  # None would start a new training
     with pytest.raises(WorkdirError, match=f"^{run}: step 9 is not complete: .*; mend it"):
-        opened().latest()
+        checkpoints.restore(abstract())
 
 
 @pytest.mark.parametrize(
@@ -332,7 +351,7 @@ def test_no_good_step_is_an_error_and_nothing_is_moved(opened, tmp_path):
         (lambda s: s._replace(ema={**s.ema, "c": s.step}), "ema/c is nothing, expected int32[]"),
     ],
 )
-def test_a_state_that_does_not_fit_is_an_error_and_nothing_is_moved(opened, tmp_path, change, what):
+def test_restoring_other_arrays_is_an_error_and_nothing_is_moved(opened, tmp_path, change, what):
     checkpoints = saved(opened(), 8)
     with pytest.raises(WorkdirError) as error:
         checkpoints.restore(change(abstract()))
@@ -340,10 +359,8 @@ def test_a_state_that_does_not_fit_is_an_error_and_nothing_is_moved(opened, tmp_
     assert names(tmp_path / "run") == ["8"]
 
 
-
-
 @pytest.mark.parametrize("below", ["", "below"])
-def test_a_place_that_cannot_be_written_is_found_when_opening(tmp_path, below):
+def test_opening_an_unwritable_directory_is_an_error(tmp_path, below):
     (tmp_path / "file").write_text("")
     where = tmp_path / "file" / below
     with pytest.raises(WorkdirError, match=f"^{where}: cannot be written: .*; choose another"):
@@ -355,7 +372,7 @@ def test_opening_leaves_nothing_behind(opened, tmp_path):
     assert names(tmp_path / "run") == []
 
 
-def test_read_only_makes_and_moves_nothing(opened, tmp_path):
+def test_read_only_writes_and_moves_nothing(opened, warned, tmp_path):
     checkpoints = opened(read_only=True)
     assert checkpoints.latest() is None and not (tmp_path / "run").exists()
     with pytest.raises(WorkdirError, match="no checkpoint is there"):
@@ -365,7 +382,7 @@ def test_read_only_makes_and_moves_nothing(opened, tmp_path):
     checkpoints = opened(read_only=True)
     assert checkpoints.restore_ema(abstract().ema)[0] == 8
     assert int(checkpoints.restore(abstract()).step) == 4
-    assert checkpoints.lines[0].endswith("step 4 is used instead")
+    assert warned[0].endswith("step 4 is used instead")
     assert names(tmp_path / "run") == ["4", "8"]
     with pytest.raises(ValueError, match="read_only"):
         checkpoints.save(9, make_state(9))
@@ -384,7 +401,7 @@ def test_a_save_that_cannot_begin_is_an_error_and_the_next_one_is_saved(opened, 
     assert_same(checkpoints.restore(abstract()), make_state(8))
 
 
-def test_a_full_disk_is_told_and_the_older_step_and_the_next_one_are_good(opened, capfd):
+def test_after_a_full_disk_the_older_step_and_the_next_one_are_good(opened, capfd):
     """Files of at most 4 kB: what stands in for a full disk fails in the background too."""
     checkpoints = saved(opened(), 4)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -395,7 +412,7 @@ def test_a_full_disk_is_told_and_the_older_step_and_the_next_one_are_good(opened
             checkpoints.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    checkpoints.wait()  # told once
+    checkpoints.wait()  # an error is reported once
     assert checkpoints.latest() == 4
     saved(checkpoints, 12)
     assert_same(checkpoints.restore(abstract()), make_state(12))
@@ -410,7 +427,6 @@ def test_orbax_declining_a_save_is_an_error(opened, monkeypatch):
         checkpoints.save(3, make_state(3))
 
 
-
 PROCESS = """
 import sys
 import jax, jax.numpy as jnp
@@ -419,8 +435,8 @@ jax.config.update("jax_num_cpu_devices", 2)
 address, index, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 jax.distributed.initialize(address, 2, index)
 import numpy as np, pathlib
-from tests.test_checkpoint import State
-from diffusion.checkpoint import Checkpoints
+from diffusion.train_step import TrainState as State
+from diffusion import checkpoint
 mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 def make(step):
@@ -429,7 +445,8 @@ make = jax.jit(make, out_shardings=whole)
 shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(make, 0))
 lines = []
-checkpoints = Checkpoints(directory, warn=lines.append)
+checkpoint.logging.warning = lines.append
+checkpoints = checkpoint.Checkpoints(directory)
 assert checkpoints.latest() is None
 for step in (4, 8, 8):
     checkpoints.save(step, make(step))
@@ -449,7 +466,7 @@ checkpoints.close()
 """
 
 
-def test_two_processes_save_fall_back_and_save_alike(tmp_path):
+def test_two_processes_save_fall_back_and_save_again(tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
@@ -463,3 +480,124 @@ def test_two_processes_save_fall_back_and_save_alike(tmp_path):
         said = [process.communicate(timeout=120)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], "\n".join(said)
     assert names(tmp_path / "run") == ["4", "8", "8.bad1"]
+
+
+def test_bare_orbax_declines_to_save_below_the_newest_step(tmp_path):
+    """The control of R4: after a fall-back it would save nothing."""
+    with contextlib.closing(ocp.CheckpointManager(tmp_path)) as manager:
+        tree = {"a": np.ones(3)}
+        assert manager.save(8, args=ocp.args.StandardSave(tree))
+        manager.wait_until_finished()
+        assert manager.save(6, args=ocp.args.StandardSave(tree)) is False
+
+
+def test_bare_orbax_restores_a_renamed_step(opened, tmp_path):
+    """The control of R16: with another step inside."""
+    checkpoints = opened()
+    saved(checkpoints, 8)
+    (tmp_path / "run/8").rename(tmp_path / "run/50")
+    with contextlib.closing(ocp.CheckpointManager(tmp_path / "run")) as manager:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore())
+        assert manager.latest_step() == 50
+        assert int(manager.restore(50, args=args)["state"]["step"]) == 8
+
+
+def test_bare_orbax_lets_two_write_in_one_directory(tmp_path):
+    """The control of R13: both "succeed", and one of them is not there."""
+    one, other = (ocp.CheckpointManager(tmp_path) for _ in range(2))
+    with contextlib.closing(one), contextlib.closing(other):
+        for manager, value in ((one, 1.0), (other, 2.0)):
+            saved = manager.save(4, args=ocp.args.StandardSave({"a": np.full(3, value)}))
+            with contextlib.suppress(Exception):
+                manager.wait_until_finished()
+                assert saved
+        found = one.restore(4, args=ocp.args.StandardRestore())["a"]
+    assert len(set(np.asarray(found).tolist())) == 1  # of two that were saved
+
+
+def test_nothing_is_deleted_before_its_successor_is_verified(opened, tmp_path, monkeypatch):
+    checkpoints = opened(keep=1)
+    saved(checkpoints, 4)
+    wrong = {"ema": {"kernel": np.zeros(1)}}
+    monkeypatch.setattr(checkpoint, "_read_alone", lambda folder: wrong)
+    checkpoints.save(8, make_state(8))
+    with pytest.raises(
+        WorkdirError, match=r"step 8 was not saved: .* differs on disk from what was"
+    ):
+        checkpoints.wait()
+    monkeypatch.undo()
+    assert names(tmp_path / "run") == ["4", "8.bad1"]
+    saved(checkpoints, 8)
+    assert names(tmp_path / "run") == ["8", "8.bad1"]
+    assert_same(checkpoints.restore(abstract()), make_state(8))
+
+
+def test_keeps_the_best_scored_steps(opened, tmp_path):
+    checkpoints = opened(keep=1, keep_best=2)
+    for step, score in ((1, 3.0), (2, 1.0), (3, 5.0), (4, 2.0), (5, 4.0)):
+        checkpoints.save(step, make_state(step))
+        checkpoints.score(step, score)
+        checkpoints.wait()
+    checkpoints = opened(keep=1, keep_best=2)  # what was scored before is remembered
+    saved(checkpoints, 6)
+    assert names(tmp_path / "run") == ["2", "4", "6", "scores.json"]
+
+
+def test_opening_removes_what_a_killed_run_left(opened, tmp_path):
+    checkpoints = opened()
+    saved(checkpoints, 4)
+    for name in ("8.orbax-checkpoint-tmp", "2.deleted"):
+        (tmp_path / "run" / name / "d").mkdir(parents=True)
+    opened(read_only=True)
+    assert len(names(tmp_path / "run")) == 3
+    opened()
+    assert names(tmp_path / "run") == ["4"]
+
+
+def test_the_third_failure_in_a_row_is_an_error(opened, warned, monkeypatch):
+    checkpoints, save = opened(), ocp.CheckpointManager.save
+    monkeypatch.setattr(ocp.CheckpointManager, "save", lambda *args, **kwargs: False)
+    checkpoints.save_or_warn(4, make_state(4))
+    assert (
+        len(warned) == 2 and "step 4 was not saved" in warned[0] and "failure 2 of 3" in warned[1]
+    )
+    monkeypatch.setattr(ocp.CheckpointManager, "save", save)
+    checkpoints.save_or_warn(8, make_state(8))
+    checkpoints.wait()  # a success: the count begins anew
+    monkeypatch.setattr(ocp.CheckpointManager, "save", lambda *args, **kwargs: False)
+    checkpoints.save_or_warn(12, make_state(12))
+    with pytest.raises(WorkdirError, match="failure 3 in a row"):
+        checkpoints.save_or_warn(16, make_state(16))
+    assert checkpoints.latest() == 8
+
+
+def test_jumps_of_the_clock_change_nothing(opened, monkeypatch):
+    """Forth and back by a day, at every look at it."""
+    real, days = time.time, itertools.cycle([0, 86_400, -86_400])
+    monkeypatch.setattr(time, "time", lambda: real() + next(days))
+    checkpoints = opened(keep=2)
+    saved(checkpoints, 1, 2, 3)
+    assert checkpoints.latest() == 3
+    assert_same(checkpoints.restore(abstract()), make_state(3))
+
+
+def test_opens_a_work_directory_of_version_1(tmp_path, warned):
+    """Its digests are in a file of orbax's; the arrays were digested by version 1 as it saved."""
+    with tarfile.open(GOLDEN / "workdir_before.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    config = fill_defaults(json.loads((tmp_path / "config.json").read_text()))
+    state = experiment.abstract_state(experiment.build(config))
+    with contextlib.closing(Checkpoints(tmp_path / "checkpoints")) as checkpoints:
+        found = checkpoints.restore(state)
+        assert (checkpoints.latest(), int(found.step), warned) == (4, 4, [])
+        names_ = hashlib.sha256("".join(sorted(digests.sha256(found).values())).encode())
+        assert names_.hexdigest() == VERSION_1
+        checkpoints.save(8, found._replace(step=jnp.int32(8)))
+        checkpoints.wait()
+        assert checkpoints.latest() == 8
+    path = tmp_path / "checkpoints/4/_CHECKPOINT_METADATA"
+    path.write_text(path.read_text().replace('"sha256": {', '"sha256": {"ema/x": "0", '))
+    shutil.rmtree(tmp_path / "checkpoints/8")
+    with contextlib.closing(Checkpoints(tmp_path / "checkpoints")) as checkpoints:
+        with pytest.raises(WorkdirError, match="step 4 is not complete: manifest"):
+            checkpoints.restore(state)

@@ -12,7 +12,7 @@ from diffusion.modes import _sampling
 from diffusion.runtime.config import validate, with_overrides
 from tests.conftest import ROOT
 
-NAMES = sorted(path.stem for path in (ROOT / "configs").glob("[a-z]*.py"))
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("[a-z]*.py") if path.stem != "default")
 VARIANTS = [
     (name, variant)
     for name in NAMES
@@ -25,8 +25,8 @@ def config_of(name, variant=""):
 
 
 def parameters(name, variant=""):
-    x = experiment.build(config_of(name, variant))
-    return sum(math.prod(a.shape) for a in jax.tree.leaves(experiment.abstract_state(x).params))
+    exp = experiment.build(config_of(name, variant))
+    return sum(math.prod(a.shape) for a in jax.tree.leaves(experiment.abstract_state(exp).params))
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def parameters(name, variant=""):
         ("cifar10", {"train.batch_size": 7}, 1),
     ],
 )
-def test_the_cores_of_a_processor_share_a_batch(name, changes, expected, monkeypatch):
+def test_cpu_cores_share_a_batch(name, changes, expected, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     assert experiment.cpu_devices(with_overrides(config_of(name, ""), changes)) == expected
 
@@ -56,8 +56,15 @@ def test_the_configs_of_the_paper_are_there():
 def test_every_variant_can_be_built(name, variant):
     config = config_of(name, variant)
     validate(config, devices=1)
-    x = experiment.build(config)
-    _sampling.compile_sampler(config, x, config.sample.batch_size)
+    exp = experiment.build(config)
+    _sampling.compile_sampler(config, exp, config.sample.batch_size)
+    _sampling.compile_sampler(_sampling.preview_config(config, exp), exp, 4)
+
+
+def test_the_default_config_is_the_paper_s_and_valid():
+    default = importlib.import_module("configs.default").get_config()
+    validate(default)
+    assert default.to_dict() == config_of("cifar10").to_dict()
 
 
 @pytest.mark.parametrize("name", NAMES)

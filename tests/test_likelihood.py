@@ -1,4 +1,4 @@
-"""The bound: the official code's terms, and Gaussian data, whose bound is known in closed form."""
+"""Tests the bound: the official terms, and Gaussian data, whose bound is known in closed form."""
 
 import itertools
 
@@ -11,7 +11,8 @@ from scipy import integrate, special, stats
 
 from diffusion import likelihood, process, schedules, targets
 from diffusion.likelihood import decoder_log_likelihood, normal_kl, prior_bits, vlb_term, vlb_terms
-from diffusion.modes import likelihood
+from diffusion.modes import likelihood as modes_likelihood
+from diffusion.samplers import timesteps
 from diffusion.targets import TARGETS, VARIANCES
 from tests import oracle
 from tests.oracle import Gaussian, official
@@ -48,13 +49,6 @@ def test_official_pieces(official):
     official.close("prior_bpd", prior_bits(LINEAR, x_start), rtol=1e-3, atol=1e-8)
 
 
-def build(p, m, v, clip, network):
-    """The predictor of the official names."""
-    learned = v == "learned"
-    target, variance = TARGETS[oracle.TARGETS[m]], VARIANCES[oracle.VARIANCES[v]]
-    return targets.make_predict(p, lambda x, t: network(x, t, learned), target, variance, bool(clip))
-
-
 KINDS = list(itertools.product(oracle.VARIANCES, (0, 1)))  # variance and clipping
 
 
@@ -65,7 +59,7 @@ def test_official_terms_of_one_time(official):
     for m, (v, clip) in itertools.product(oracle.TARGETS, KINDS):
         for name, network in (("vb", oracle.toy), ("vbB", oracle.toy_b)):
             key = f"{name}.{m}.{v}.clip{clip}."
-            prediction = build(LINEAR, m, v, clip, network)(x_t, t)
+            prediction = oracle.official_predict(LINEAR, m, v, clip, network)(x_t, t)
             bits = vlb_term(LINEAR, prediction, x_0, x_t, t)
             theirs = official[key + "bpd"]
             # KL: float32 squares of differences of means, and an absolute floor where eps at t near
@@ -91,9 +85,11 @@ def test_official_bound(official, monkeypatch):
     n = len(KINDS)
     noise = jnp.concatenate([given, 0 * given] * n, axis=1)
     x_0 = jnp.tile(jnp.asarray(official["T20.x_start"]), (2 * n, 1, 1, 1))
-    monkeypatch.setattr(likelihood, "noise", lambda keys, t, like: noise[t - 1])
+    monkeypatch.setattr(process, "sample_noise", lambda keys, t, like: noise[t - 1])
     for m in oracle.TARGETS:
-        predict = oracle.side_by_side([build(p, m, v, clip, oracle.toy) for v, clip in KINDS])
+        predict = oracle.side_by_side(
+            [oracle.official_predict(p, m, v, clip, oracle.toy) for v, clip in KINDS]
+        )
         out = jax.jit(lambda x, predict=predict: vlb_terms(p, predict, random.key(0), x))(x_0)
         parts = (np.split(np.asarray(part), 2 * n) for part in out)
         kinds = [(name, *kind) for kind in KINDS for name in ("noise", "zero")]
@@ -113,8 +109,8 @@ def test_official_bound(official, monkeypatch):
             official.close(key + "mse", mse, rtol=1e-5, atol=1e-7)
 
 
-def test_decoder_s_masses_sum_to_one(x64):
-    """256 bins, the outer two unbounded (eq. 13), for any mean and scale, far outside as well."""
+def test_masses_of_the_decoder_sum_to_one(x64):
+    """Over 256 bins, the outer two unbounded (eq. 13), for any mean and scale."""
     mean = jnp.asarray([-3.0, -1.0, -0.997, -0.3, 0.0, 0.5, 0.999, 1.0, 2.0])
     log_scale = jnp.linspace(-7, 3, 11)
     mean, log_scale = (m.reshape(1, -1) for m in jnp.meshgrid(mean, log_scale))
@@ -124,7 +120,7 @@ def test_decoder_s_masses_sum_to_one(x64):
     assert masses.min() >= 1e-12 * (1 - 1e-12)
 
 
-def test_decoder_s_masses_are_a_gaussian_s(x64):
+def test_masses_of_the_decoder_are_a_gaussian_s(x64):
     """Against the true normal CDF on the same intervals."""
     mean = jnp.linspace(-1.2, 1.2, 25).reshape(1, -1)
     edges = np.concatenate([[-np.inf], (LEVELS[1:] + LEVELS[:-1]) / 2, [np.inf]])
@@ -138,7 +134,7 @@ def test_decoder_s_masses_are_a_gaussian_s(x64):
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "jsd"])
 def test_prior(name, x64):
-    """L_T is the integral of q(x_T | x_0) log(q(x_T | x_0) / N(x_T; 0, 1)), over ln 2."""
+    """L_T is the integral of q(x_T | x_0) log2(q(x_T | x_0) / N(x_T; 0, 1))."""
     p = process.from_betas(schedules.SCHEDULES[name](10, 0.01, 0.2))
     for x_0 in (-1.0, 0.2, 1.0):
         a = p.alpha_bar[-1]
@@ -156,22 +152,16 @@ def test_prior_of_the_paper():
     assert 0.5e-5 < prior_bits(LINEAR, pixels)[0] < 2e-5
 
 
-def exact(p, known, clip=False):
-    return targets.make_predict(
-        p, known.network(p, "eps"), TARGETS["eps"], VARIANCES["learned"], clip=clip
-    )
-
-
 def test_term_is_the_closed_form_for_each_draw(x64):
-    """KL of two Gaussians whose parameters follow from eq. 2 alone, for given x_0 and x_t."""
+    """The KL of two Gaussians whose parameters follow from eq. 2, for given x_0 and x_t."""
     p, known = FINE, Gaussian(0.1, 0.3)
     t = np.arange(2, p.T + 1)
     x_0, eps = np.random.RandomState(0).randn(2, p.T - 1, 3, 3, 1)
     column = (-1, 1, 1, 1)
     a, b = (p.alpha_bar[i].reshape(column) for i in (t - 1, t))
     x_t = np.sqrt(b) * x_0 + np.sqrt(1 - b) * eps
-    # q(x_{t-1} | x_t, x_0) is what a prior N(sqrt(a) x_0, 1 - a) for x_{t-1} and the reading x_t of
-    # it with the gain sqrt(b / a) and the noise 1 - b / a make, in precisions.
+    # q(x_{t-1} | x_t, x_0) combines a prior N(sqrt(a) x_0, 1 - a) for x_{t-1} with a measurement
+    # x_t of it, of gain sqrt(b / a) and noise 1 - b / a; precisions add.
     precision = 1 / (1 - a) + (b / a) / (1 - b / a)
     q_mean = (np.sqrt(a) * x_0 / (1 - a) + np.sqrt(b / a) * x_t / (1 - b / a)) / precision
     intercept, slope, variance = (c.reshape(column) for c in known.given(p, t - 1, t))
@@ -181,16 +171,16 @@ def test_term_is_the_closed_form_for_each_draw(x64):
 
     @jax.jit
     def bits(x_0, x_t, t):
-        return vlb_term(p, exact(p, known)(x_t, t), x_0, x_t, t)
+        return vlb_term(p, known.predict(p)(x_t, t), x_0, x_t, t)
 
     wanted = nats.mean(axis=(1, 2, 3)) / np.log(2)
     np.testing.assert_allclose(bits(x_0, x_t, t), wanted, rtol=1e-10)  # float64
 
 
 def four_points(p, known, t):
-    """x_0 and x_t [4, n, 1, 1] that make the mean of any quadratic in them its expectation.
+    """Returns x_0 and x_t [4, n, 1, 1], over which the mean of a quadratic is its expectation.
 
-    A sign times the standard deviation has a Gaussian's first two moments.
+    A random sign times the standard deviation has a Gaussian's first two moments.
     """
     sign_0, sign = np.array([[1, 1, -1, -1], [1, -1, 1, -1]]).reshape(2, 4, 1, 1, 1)
     x_0 = known.mean + np.sqrt(known.var) * sign_0 + np.zeros((1, len(t), 1, 1))
@@ -199,7 +189,7 @@ def four_points(p, known, t):
 
 
 def expected_bits(p, known, predict, t):
-    """E[L_{t-1}] over the data and the noise, for t > 1, where the term is a quadratic."""
+    """Returns E[L_{t-1}] over data and noise for t > 1, where the term is a quadratic."""
     x_0, x_t = (x.reshape(-1, 1, 1, 1) for x in four_points(p, known, t))
     times = np.tile(t, 4)
     bits = jax.jit(lambda x_0, x_t, t: vlb_term(p, predict(x_t, t), x_0, x_t, t))(x_0, x_t, times)
@@ -207,17 +197,17 @@ def expected_bits(p, known, predict, t):
 
 
 def information(p, known, s, t):
-    """I(x_0; x_s | x_t) in bits: half the logarithm of the variances without and with x_0."""
+    """Returns I(x_0; x_s | x_t) in bits, from the variances of x_s with and without x_0."""
     without = known.given(p, s, t)[2]
     given_x_0 = Gaussian(0, 0).given(p, s, t)[2]
     return 0.5 * np.log2(without / given_x_0)
 
 
 def test_expected_terms_are_mutual_informations(x64):
-    """With the exact denoiser and the optimal variance E[L_{t-1}] = I(x_0; x_{t-1} | x_t)."""
+    """E[L_{t-1}] = I(x_0; x_{t-1} | x_t) for the perfect denoiser and the optimal variance."""
     t = np.arange(2, FINE.T + 1)
     for known in (Gaussian(0.1, 0.3), Gaussian(-0.4, 1e-3), Gaussian(0, 4)):
-        ours = expected_bits(FINE, known, exact(FINE, known), t)
+        ours = expected_bits(FINE, known, known.predict(FINE), t)
         np.testing.assert_allclose(ours, information(FINE, known, t - 1, t), rtol=1e-9)  # float64
 
 
@@ -225,29 +215,23 @@ RESPACED = np.array([2, 3, 7, 12])
 
 
 def test_expected_terms_of_a_respaced_chain(x64):
-    """E[L_{i-1}] = I(x_0; x_s | x_t), s and t the trained times, from a network of single steps."""
+    """E[L_{i-1}] = I(x_0; x_s | x_t) at the trained times s and t."""
     known, q = Gaussian(0.1, 0.3), process.respace(FINE, RESPACED)
-    predict = targets.respace_predict(FINE, exact(FINE, known), VARIANCES["learned"], RESPACED)
+    predict = timesteps.respace_predict(FINE, known.predict(FINE), VARIANCES["learned"], RESPACED)
     ours = expected_bits(q, known, predict, np.arange(2, 5))
     wanted = information(FINE, known, RESPACED[:-1], RESPACED[1:])
     np.testing.assert_allclose(ours, wanted, rtol=1e-9)  # float64
 
 
-def fixed(p, known, variance):
-    apply = known.network(p, "x0", learned=False)
-    return targets.make_predict(p, apply, TARGETS["x0"], VARIANCES[variance], clip=False)
+def test_data_of_the_fixed_variances(x64):
+    """fixed_large is optimal for unit Gaussian data, fixed_small for a point (Section 3.2).
 
-
-def test_extreme_variances_have_their_extreme_data(x64):
-    """Section 3.2: fixed_large is optimal for unit Gaussian data, fixed_small for a point.
-
-    Optimal: the term is the information that x_{t-1} adds, none for a point. With the other
-    variance, or other data, it costs more.
+    Then the term is the information that x_{t-1} adds; otherwise it costs more.
     """
     t = np.arange(2, FINE.T + 1)
     unit, point, other = Gaussian(0, 1), Gaussian(0.4, 0), Gaussian(0.1, 0.3)
     bits = {
-        (name, known): expected_bits(FINE, known, fixed(FINE, known, name), t)
+        (name, known): expected_bits(FINE, known, known.predict(FINE, "x0", name), t)
         for name in ("fixed_small", "fixed_large")
         for known in (unit, point, other)
     }
@@ -263,15 +247,15 @@ def test_extreme_variances_have_their_extreme_data(x64):
 
 
 def test_bound_tightens_with_more_steps(x64):
-    """The price of a variance that is not optimal falls as 1/T on the same stretch of time.
+    """The excess cost of fixed_large falls as 1/T over the same noise levels.
 
-    For fixed_large, that is: fixed_small keeps a price near t = 0, where it takes x_0 as known.
+    That of fixed_small does not near t = 0, where it takes x_0 as known.
     """
     known, gaps = Gaussian(0.1, 0.3), []
     for T in (50, 100, 200, 400):
         p = process.from_betas(schedules.linear(T, 0.1 / T, 20 / T))
         t = np.arange(2, T + 1)
-        excess = expected_bits(p, known, fixed(p, known, "fixed_large"), t)
+        excess = expected_bits(p, known, known.predict(p, "x0", "fixed_large"), t)
         gaps.append((excess - information(p, known, t - 1, t)).sum())
     orders = np.log2(np.array(gaps[:-1]) / gaps[1:])
     assert gaps[0] < 0.1
@@ -280,23 +264,23 @@ def test_bound_tightens_with_more_steps(x64):
 
 
 def bound_by_quadrature(p, predict, x_0, monkeypatch, nodes=48):
-    """E[terms] over the noise, by Gauss-Hermite nodes in place of draws: bits [T+1].
+    """Returns E[terms] over the noise, bits [T+1], by Gauss-Hermite quadrature.
 
-    Exact for the KL terms, which are quadratic, and good to 1e-9 for the decoder, which is smooth.
+    Exact for the KL terms, which are quadratic, and to 1e-9 for the decoder, which is smooth.
     """
     z, weights = np.polynomial.hermite_e.hermegauss(nodes)
     batch = jnp.broadcast_to(jnp.asarray(x_0).reshape(1, -1, 1, 1), (nodes, len(x_0), 1, 1))
     draw = jnp.broadcast_to(jnp.asarray(z).reshape(-1, 1, 1, 1), batch.shape)
-    monkeypatch.setattr(likelihood, "noise", lambda keys, t, like: draw)
+    monkeypatch.setattr(process, "sample_noise", lambda keys, t, like: draw)
     bits = jax.jit(lambda x: vlb_terms(p, predict, random.key(0), x).bits)(batch)
     return weights / weights.sum() @ np.asarray(bits)
 
 
 def exact_bits(p, known, x_0):
-    """What the exact model's bound comes to for each x_0, in bits per dimension on 256 levels.
+    """Returns the perfect model's bound for each x_0, in bits/dim on 256 levels.
 
-    Where p_theta(x_{t-1} | x_t) = q(x_{t-1} | x_t) the model's joint is q's, with p(x_T) for
-    q(x_T). So the bound is -log q(x_0) + E[log q(x_T) / p(x_T) | x_0], for any number of steps.
+    If p_theta(x_{t-1} | x_t) = q(x_{t-1} | x_t), the model's joint is q's with p(x_T) for q(x_T),
+    so the bound is -log q(x_0) + E[log q(x_T) / p(x_T) | x_0], for any number of steps.
     """
     a = p.alpha_bar[-1]
     mean_T, var_T = known.marginal(p, p.T)
@@ -307,19 +291,16 @@ def exact_bits(p, known, x_0):
     return (nll + end) / np.log(2) + np.log2(127.5)
 
 
-# The decoder against a density: its Gaussian goes through the tanh formula, which costs up to 1e-3
-# bits here; a level is 0.06 of its standard deviation, which costs 1e-4.
+# Of the decoder against a density: the tanh formula costs up to 1e-3 bits here, and a level, which
+# is 0.06 of the standard deviation, 1e-4.
 DECODER = 2e-3
 
 
 def test_bound_is_the_likelihood(x64, monkeypatch):
-    """The terms of an image sum to its own negative log-likelihood, on a chain of 12 steps.
-
-    Nothing telescopes unless every term, its index and the prior are right.
-    """
+    """The terms of an image sum to its negative log-likelihood, on a chain of 12 steps."""
     p, known = FINE, Gaussian(0.1, 0.06)
     x_0 = LEVELS[[70, 128, 139, 160, 200]]
-    bits = bound_by_quadrature(p, exact(p, known), x_0, monkeypatch)
+    bits = bound_by_quadrature(p, known.predict(p), x_0, monkeypatch)
     assert bits.shape == (p.T + 1,)
     wanted = exact_bits(p, known, x_0).mean()
     np.testing.assert_allclose(bits.sum(), wanted, atol=DECODER)
@@ -333,88 +314,92 @@ def test_bound_is_the_likelihood(x64, monkeypatch):
 
 
 def test_bound_of_a_respaced_chain_is_the_likelihood(x64, monkeypatch):
-    """Exact steps of any length telescope: fewer of them have the same bound and the same prior."""
+    """Exact steps of any length have the same bound."""
     p, known, ts = FINE, Gaussian(0.1, 0.06), np.array([1, 2, 5, 12])
     x_0 = LEVELS[[70, 128, 139, 160, 200]]
-    predict = targets.respace_predict(p, exact(p, known), VARIANCES["learned"], ts)
+    predict = timesteps.respace_predict(p, known.predict(p), VARIANCES["learned"], ts)
     bits = bound_by_quadrature(process.respace(p, ts), predict, x_0, monkeypatch)
     assert bits.shape == (5,)
     np.testing.assert_allclose(bits.sum(), exact_bits(p, known, x_0).mean(), atol=DECODER)
 
 
 def test_bound_of_many_draws():
-    """The same in float32 by Monte Carlo, with the noise of `terms` itself; rate and distortion."""
+    """The same in float32 with drawn noise, and its rate and distortion."""
     p, known = FINE, Gaussian(0.1, 0.06)
     rng = np.random.RandomState(0)
     x_0 = known.mean + np.sqrt(known.var) * rng.randn(256, 24, 24, 1)
     x_0 = (np.round((x_0 + 1) * 127.5).clip(0, 255) / 127.5 - 1).astype(np.float32)
-    out = jax.jit(lambda x: vlb_terms(p, exact(p, known), random.key(0), x))(x_0)
+    out = jax.jit(lambda x: vlb_terms(p, known.predict(p), random.key(0), x))(x_0)
     assert out.bits.shape == (256, p.T + 1) and out.mse.shape == (256, p.T)
     excess = out.bits.sum(1) - exact_bits(p, known, x_0).mean(axis=(1, 2, 3))
     error = excess.std() / 16
     assert error < 4e-3
     assert abs(excess.mean()) < 5 * error + DECODER
-    # The mean squared error is what is left to know of x_0 at x_t: column t - 1.
+    # The mean squared error is Var[x_0 | x_t], in column t - 1.
     var_0 = known.given(p, 0, np.arange(1, p.T + 1))[2]
     assert np.all(np.abs(out.mse.mean(0) - var_0) < 5 * out.mse.std(0) / 16)
 
     both = likelihood.rate_distortion(out)
     assert both.rate.shape == both.rmse.shape == (256, p.T)
-    rate, rmse = (likelihood.mean_and_stderr(a) for a in both)
-    # What x_k, ..., x_T say of x_0 in all: I(x_0; x_k), and L_T for x_T.
+    rate, rmse = (modes_likelihood.mean_and_stderr(a) for a in both)
+    # x_k, ..., x_T have the information I(x_0; x_k), and x_T costs L_T.
     k = np.arange(1, p.T)
     wanted = np.append(np.cumsum(information(p, known, k, k + 1)[::-1])[::-1], 0)
     assert np.all(np.abs(rate.mean - out.bits[:, -1].mean() - wanted)[:-1] < 5 * rate.error[:-1])
     # The mean of a root is below the root of the mean, by 1/8 of the relative variance, 2/576.
     wanted = 127.5 * np.sqrt(var_0)
     assert np.all(np.abs(rmse.mean - wanted) < 5 * rmse.error + wanted / 8 * 2 / 576)
-    # With every transmission the rate does not fall and the distortion does, from x_T to x_1.
+    # From x_T to x_1 the rate rises and the distortion falls.
     assert np.all(np.diff(rate.mean[::-1]) >= 0) and np.all(np.diff(rmse.mean[::-1]) < 0)
 
 
 def test_rate_and_distortion_of_an_image():
-    """Column k - 1 is where x_k is known: all of L but L_0, ..., L_{k-1} has been sent."""
+    """In column k - 1 x_k is known, so L_k, ..., L_T have been sent."""
     bits = np.array([[8.0, 4, 2, 1], [80, 40, 20, 10]])  # L_0, L_1, L_2 and the prior
     mse = np.array([[1 / 127.5**2, 0.01, 0.25], [0, 1, 4]])
-    out = likelihood.rate_distortion(likelihood.Terms(jnp.asarray(bits), jnp.asarray(mse)))
+    out = likelihood.rate_distortion(likelihood.VLBTerms(jnp.asarray(bits), jnp.asarray(mse)))
     np.testing.assert_allclose(out.rate, [[7, 3, 1], [70, 30, 10]], rtol=1e-12)  # float64
     np.testing.assert_allclose(out.rmse, [[1, 12.75, 63.75], [0, 127.5, 255]], rtol=1e-6)
 
 
-def test_average():
-    """Of n independent draws: the error of their mean, of any shape."""
+def test_mean_and_stderr():
+    """The error of the mean of n independent draws, of any shape."""
     values = np.random.RandomState(0).randn(2000, 50, 3).astype(np.float32)
-    mean, error = likelihood.mean_and_stderr(values[:50])
+    mean, error = modes_likelihood.mean_and_stderr(values[:50])
     assert mean.shape == error.shape == (50, 3) and mean.dtype == np.float64
-    np.testing.assert_allclose(likelihood.mean_and_stderr([1.0, 3.0]), (2, 1))  # sqrt(2) / sqrt(2)
-    means, errors = zip(*(likelihood.mean_and_stderr(v) for v in np.split(values, 400)), strict=True)
+    np.testing.assert_allclose(
+        modes_likelihood.mean_and_stderr([1.0, 3.0]), (2, 1)
+    )  # sqrt(2) / sqrt(2)
+    means, errors = zip(
+        *(modes_likelihood.mean_and_stderr(v) for v in np.split(values, 400)), strict=True
+    )
     means, errors = np.array(means), np.array(errors)
     np.testing.assert_allclose((errors**2).mean(), means.var(), rtol=0.03)  # 60,000 of each
     for few in ([], [1.0]):
         with pytest.raises(ValueError, match="two or more"):
-            likelihood.mean_and_stderr(few)
+            modes_likelihood.mean_and_stderr(few)
 
 
 def test_the_paper_s_table_4():
-    """Its last row is where x_1 is known: rate 1.78 and L_0 = 1.97 make the codelength 3.75."""
-    steps, rate, rmse = np.array(likelihood.TABLE_4).T
+    """In its last row x_1 is known: the rate 1.78 and L_0 = 1.97 sum to 3.75 (Section 4.3)."""
+    steps, rate, rmse = np.array(modes_likelihood.TABLE_4).T
     np.testing.assert_array_equal(steps, np.arange(1000, 0, -100))
     assert rate[0] + 1.97 == pytest.approx(3.75, abs=0.005)  # Section 4.3, two digits
     assert np.all(np.diff(rate) < 0) and np.all(np.diff(rmse) > 0)
-    # Rows are the same places of one's own chain: r transmissions leave x_{T-r+1} known.
+    # After r transmissions x_{T-r+1} is known.
     k = np.arange(1.0, 1001)
     values = np.stack([[k, -k], [k + 2, -k]], axis=1)
-    rows = likelihood.table_4(*map(likelihood.mean_and_stderr, values))
+    rows = modes_likelihood.table_4(*map(modes_likelihood.mean_and_stderr, values))
     assert [row.step for row in rows] == list(steps)
     np.testing.assert_array_equal([row.rate.mean for row in rows], 1001 - steps + 1)
     np.testing.assert_array_equal([row.rate.error for row in rows], 1)
     np.testing.assert_array_equal([row.rmse.mean for row in rows], steps - 1001)
     with pytest.raises(ValueError, match="10 n steps"):
-        likelihood.table_4(*[likelihood.mean_and_stderr(np.ones((2, 25)))] * 2)
+        modes_likelihood.table_4(*[modes_likelihood.mean_and_stderr(np.ones((2, 25)))] * 2)
 
 
 def test_point_costs_nothing_after_its_decoder(monkeypatch):
-    """Data that is one image: all terms but the decoder's and the prior's are zero."""
+    """If the data are one image, all terms but the decoder's and the prior's are zero."""
     p = process.from_betas(schedules.linear(20, 1e-3, 0.4))
     image = jnp.asarray(LEVELS[random.randint(random.key(0), (4, 4, 3), 0, 256)], jnp.float32)
     x_0 = jnp.broadcast_to(image, (2, 4, 4, 3))
@@ -423,7 +408,7 @@ def test_point_costs_nothing_after_its_decoder(monkeypatch):
         return jnp.broadcast_to(image, x.shape)
 
     predict = targets.make_predict(p, apply, TARGETS["x0"], VARIANCES["fixed_small"])
-    monkeypatch.setattr(likelihood, "noise", oracle.cheap_noise)
+    monkeypatch.setattr(process, "sample_noise", oracle.cheap_noise)
     out = jax.jit(lambda x: vlb_terms(p, predict, random.key(1), x))(x_0)
     assert np.all(out.mse == 0)
     # Rounding of two logarithms of variances, float32: 1e-7 of -9.
@@ -438,10 +423,10 @@ def test_point_costs_nothing_after_its_decoder(monkeypatch):
 
 
 def test_an_image_s_terms_are_its_own():
-    """The same numbers alone, in a batch, and with its key given: whatever else is scored."""
+    """They do not depend on the batch."""
     p, known = FINE, Gaussian(0.1, 0.06)
     x_0 = jnp.asarray(LEVELS[random.randint(random.key(0), (5, 4, 4, 1), 0, 256)], jnp.float32)
-    run = jax.jit(lambda key, x: vlb_terms(p, exact(p, known), key, x))
+    run = jax.jit(lambda key, x: vlb_terms(p, known.predict(p), key, x))
     key = random.key(1)
     whole = run(key, x_0)
     part = run(key, x_0[:2])
@@ -451,17 +436,17 @@ def test_an_image_s_terms_are_its_own():
     # Float32: the mean over pixels may be summed in another order.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b[3], rtol=1e-6), alone, whole)
     other = run(random.key(2), x_0)
-    assert np.all(np.abs(other.bits[:, :-1] - whole.bits[:, :-1]) > 0)  # noise is drawn, each t
+    assert np.all(np.abs(other.bits[:, :-1] - whole.bits[:, :-1]) > 0)  # other noise at every t
     np.testing.assert_array_equal(other.bits[:, -1], whole.bits[:, -1])  # but not for the prior
 
 
 def test_a_chain_of_one_step(monkeypatch):
-    """T = 1: a decoder and a prior."""
+    """With T = 1 there are a decoder and a prior."""
     p = process.from_betas(np.array([0.3]))
-    monkeypatch.setattr(likelihood, "noise", oracle.cheap_noise)
+    monkeypatch.setattr(process, "sample_noise", oracle.cheap_noise)
     for variance in VARIANCES:
         if VARIANCES[variance].outputs == 1:
-            predict = fixed(p, Gaussian(0.1, 0.3), variance)
+            predict = Gaussian(0.1, 0.3).predict(p, "x0", variance)
             x_0 = jnp.zeros((2, 4, 4, 1))
             out = jax.jit(lambda x, predict=predict: vlb_terms(p, predict, random.key(0), x))(x_0)
             assert out.bits.shape == (2, 2) and np.all(np.isfinite(out.bits))

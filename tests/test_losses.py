@@ -1,4 +1,4 @@
-"""Objectives: the official code's losses, networks that are perfect, the sum that is estimated."""
+"""Tests the losses: the official values, perfect networks, and the bound they estimate."""
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +51,8 @@ def test_official_losses(official, monkeypatch):
 KEY = random.key(1)
 
 
-def settle_draws(monkeypatch, x_0):
-    """Draws t, eps and x_t once, outside of what is compiled; returns t, all of 1..4."""
+def fix_draws(monkeypatch, x_0):
+    """Draws t, eps and x_t once, outside of the compiled program; returns t, all of 1..4."""
     drawn = losses.draw_x_t(SHORT, KEY, x_0)
     monkeypatch.setattr(losses, "draw_x_t", lambda p, key, x_0: drawn)
     assert set(np.asarray(drawn[0])) == {1, 2, 3, 4}
@@ -60,7 +60,7 @@ def settle_draws(monkeypatch, x_0):
 
 
 def linear_network(params, x, t, outputs):
-    """A network with two parameters, of which every output depends on both."""
+    """A network with two parameters, on both of which every output depends."""
     scale, shift = params
     output = scale * jnp.tanh(x) + shift * (1 + 0 * x)
     return jnp.concatenate([output, 0.3 * output - 3][:outputs], -1)
@@ -70,14 +70,14 @@ def linear_network(params, x, t, outputs):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_contract(name, target, variance, monkeypatch):
-    """Per example, with a finite gradient of each one's loss at every t; or refused in words."""
+    """Losses are per example, with finite gradients at every t; or the pair is refused."""
     if name == "simple" and VARIANCES[variance].outputs == 2:
         with pytest.raises(ValueError, match="trains no variance"):
             LOSSES[name](SHORT, TARGETS[target], VARIANCES[variance])
         return
     loss = LOSSES[name](SHORT, TARGETS[target], VARIANCES[variance])
     x_0 = LEVELS[random.randint(random.key(0), (16, 4, 4, 2), 0, 256)]
-    t = settle_draws(monkeypatch, x_0)
+    t = fix_draws(monkeypatch, x_0)
 
     @jax.jit
     def run(params):
@@ -100,27 +100,30 @@ def test_contract(name, target, variance, monkeypatch):
     assert np.all(np.abs(gradients[~decoded]) > 0)
 
 
-def knowing(p, target, x_0):
-    """A network that knows x_0: it finds the eps that leads to x_t and answers with the target."""
+def network_knowing(p, target, x_0):
+    """A network that knows x_0: it outputs the target of the eps that leads to x_t."""
 
     def apply(x_t, model_t):
         t = jnp.round(model_t).astype(int) + 1
         a = jnp.asarray(p.alpha_bar)[t].reshape(-1, 1, 1, 1)
         eps = (x_t - jnp.sqrt(a) * x_0) / jnp.sqrt(1 - a)
-        return TARGETS[target].of(p, x_0, eps, x_t, t)
+        return TARGETS[target].from_x0(p, x_0, eps, x_t, t)
 
     return apply
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_perfect_network_has_no_loss(target, x64, monkeypatch):
-    """Zero for `simple`; for `vlb`, with the posterior's own variance, zero but for the decoder."""
+    """It is zero for `simple`, and for `vlb` with the posterior's variance except at t = 1."""
     x_0 = random.uniform(random.key(0), (64, 3, 3, 1), jnp.float64, -1, 1)
-    t = settle_draws(monkeypatch, x_0)
+    t = fix_draws(monkeypatch, x_0)
 
     @jax.jit
     def run(x_0):
-        apply, chosen = knowing(SHORT, target, x_0), (TARGETS[target], VARIANCES["fixed_small"])
+        apply, chosen = (
+            network_knowing(SHORT, target, x_0),
+            (TARGETS[target], VARIANCES["fixed_small"]),
+        )
         return {name: LOSSES[name](SHORT, *chosen)(apply, KEY, x_0)[0] for name in LOSSES}
 
     by_name = run(x_0)

@@ -1,4 +1,4 @@
-"""The forward process: official tables, brute-force conditioning, float32 on the device."""
+"""Tests the forward process: official tables, brute-force conditioning, float32 on devices."""
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ def test_official_q(official):
 
 
 def brute_force(betas):
-    """Rows x_0..x_T over columns (x_0, eps_1..eps_T): eq. 2, followed one step at a time."""
+    """Returns x_0..x_T as rows over (x_0, eps_1..eps_T), by eq. 2 one step at a time."""
     rows = [np.eye(len(betas) + 1)[0]]
     for t, beta in enumerate(betas, 1):
         row = np.sqrt(1 - beta) * rows[-1]
@@ -84,9 +84,9 @@ def brute_force(betas):
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "jsd", "const"])
 def test_against_brute_force(name):
-    """Means and covariances of the whole chain from eq. 2, conditioned as Gaussians are.
+    """q(x_t | x_0), q(x_t | x_s) and q(x_s | x_t, x_0) for all s < t follow from eq. 2.
 
-    Holds q(x_t | x_0), q(x_t | x_s) and q(x_s | x_t, x_0) for every pair s < t.
+    Conditions the joint Gaussian of the whole chain.
     """
     T = 40
     betas = schedules.SCHEDULES[name](T, 1e-3, 0.3)
@@ -106,13 +106,13 @@ def test_against_brute_force(name):
         )
         np.testing.assert_allclose(process.posterior(p, s, t), wanted, err_msg=f"{s, t}", **close)
         if s:
-            ratio = covariance[s, t] / covariance[s, s]  # what x_t keeps of x_s
+            ratio = covariance[s, t] / covariance[s, s]  # of x_s in x_t
             kept = covariance[t, t] - ratio**2 * covariance[s, s]
             np.testing.assert_allclose(process.beta_between(p, s, t), kept, **close)
 
 
-def test_q_posterior_is_the_same_for_images():
-    """Per-example times and one time for all, on images: the scalars of `posterior`, broadcast."""
+def test_q_posterior_on_images():
+    """With a time per example and one time for all: the coefficients of `posterior`, broadcast."""
     p = chain()
     x_0, x_t = random.normal(random.key(0), (2, 3, 4, 4, 2))
     s, t = jnp.array([0, 3, 7]), jnp.array([1, 4, 30])
@@ -128,11 +128,10 @@ def test_q_posterior_is_the_same_for_images():
 
 
 @pytest.mark.parametrize("name", schedules.SCHEDULES)
-def test_float32_tables_are_as_good_as_float64(name):
-    """On the device, in float32, to 1e-6 relative: neighbours differ by 1e-4 of what they are.
+def test_float32_coefficients_are_accurate(name):
+    """On the device, in float32, to 1e-6 relative, which is eight roundings.
 
-    1e-6 is eight roundings of float32. A plain float32 table of log alpha_bar misses it by far:
-    the difference of neighbours would be wrong in the fourth digit.
+    Differences of a plain float32 table of log alpha_bar would be wrong in the fourth digit.
     """
     p = process.from_betas(schedules.SCHEDULES[name](1000))
     t = np.arange(1, 1001)
@@ -145,8 +144,19 @@ def test_float32_tables_are_as_good_as_float64(name):
         np.testing.assert_allclose(ours, exact, rtol=1e-6)
 
 
+def test_steps_in_log_snr():
+    """float32 steps between neighbours of a long chain are accurate, although lambda's own differ
+    in the fourth digit only."""
+    odds = LINEAR.alpha_bar[1:] / (1 - LINEAR.alpha_bar[1:])
+    wanted = np.log(odds[:-1] / odds[1:]) / 2
+    t = jnp.arange(2, 1001)
+    # The two parts of lambda, up to 5, are rounded to 1e-7 of 1e-7: what is left is the sum's.
+    np.testing.assert_allclose(process.log_snr_step(LINEAR, t, t - 1), wanted, rtol=1e-6)
+    assert process.log_snr_step(LINEAR, jnp.asarray(1), jnp.asarray(0)) == np.inf
+
+
 def test_respace():
-    """A respaced chain has the same marginals, posteriors and network times at the steps kept."""
+    """A respaced chain has the same marginals, posteriors and time inputs at its times."""
     ts = np.array([1, 5, 6, 17, 30])
     p = chain()
     q = process.respace(p, ts[[3, 0, 4, 2, 1]])  # the order does not matter
@@ -169,8 +179,8 @@ def test_respace_to_all_steps_changes_nothing():
     np.testing.assert_array_equal(q.model_t, p.model_t)
 
 
-def test_network_times_count_from_zero():
-    """Released weights were trained with t in 0..T-1."""
+def test_time_inputs_count_from_zero():
+    """The released weights were trained with t in 0..T-1."""
     np.testing.assert_array_equal(LINEAR.model_t[1:], np.arange(1000))
     assert LINEAR.T == 1000
 
@@ -202,23 +212,30 @@ def test_q_sample_takes_one_time_for_all():
     np.testing.assert_array_equal(process.q_sample(LINEAR, x_0, 0, eps), x_0)
 
 
-def test_noise_is_each_example_s_own():
-    """Noise depends on the example's key and on t, not on the batch; it is standard normal."""
+def test_noise_of_an_example():
+    """It depends on the example's key and on t, not on the batch, and is standard normal."""
     key = random.key(3)
     like = jnp.zeros((5, 40, 40, 3))
     keys = process.example_keys(key, 5)
     z = process.sample_noise(keys, jnp.asarray(7), like)
-    np.testing.assert_array_equal(process.sample_noise(process.example_keys(key, 2), 7, like[:2]), z[:2])
+    np.testing.assert_array_equal(
+        process.sample_noise(process.example_keys(key, 2), 7, like[:2]), z[:2]
+    )
     np.testing.assert_array_equal(process.sample_noise(keys[3:4], 7, like[:1])[0], z[3])
     assert process.example_keys(keys, 5) is keys
-    draws = [z[0], z[1], process.sample_noise(keys, 8, like)[0], process.sample_noise(keys, 6, like)[0]]
+    draws = [
+        z[0],
+        z[1],
+        process.sample_noise(keys, 8, like)[0],
+        process.sample_noise(keys, 6, like)[0],
+    ]
     # 4800 numbers: a correlation of 0.1 is seven standard errors.
     correlations = np.corrcoef([np.ravel(d) for d in draws]) - np.eye(4)
     assert np.abs(correlations).max() < 0.1
     assert stats.kstest(np.ravel(z), "norm").pvalue > 1e-4  # one fixed draw: luck is settled
 
 
-def test_old_style_keys_are_the_same_keys():
+def test_raw_keys_are_the_same_keys():
     new = process.example_keys(random.key(3), 4)
     old = process.example_keys(random.PRNGKey(3), 4)
     np.testing.assert_array_equal(random.key_data(old), random.key_data(new))

@@ -1,4 +1,4 @@
-"""Schedules: the official arrays, and what their papers say of them."""
+"""Tests schedules against the official arrays and the formulas of their papers."""
 
 import math
 
@@ -20,7 +20,7 @@ def test_official_betas(official):
 
 @official("diffusion", "betas_T1000", "T20.betas")
 def test_official_bounds(official):
-    """The defaults are the paper's, and other bounds reach the schedule."""
+    """The defaults are the paper's, and other bounds are passed on."""
     official.close("betas_T1000", SCHEDULES["linear"](1000), rtol=1e-14)  # float64 rounding
     official.close("T20.betas", SCHEDULES["linear"](20, 1e-3, 0.4), rtol=1e-14)
 
@@ -28,7 +28,7 @@ def test_official_bounds(official):
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("T", [1, 2, 7, 1000])
 def test_contract(name, T):
-    """Any length gives a process: float64, in (0, 1], image giving way to noise at every step."""
+    """Any length gives float64 betas in (0, 1] and a decreasing alpha_bar."""
     betas = SCHEDULES[name](T, 1e-3, 0.3)
     assert betas.shape == (T,) and betas.dtype == np.float64
     p = from_betas(betas)
@@ -37,7 +37,7 @@ def test_contract(name, T):
 
 @pytest.mark.parametrize("T", [3, 100, 1000, 4000])
 def test_cosine(T):
-    """Nichol & Dhariwal, arXiv 2102.09672, eq. 17: alpha_bar_t = f(t) / f(0), betas clipped."""
+    """alpha_bar_t = f(t) / f(0), betas clipped (arXiv:2102.09672, eq. 17)."""
     betas = SCHEDULES["cosine"](T)
 
     def f(t):
@@ -52,7 +52,7 @@ def test_cosine(T):
 
 @pytest.mark.parametrize("T", [1, 20, 1000])
 def test_jsd(T):
-    """1/T, 1/(T-1), ..., 1 multiplies out to alpha_bar_t = (T - t) / T, zero at the end."""
+    """1/T, 1/(T-1), ..., 1 multiplies out to alpha_bar_t = (T - t) / T."""
     p = from_betas(SCHEDULES["jsd"](T))
     # T roundings of 1e-16 in a product whose factors 1 - beta lose at most one digit near the end.
     np.testing.assert_allclose(p.alpha_bar, (T - np.arange(T + 1)) / T, rtol=1e-12)
@@ -60,7 +60,7 @@ def test_jsd(T):
 
 
 def test_warmups():
-    """The warm part is linear and as long as the name says; the rest stays at the end's value."""
+    """The first part is linear and as long as the name says; the rest is constant."""
     for name, share in (("warmup10", 10), ("warmup50", 2)):
         betas, n = SCHEDULES[name](200, 0.01, 0.3), 200 // share
         assert np.count_nonzero(betas < 0.3) == n - 1

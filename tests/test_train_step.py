@@ -1,4 +1,4 @@
-"""Optimiser, average and step, against the official code, and cut in parts against whole."""
+"""Optimizer, average and step against the official code; microbatches against the full batch."""
 
 import json
 
@@ -10,7 +10,6 @@ import pytest
 from jax import random
 
 from diffusion import losses, process, schedules, targets, train_step, unet
-from diffusion.sharding import batch_sharded, data_mesh, replicated
 from tests.conftest import GOLDEN
 
 # Official TensorFlow 1 code (github.com/hojonathanho/diffusion, commit 1e0dceb):
@@ -49,9 +48,10 @@ def start_params():
 
 
 def run(name, gradients, **options):
-    """Ten steps of train.make_step; gradients: {leaf: [10, b, ...]}. Yields (state, metrics)."""
+    """Yields (state, metrics) of ten steps. gradients: {leaf: [10, b, ...]}."""
     s, tx = settings(name)
-    step = jax.jit(train_step.make_train_step(linear_loss, dot, tx, s["ema_decay"], **options))
+    grad_fn = train_step.make_grad_fn(linear_loss, dot, **options)
+    step = jax.jit(train_step.make_train_step(grad_fn, tx, s["ema_decay"]))
     state = train_step.create_train_state(start_params(), tx)
     for i in range(10):
         batch = ({leaf: jnp.asarray(g[i]) for leaf, g in gradients.items()}, None)
@@ -144,14 +144,6 @@ def test_mean_of_clipped_leaves_zero_gradients_alone():
     assert np.all(train_step.mean_of_clipped(zero, 1.0)["a"] == 0)
 
 
-def test_the_mesh_has_every_device():
-    mesh = data_mesh()
-    assert mesh.shape == {"data": jax.device_count()} == {"data": 4}
-    x = jax.device_put(jnp.arange(8), batch_sharded(mesh))
-    assert [s.data.tolist() for s in x.addressable_shards] == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert jax.device_put(jnp.arange(8), replicated(mesh)).is_fully_replicated
-
-
 def test_the_optimiser_is_adam_behind_a_clip():
     """Adam's first update is lr * sign(gradient), whatever the gradient's size."""
     tx = train_step.make_optimizer(0.1, 0, 1.0)
@@ -173,7 +165,7 @@ def curve(dtype, steps=60):
         return net.apply({"params": params}, x_t, t, train=True, rngs={"dropout": key})
 
     tx = train_step.make_optimizer(3e-3, 10, 1.0)
-    step = train_step.make_train_step(loss, apply, tx, 0.99)
+    step = train_step.make_train_step(train_step.make_grad_fn(loss, apply), tx, 0.99)
     place = np.random.RandomState(0).uniform(2, 6, (256, 2))
     y, x = np.mgrid[:8, :8]
     away = (y - place[:, :1, None]) ** 2 + (x - place[:, 1:, None]) ** 2
@@ -201,3 +193,21 @@ def test_the_loss_in_bfloat16_is_the_loss_in_float32_within_its_noise():
     assert not np.array_equal(full, half)  # and bfloat16 is another computation
     # Both means of 20 have an error of noise / sqrt(20), most of it shared: same images, same eps.
     assert abs(half[-20:].mean() - full[-20:].mean()) < noise / np.sqrt(20)
+
+
+# Labels
+
+
+def test_hidden_labels_are_no_class_at_the_given_rate():
+    """Of 40,000 labels a share of 0.3 becomes `num_classes`, within five standard errors."""
+    label = jnp.arange(40_000) % 10
+    found = np.asarray(train_step.drop_labels(random.key(0), label, 10, 0.3))
+    hidden = found == 10
+    assert abs(hidden.mean() - 0.3) < 5 * np.sqrt(0.3 * 0.7 / 40_000)
+    np.testing.assert_array_equal(found[~hidden], np.asarray(label)[~hidden])
+
+
+def test_labels_without_dropout_or_classes():
+    label = jnp.arange(4)
+    assert train_step.drop_labels(random.key(0), label, 10, 0.0) is label
+    assert train_step.drop_labels(random.key(0), label, 0, 0.0) is None

@@ -1,5 +1,6 @@
-"""The U-Net: against what the official TensorFlow code computed, and against what must hold."""
+"""The U-Net against the official TensorFlow code's numbers, and its own invariants."""
 
+import functools
 import json
 import math
 import pathlib
@@ -12,6 +13,8 @@ import pytest
 from flax import linen as nn
 
 from diffusion import convert, unet
+from diffusion.kernels import winograd
+from diffusion.kernels.group_norm import group_norm, group_norm_with_vjp
 from diffusion.unet import UNet
 
 # Origin: computed by the official TensorFlow 1.15 code, unedited, on a CPU in float32:
@@ -30,6 +33,11 @@ NETWORKS = {
 }
 TINY = NETWORKS["tiny"][0]
 SMALL = dict(ch=8, ch_mult=(1, 2), num_res_blocks=1)  # where any network will do
+ONE_LEVEL = SMALL | {"ch_mult": (1,)}
+
+# What training and evaluation compute with.
+TRAINING = dict(conv=winograd.conv_with_vjp, norm=group_norm_with_vjp)
+EVALUATION = dict(conv=winograd.conv, norm=group_norm)
 
 # Two float32 runs of one network differ by rounding: 6e-8 relative, through some sixty layers of
 # values up to ten, makes a few 1e-6. The official output itself is that far from float64's.
@@ -37,7 +45,7 @@ ROUNDING = dict(rtol=0, atol=2e-5)
 
 
 def recipe(name, shape):
-    """The weights that the official network was run with."""
+    """Returns a weight that the official network was run with."""
     z = np.random.RandomState(zlib.crc32(name.encode()) % 2**32).randn(*shape)
     word = name.split("/")[-1]
     if word == "gamma":
@@ -50,7 +58,7 @@ def recipe(name, shape):
 
 
 def shapes(net, height, width):
-    """The tree of shapes of the network's parameters; nothing is computed."""
+    """Returns the tree of shapes of the network's parameters, without computing any."""
     x = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
     t = jax.ShapeDtypeStruct((1,), jnp.int32)
     key = jax.random.key(0)
@@ -58,7 +66,7 @@ def shapes(net, height, width):
 
 
 def official_shapes(net, height, width):
-    """The same, by official names."""
+    """Returns the shapes by official names."""
     tree = shapes(net, height, width)
     zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), tree)
     return {name: array.shape for name, array in convert.to_official(zeros).items()}
@@ -78,48 +86,55 @@ def run(net, params, x, t, train=False):
     return jax.jit(lambda params: net.apply({"params": params}, x, t, train=train))(params)
 
 
-def official_run(config, gradients, train=False):
-    """(loss, output, activations, gradients), as the official code recorded them.
+def jit_per_shape(conv, norm):
+    """Compiles each kernel once per shape, instead of once per layer in a program of the whole."""
+    names = ("dimension_numbers", "lhs_dilation", "rhs_dilation", "feature_group_count")
+    names += ("precision", "preferred_element_type")
+    conv = jax.jit(conv, static_argnums=(2, 3), static_argnames=names)
+    return dict(conv=conv, norm=jax.jit(norm, static_argnums=(3, 4, 5)))
 
-    train: by the training's own convolutions and normalisations, without its dropout.
+
+def official_loss(config, **options):
+    """Returns (loss function, parameters) of the official run; options: of `UNet`.
+
+    The loss function returns (loss, (output, activations)).
     """
-    net = UNet(**NETWORKS[config][0] | {"dropout": 0.0})
-    params = weights(net, *OFFICIAL[f"{config}.x"].shape[1:3])
+    net = UNet(**NETWORKS[config][0] | {"dropout": 0.0} | options)
     x, t, target = (jnp.asarray(OFFICIAL[f"{config}.{name}"]) for name in ("x", "t", "target"))
 
     def loss(params):
-        options = {"train": train, "capture_intermediates": True}
-        out, state = net.apply({"params": params}, x, t, **options)
+        out, state = net.apply({"params": params}, x, t, train=False, capture_intermediates=True)
         acts = {}
         for name in OFFICIAL[f"{config}.act_names"]:
             node = state["intermediates"]
             for part in name.split("/")[1:]:
                 node = node[part]
             acts[str(name)] = node["__call__"][0]
-        # Officially recorded ahead of the swish that ours is computed together with.
+        # Officially recorded ahead of the swish, which our normalisation includes.
         last = list(acts)[-2]
-        norm = unet.GroupNorm(jnp.float32, unet.same)
-        acts["model/norm_out"] = norm.apply({"params": params["norm_out"]}, acts[last])
+        acts["model/norm_out"] = unet.GroupNorm().apply({"params": params["norm_out"]}, acts[last])
         return jnp.mean((out - target) ** 2), (out, acts)
 
-    if not gradients:
-        value, (out, acts) = jax.jit(loss)(params)
-        return value, out, acts, None
-    (value, (out, acts)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    return value, out, acts, convert.to_official(grads)
+    return loss, weights(net, *x.shape[1:3])
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return official_run("tiny", gradients=True)
+    """(loss, output, activations, gradients)."""
+    loss, params = official_loss("tiny")
+    (value, aux), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return value, *aux, convert.to_official(grads)
 
 
 @pytest.fixture(scope="module")
 def cifar10():
-    return official_run("cifar10", gradients=False)
+    """(loss, output, activations), with the kernels of evaluation."""
+    loss, params = official_loss("cifar10", **jit_per_shape(**EVALUATION))
+    value, aux = loss(params)
+    return value, *aux
 
 
-# --- The network as a whole, against the official code -------------------------------------------
+# --- The network against the official code -------------------------------------------
 
 
 @pytest.mark.parametrize("config", NETWORKS)
@@ -146,7 +161,7 @@ def test_the_weights_are_those_the_official_network_ran_with(config):
 
 @pytest.mark.parametrize("config", ["tiny", "cifar10"])
 def test_output_and_loss(config, request):
-    loss, out, _, _ = request.getfixturevalue(config)
+    loss, out, *_ = request.getfixturevalue(config)
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out, OFFICIAL[f"{config}.out"], **ROUNDING)
     # A mean of thousands: their rounding averages out, that of the float32 sum is some 1e-7.
@@ -203,17 +218,18 @@ def test_gradients(tiny):
     check_gradients("tiny", tiny[3])
 
 
-def test_gradients_in_training():
-    check_gradients("tiny", official_run("tiny", gradients=True, train=True)[3])
+def test_gradients_with_the_kernels_of_training():
+    loss, params = official_loss("tiny", **TRAINING)
+    check_gradients("tiny", convert.to_official(jax.jit(jax.grad(lambda p: loss(p)[0]))(params)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("train", [False, True])
-def test_gradients_of_the_cifar10_network(train):
-    check_gradients("cifar10", official_run("cifar10", gradients=True, train=train)[3])
+def test_gradients_of_the_cifar10_network():
+    loss, params = official_loss("cifar10", **jit_per_shape(**TRAINING))
+    check_gradients("cifar10", convert.to_official(jax.grad(lambda p: loss(p)[0])(params)))
 
 
-# --- Its parts, against the official code --------------------------------------------------------
+# --- The layers against the official code --------------------------------------------------------
 
 
 @pytest.mark.parametrize("dim", [128, 32, 33])
@@ -231,26 +247,19 @@ def test_time_embedding_of_fractions():
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)  # as above
 
 
-class Norm(nn.Module):
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x):
-        return unet.group_norm(x, "norm", self.dtype)
-
-
 def test_group_norm():
-    found, _ = Norm().init_with_output(jax.random.key(0), jnp.asarray(OFFICIAL["gn.x"]))
+    x = jnp.asarray(OFFICIAL["gn.x"])
+    found, _ = unet.GroupNorm().init_with_output(jax.random.key(0), x)
     # Values up to 4, summed over the 32 of a group: a few roundings of 2e-7.
     np.testing.assert_allclose(found, OFFICIAL["gn.out_default_init"], rtol=0, atol=3e-6)
-    half, _ = Norm(jnp.bfloat16).init_with_output(jax.random.key(0), jnp.asarray(OFFICIAL["gn.x"]))
+    half, _ = unet.GroupNorm(dtype=jnp.bfloat16).init_with_output(jax.random.key(0), x)
     np.testing.assert_array_equal(half, found.astype(jnp.bfloat16))  # rounded once, at the end
 
 
 @pytest.mark.parametrize("channels, groups", [(64, 32), (32, 32), (48, 12), (8, 2), (6, 1)])
 def test_group_norm_far_from_zero(channels, groups):
     x = (np.random.RandomState(0).randn(2, 6, 4, channels) + 1000).astype(np.float32)
-    found, _ = Norm().init_with_output(jax.random.key(0), jnp.asarray(x))
+    found, _ = unet.GroupNorm().init_with_output(jax.random.key(0), jnp.asarray(x))
     g = x.astype(np.float64).reshape(2, 6, 4, groups, channels // groups)
     axes = (1, 2, 4)
     expected = (g - g.mean(axes, keepdims=True)) / np.sqrt(g.var(axes, keepdims=True) + 1e-6)
@@ -260,10 +269,10 @@ def test_group_norm_far_from_zero(channels, groups):
 
 
 def test_downsampling_pads_at_the_bottom_and_right():
-    kernel = {"params": {"kernel": OFFICIAL["down.W"], "bias": np.zeros(4, np.float32)}}
-    found = unet.conv(4, None, jnp.float32, False, stride=2).apply(
-        kernel, jnp.asarray(OFFICIAL["down.x"])
-    )
+    kernel, bias = OFFICIAL["down.W"], np.zeros(4, np.float32)
+    params = {"params": {"conv": {"kernel": kernel, "bias": bias}}}
+    conv = lambda features, **options: nn.Conv(4, (3, 3), **options)  # noqa: E731
+    found = unet.Downsample(conv).apply(params, jnp.asarray(OFFICIAL["down.x"]))
     # Sums of 18 products of values up to two.
     np.testing.assert_allclose(found, OFFICIAL["down.conv_stride2"], rtol=0, atol=2e-6)
 
@@ -272,11 +281,12 @@ def test_upsampling_repeats_pixels():
     kernel = np.zeros((3, 3, 2, 2), np.float32)
     kernel[1, 1] = np.eye(2)  # leaves the image as it is
     params = {"params": {"conv": {"kernel": kernel, "bias": np.zeros(2, np.float32)}}}
-    found = unet.Upsample(jnp.float32).apply(params, jnp.asarray(OFFICIAL["up.x"]), False)
+    conv = functools.partial(nn.Conv, kernel_size=(3, 3))
+    found = unet.Upsample(conv).apply(params, jnp.asarray(OFFICIAL["up.x"]))
     np.testing.assert_array_equal(found, OFFICIAL["up.noconv"])
 
 
-def test_dropout_is_where_the_official_one_is():
+def test_dropout_has_the_official_places():
     net = UNet(**TINY)  # its dropout is the default, the paper's
     params = {"params": weights(net, 16, 16)}
     seen = []
@@ -305,7 +315,11 @@ def check_initialisation(config):
     net = UNet(**kwargs)
     x, t = images(2, size, size, 3)
     key = jax.random.key(0, impl="rbg")  # compiles in a fourth of threefry's time
-    params = jax.jit(lambda key: net.init(key, x, t, train=False)["params"])(key)
+    # The suite compiles without optimisation, but here millions of numbers are drawn.
+    options = {"xla_backend_optimization_level": 2, "xla_llvm_disable_expensive_passes": False}
+    options = options if size > 16 else None
+    init = jax.jit(lambda key: net.init(key, x, t, train=False), compiler_options=options)
+    params = init(key)["params"]
     ours = convert.to_official(params)
     limits = OFFICIAL[f"{config}.init.limit"]
     for name, limit in zip(OFFICIAL[f"{config}.var_names"], limits, strict=True):
@@ -324,7 +338,7 @@ def check_initialisation(config):
 
 def test_initialisation():
     out = run(*check_initialisation("tiny"))
-    # One unseeded official draw, of other images: the order of magnitude is what it tells.
+    # One unseeded official draw, of other images: only the order of magnitude can be compared.
     rms, official = math.sqrt(np.mean(np.square(out))), OFFICIAL["tiny.init.output_rms"]
     assert official / 3 < rms < 3 * official
 
@@ -334,7 +348,7 @@ def test_initialisation_of_the_cifar10_network():
     check_initialisation("cifar10")
 
 
-# --- What must hold ------------------------------------------------------------------------------
+# --- Invariants ------------------------------------------------------------------------------
 
 
 def test_an_image_does_not_depend_on_its_batch():
@@ -353,7 +367,7 @@ def test_an_image_does_not_depend_on_its_batch():
 
 @pytest.mark.parametrize("height, width", [(12, 20), (16, 24)])
 def test_a_transposed_image_and_transposed_kernels_give_the_transposed_output(height, width):
-    """True of any even size, as height and width are padded alike; so neither is taken for both."""
+    """Height and width are padded alike and never exchanged, at any even size."""
     net = UNet(**SMALL, attn_resolutions=(width // 2,))
     params = weights(net, height, width)
     assert "attn_0" in params["down_1"] and "attn_0" not in params["down_0"]
@@ -377,7 +391,7 @@ def test_attention_is_where_the_longer_side_is_listed_and_always_in_the_middle(
 
 
 def test_dropout_depends_on_its_key_and_only_in_training():
-    net = UNet(**SMALL)
+    net = UNet(**ONE_LEVEL)
     params = weights(net, 8, 8)
     x, t = images(2, 8, 8, 3)
     drop = jax.jit(lambda k: net.apply({"params": params}, x, t, train=True, rngs={"dropout": k}))
@@ -385,18 +399,62 @@ def test_dropout_depends_on_its_key_and_only_in_training():
     out = run(net, params, x, t)  # without a key
     np.testing.assert_array_equal(drop(a), drop(a))
     assert np.abs(drop(a) - drop(b)).max() > 0.01 and np.abs(drop(a) - out).max() > 0.01
-    without = run(UNet(**SMALL, dropout=0.0), params, x, t, train=True)
+    without = run(UNet(**ONE_LEVEL, dropout=0.0), params, x, t, train=True)
     np.testing.assert_array_equal(without, out)
 
 
-def test_the_time_matters_and_its_type_does_not():
-    net = UNet(**SMALL)
+def test_the_output_depends_on_the_time_and_not_on_its_dtype():
+    net = UNet(**ONE_LEVEL)
     x, t = images(2, 8, 8, 3)
     params = {"params": weights(net, 8, 8)}
     apply = jax.jit(lambda t: net.apply(params, x, t, train=False))
     np.testing.assert_array_equal(apply(t.astype(jnp.float32)), apply(t))
     # Groups of one channel would take out all that the time adds, and leave float32 rounding.
     assert np.abs(apply(t + 50) - apply(t)).max() > 0.1
+
+
+@pytest.mark.parametrize("option", ["conv", "norm"])
+def test_every_layer_uses_the_given_function(option):
+    """By the numbers of kernels of three pixels and of normalisations in the parameter tree."""
+    calls = []
+
+    def counting(*args, **options):
+        calls.append(args)
+        return getattr(UNet, option)(*args, **options)
+
+    net = UNet(**SMALL, attn_resolutions=(8,), **{option: counting})
+    tree = jax.tree_util.tree_leaves_with_path(shapes(net, 8, 8))
+    paths = [jax.tree_util.keystr(path) for path, _ in tree]
+    expected = {
+        "conv": lambda path, a: a.shape[:2] == (3, 3),
+        "norm": lambda path, a: "scale" in path,
+    }
+    layers = [path for path, (_, a) in zip(paths, tree, strict=True) if expected[option](path, a)]
+    assert len(calls) == len(layers) > 10
+
+
+def test_remat_changes_memory_and_nothing_else():
+    """In training: loss and gradients are the same, and the blocks are computed twice."""
+    x, t = images(2, 8, 8, 3)
+    key = jax.random.key(1, impl="rbg")
+    options = ONE_LEVEL | {"dropout": 0.3} | jit_per_shape(**TRAINING)
+    assert shapes(UNet(**options, remat=True), 8, 8) == shapes(UNet(**options), 8, 8)
+    params = weights(UNet(**options), 8, 8)
+    found = []
+    for remat in (False, True):
+
+        def loss(params, net=UNet(**options, remat=remat)):  # noqa: B008
+            out = net.apply({"params": params}, x, t, train=True, rngs={"dropout": key})
+            return jnp.sum((out - x) ** 2)
+
+        jaxpr = str(jax.make_jaxpr(jax.grad(loss))(params))
+        found.append((*jax.value_and_grad(loss)(params), jaxpr.count("conv_with_vjp")))
+    (value, gradients, n), (value_remat, gradients_remat, n_remat) = found
+    assert n_remat > n  # the blocks' convolutions are there twice
+    np.testing.assert_allclose(value_remat, value, rtol=1e-6)  # summed in another order
+    atol = 1e-6 * max(np.abs(g).max() for g in jax.tree.leaves(gradients))
+    for a, b in zip(*map(jax.tree.leaves, (gradients_remat, gradients)), strict=True):
+        np.testing.assert_allclose(a, b, atol=atol)
 
 
 # --- bfloat16 ------------------------------------------------------------------------------------
@@ -439,7 +497,7 @@ def test_bfloat16():
 
 
 def test_bfloat16_gradients_are_float32():
-    net = UNet(**SMALL, dtype=jnp.bfloat16)
+    net = UNet(**ONE_LEVEL, dtype=jnp.bfloat16)
     params = weights(net, 8, 8)
     x, t = images(1, 8, 8, 3)
     loss = lambda params: jnp.sum(net.apply({"params": params}, x, t, train=False))  # noqa: E731
@@ -451,9 +509,9 @@ def test_bfloat16_gradients_are_float32():
 
 
 def test_a_class_adds_its_row_to_the_time_embedding():
-    """So it is what a larger bias in the last layer of the time embedding would be."""
+    """Which equals a larger bias in the last layer of the time embedding."""
     classes = 4
-    plain, conditional = UNet(**SMALL), UNet(**SMALL, num_classes=classes)
+    plain, conditional = UNet(**ONE_LEVEL), UNet(**ONE_LEVEL, num_classes=classes)
     params = weights(plain, 8, 8)
     x, t = images(2, 8, 8, 3)
     table = np.random.RandomState(1).randn(classes + 1, 32).astype(np.float32)
@@ -468,17 +526,17 @@ def test_a_class_adds_its_row_to_the_time_embedding():
 
     apply = jax.jit(lambda y: conditional.apply({"params": params}, x, t, y, train=False))
     two, none = apply(jnp.array([2, 2])), run(conditional, params, x, t)
-    assert np.abs(two - none).max() > 0.1  # or all that follows would hold of a label ignored
+    assert np.abs(two - none).max() > 0.1  # an ignored label would pass all that follows
     np.testing.assert_allclose(two, biased(table[2]), **ROUNDING)
     np.testing.assert_allclose(none, biased(table[classes]), **ROUNDING)
-    # In a batch each image has its own; a label beyond the table does not pass for another.
+    # In a batch each image has its own class; a label out of range is not taken for another.
     mixed = apply(jnp.array([classes, 2]))
     np.testing.assert_allclose(mixed[0], none[0], **ROUNDING)
     np.testing.assert_array_equal(mixed[1], two[1])
     assert np.isnan(apply(jnp.array([classes + 1, 2]))[0]).all()
 
 
-def test_classes_start_as_large_as_the_time():
+def test_class_and_time_embedding_start_at_the_same_scale():
     net = UNet(**SMALL | {"ch": 128}, num_classes=10)
     x, t = images(64, 8, 8, 3)
 
@@ -489,7 +547,7 @@ def test_classes_start_as_large_as_the_time():
         return temb, params["class_emb"]["embedding"]
 
     temb, table = embeddings(jax.random.key(0))
-    # Neither drowns the other in their sum; what the ratio should be, nobody knows.
+    # Neither dominates their sum; there is no better reference for the ratio.
     assert 1 / 2 < np.std(table) / np.std(temb) < 2
 
 
@@ -501,20 +559,20 @@ IMAGE, TIME = np.zeros((1, 8, 8, 3), np.float32), np.zeros(1, np.int32)
 @pytest.mark.parametrize(
     "config, x, t, y, message",
     [
-        ({}, IMAGE[:, :, :7], TIME, None, "2 levels.*divisible by 2, got 8x7: resize"),
-        ({}, IMAGE[:, :7], TIME, None, "2 levels.*divisible by 2, got 7x8: resize"),
-        ({"ch_mult": (1, 1, 1, 1)}, IMAGE[:, :4], TIME, None, "divisible by 8, got 4x8: resize"),
-        ({}, IMAGE[0], TIME, None, r"\[b, h, w, c\].*got float32\[8, 8, 3\]"),
-        ({}, IMAGE.astype(np.uint8), TIME, None, r"float.*in \[-1, 1\], got uint8"),
-        ({}, IMAGE, np.zeros(2, np.int32), None, r"one time per image, shape \[1\], got \[2\]"),
-        ({}, IMAGE, 5, None, r"one time per image, shape \[1\], got \[\]"),
-        ({}, IMAGE, TIME, TIME, "y was given to a network without classes: set num_classes"),
-        ({"num_classes": 2}, IMAGE, TIME, np.zeros(2, np.int32), r"shape \[1\], got int32\[2\]"),
-        ({"num_classes": 2}, IMAGE, TIME, np.zeros(1), r"integer label.*, got float64\[1\]"),
-        ({"ch": 2}, IMAGE, TIME, None, "4 channels or more, got 2: use a larger ch"),
+        ({}, IMAGE[:, :, :7], TIME, None, "divisible by 2 for 2 levels, found 8x7; resize"),
+        ({}, IMAGE[:, :7], TIME, None, "divisible by 2 for 2 levels, found 7x8; resize"),
+        ({"ch_mult": (1, 1, 1, 1)}, IMAGE[:, :4], TIME, None, "divisible by 8.*found 4x8; resize"),
+        ({}, IMAGE[0], TIME, None, r"\[b, h, w, c\].*found float32\[8, 8, 3\]"),
+        ({}, IMAGE.astype(np.uint8), TIME, None, r"float.*in \[-1, 1\], found uint8"),
+        ({}, IMAGE, np.zeros(2, np.int32), None, r"one time per image, \[1\], found \[2\]"),
+        ({}, IMAGE, 5, None, r"one time per image, \[1\], found \[\]"),
+        ({}, IMAGE, TIME, TIME, "y: expected None without classes, found labels; set num_classes"),
+        ({"num_classes": 2}, IMAGE, TIME, np.zeros(2, np.int32), r"\[1\], found int32\[2\]"),
+        ({"num_classes": 2}, IMAGE, TIME, np.zeros(1), r"integer label.*, found float64\[1\]"),
+        ({"ch": 2}, IMAGE, TIME, None, "4 channels or more, found 2; use a larger ch"),
     ],
 )
-def test_errors_say_in_one_line_what_was_expected(config, x, t, y, message):
+def test_errors_say_what_was_expected_in_one_line(config, x, t, y, message):
     net = UNet(**SMALL | config)
     with pytest.raises(ValueError, match=message) as error:
         net.init(jax.random.key(0), x, t, y, train=False)

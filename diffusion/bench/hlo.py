@@ -1,10 +1,9 @@
-"""What a compiled program moves, read from its text: between chips, and to and from main memory.
+"""Bytes that a compiled program moves, read from its HLO text.
 
 `cost_analysis()["bytes accessed"]` adds up what every operation touches. On a TPU that is mostly
-memory on the chip (VMEM, marked S(1) in a layout), into which operands are fetched piece by piece,
-each fetch being counted with all of its operand. What limits a step is what crosses to the main
-memory (HBM): the arrays of the program that are not marked so. What a change to the model removes
-is seen best in what the operations themselves read and write, wherever it lies.
+on-chip memory (VMEM, marked S(1) in a layout), into which operands are prefetched piece by piece,
+each piece counted with its whole operand. What bounds a step is the traffic of main memory (HBM):
+the arrays that are not marked so.
 """
 
 import collections
@@ -17,14 +16,14 @@ SIZES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 ARRAY = re.compile(rf"\b({'|'.join(SIZES)})\[([\d,]*)\](\{{[^}}]*\}})?")
 LINE = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
 COLLECTIVES = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
-# Give another name to what is there, or end what another one began and was counted for.
+# They rename an array, or end what another operation began and was counted for.
 FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all"}
-BITCAST = 'custom_call_target="ConcatBitcast"'  # slices that were fetched are one array again
+BITCAST = 'custom_call_target="ConcatBitcast"'  # prefetched slices become one array
 FREE |= {"copy-done", "slice-done", "async-done", "all-reduce-done", "opt-barrier", "partition-id"}
 
 
 def arrays(types: str) -> list[tuple[int, bool]]:
-    """(bytes, whether in main memory) of every array in "(f32[2,3]{1,0:T(8,128)S(1)}, …)"."""
+    """Returns (bytes, in main memory?) of each array in "(f32[2,3]{1,0:T(8,128)S(1)}, …)"."""
     found = []
     for kind, shape, layout in ARRAY.findall(types):
         size = SIZES[kind]
@@ -35,7 +34,7 @@ def arrays(types: str) -> list[tuple[int, bool]]:
 
 
 def collectives(text: str) -> dict[str, int]:
-    """{kind: bytes that it gives to each chip} of every collective operation of the program."""
+    """Returns {kind: bytes that it delivers to each chip} of a program's collectives."""
     total: collections.Counter[str] = collections.Counter()
     for line in text.splitlines():
         match = LINE.match(line)
@@ -45,14 +44,14 @@ def collectives(text: str) -> dict[str, int]:
 
 
 class Moved(NamedTuple):
-    """Bytes of a program's entry. Loops inside count as one turn; taken rows as the whole array."""
+    """Bytes that a program's entry moves; loops count one iteration, gathers the whole operand."""
 
-    touched: int  # what its operations read and write, transfers between memories aside
-    main: int  # what goes to main memory and comes from there, transfers included
+    touched: int  # read and written by operations, without transfers between memories
+    main: int  # read from and written to main memory, with transfers
 
 
 def moved(text: str) -> Moved:
-    """Of a compiled program's text."""
+    """Returns the bytes that a compiled program moves, from its text."""
     entry = text[text.index("\nENTRY") :]
     lines = filter(None, map(LINE.match, entry[: entry.index("\n}")].splitlines()))
     operations = {match[1]: match for match in lines}
@@ -72,7 +71,7 @@ def moved(text: str) -> Moved:
 
 
 def _fetched(types: str) -> int:
-    """A transfer gives (what is fetched, the copy, a counter) in either order: the copy's bytes.
+    """Returns the copy's bytes of a transfer's (source, copy, counter) types, in either order.
 
     Twice that if both ends are in main memory.
     """

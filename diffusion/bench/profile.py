@@ -1,6 +1,6 @@
 """--mode=bench --part=profile: the ten operations in which a training step spends most time.
 
-Each with the layer that it came from, as the compiler noted it: of a fusion, that of its result.
+Each is shown with the layer that it came from; a fusion with that of its result.
 """
 
 import collections
@@ -15,19 +15,19 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from diffusion import experiment
 from diffusion.bench import hlo
 from diffusion.bench.speed import training_step
 from diffusion.bench.timing import Measured
+from diffusion.experiment import Experiment
 
 STEPS, SHOWN = 3, 10
 ORIGIN = re.compile(r'op_name="([^"]*)"')
-AROUND = {"while", "conditional", "call"}  # their time is that of what is in them
+CONTAINERS = {"while", "conditional", "call"}  # their time is that of their operations
 
 
-def profile_part(config: ConfigDict, x: experiment.Experiment) -> Iterator[Measured]:
-    """Milliseconds a step of all devices together, and the share of all that was recorded."""
-    compiled, run, _ = training_step(config, x)
+def profile_part(config: ConfigDict, exp: Experiment) -> Iterator[Measured]:
+    """Yields milliseconds per step, of all devices, and their share of the recorded time."""
+    compiled, run, _ = training_step(config, exp)
     run(1)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, create_perfetto_trace=True):
@@ -42,9 +42,9 @@ def profile_part(config: ConfigDict, x: experiment.Experiment) -> Iterator[Measu
 
 
 def durations(events: list[dict[str, Any]]) -> collections.Counter[str]:
-    """{operation: microseconds} of a Chrome trace: of the devices, or of a processor's workers.
+    """Returns {operation: microseconds} of a Chrome trace: of the devices, or of XLA's CPU threads.
 
-    A device's timeline tells the same several times; its streams (GPU), or "XLA Ops" (TPU), count.
+    Of a device's several timelines its streams (GPU) or "XLA Ops" (TPU) count.
     """
     about = {"process_name": {}, "thread_name": {}}
     for e in events:
@@ -64,12 +64,12 @@ def durations(events: list[dict[str, Any]]) -> collections.Counter[str]:
 
 
 def operations(text: str) -> dict[str, str]:
-    """{name of an operation: where it comes from, or ""} of a program's text."""
+    """Returns {operation: the layer that it comes from, or ""} of a program's text."""
     lines = map(re.Match.groups, filter(None, map(hlo.LINE.match, text.splitlines())))
-    origins = {name: ORIGIN.search(rest) for name, _, kind, rest in lines if kind not in AROUND}
+    origins = {name: ORIGIN.search(rest) for name, _, kind, rest in lines if kind not in CONTAINERS}
     return {name: origin[1] if origin else "" for name, origin in origins.items()}
 
 
 def short(origin: str) -> str:
-    """The last three parts of "jit(update)/…/UNet/down_0/block_1/conv1/conv_general_dilated"."""
+    """Returns the last three parts of "jit(update)/…/down_0/block_1/conv1/conv_general_dilated"."""
     return "/".join(origin.split("/")[-3:])

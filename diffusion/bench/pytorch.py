@@ -1,14 +1,12 @@
-"""What --mode=bench compares with: the same networks in PyTorch, in a process of its own.
+"""The same networks in PyTorch, for --mode=bench, in a process of their own.
 
-In one process the threads of both would fight for the cores; so they take turns, each alone. Only
-where PyTorch and the others are installed (requirements-bench.txt), and where they have such a
-network; otherwise there is nothing to compare with, and nothing is said. On PyTorch's GPU if it has
-one, channels last, bfloat16 by autocast if the config is in bfloat16, random weights and images.
+In one process the threads of both programs would compete for the cores. Without the packages of
+requirements.txt, or for a network that diffusers does not have, nothing is compared. PyTorch uses a
+GPU if it has one, channels last, autocast for bfloat16, random weights and images.
 """
 
 import contextlib
 import functools
-import importlib.util
 import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,28 +18,30 @@ from ml_collections import ConfigDict
 
 from diffusion.convert import diffusers_config
 from diffusion.runtime.config import flatten
+from diffusion.utils import logging
+from diffusion.utils.errors import one_line
 
-Runs = dict[str, Callable]  # {name: what is to be timed; it returns when all is done}
-Apart = contextlib.AbstractContextManager[Runs]  # while the other process lives
+Runs = dict[str, Callable]  # {name: a function to be timed, which returns when all is done}
+Remote = contextlib.AbstractContextManager[Runs]  # while the other process lives
 
 
-def training(config: ConfigDict) -> Apart:
-    """(how many steps) -> None: Algorithm 1 of diffusers' network, with Adam, clip and average."""
+def training(config: ConfigDict) -> Remote:
+    """Opens (number of steps) -> None: Algorithm 1 with diffusers' network, Adam, clip, average."""
     optim = {name: config.optim[name] for name in ("lr", "clip", "ema")}
     return _of_unet(_training, config, config.train.batch_size, optim)
 
 
-def network(config: ConfigDict, size: int) -> Apart:
-    """(how often) -> None: diffusers' network forward, without gradient, on its last output."""
+def network(config: ConfigDict, size: int) -> Remote:
+    """Opens (number of passes) -> None: diffusers' forward pass, each on the last one's output."""
     return _of_unet(_network, config, size)
 
 
-def features(weights: dict[str, np.ndarray], image: np.ndarray) -> Apart:
-    """() -> [features, logits] of torch-fidelity's Inception; image: uint8[b, h, w, 3]."""
-    return _apart(("torch", "torch_fidelity"), _features, weights, image)
+def features(weights: dict[str, np.ndarray], image: np.ndarray) -> Remote:
+    """Opens () -> [features, logits] of torch-fidelity's Inception; image: uint8[b, h, w, 3]."""
+    return _remote(_features, weights, image)
 
 
-def _of_unet(make, config, size, *args) -> Apart:
+def _of_unet(make, config, size, *args) -> Remote:
     try:
         files = diffusers_config.to_diffusers_config(flatten(config))
     except ValueError:
@@ -49,28 +49,27 @@ def _of_unet(make, config, size, *args) -> Apart:
     c, classes = config.data, config.model.num_classes
     shape = size, c.channels, c.image_size, c.image_width or c.image_size
     half = config.model.dtype == "bfloat16"
-    about = files["unet/config.json"], shape, classes, half
-    return _apart(("torch", "diffusers"), make, *about, *args)
-
-
+    unet = files["unet/config.json"], shape, classes, half
+    return _remote(make, *unet, *args)
 
 
 @contextlib.contextmanager
-def _apart(needed, make, *args) -> Iterator[Runs]:
-    """What `make` makes in the other process, to be called from here; {} where it cannot."""
-    if not all(map(importlib.util.find_spec, needed)):
-        yield {}
-        return
+def _remote(make, *args) -> Iterator[Runs]:
+    """Yields what `make` makes in the other process, callable from here; {} if it cannot."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
 
         def call(name, *args):
             return process.submit(_call, name, *args).result()
 
-        names = process.submit(_make, make, *args).result()
+        try:
+            names = process.submit(_make, make, *args).result()
+        except Exception as error:  # an installation of PyTorch may fail to import in any way
+            logging.info(f"           nothing to compare with: {one_line(error)}")
+            names = []
         yield {name: functools.partial(call, name) for name in names}
 
 
-_made: Runs = {}  # in the other process
+_made: Runs = {}  # filled in the other process
 
 
 def _make(make, *args) -> list[str]:
@@ -82,12 +81,10 @@ def _call(name, *args):
     return _made[name](*args)
 
 
-
-
-def _training(about, shape, classes, half, optim) -> Runs:
+def _training(config, shape, classes, half, optim) -> Runs:
     import torch
 
-    unet, x_0, extra, precision = _unet(about, shape, classes, half)
+    unet, x_0, extra, precision = _unet(config, shape, classes, half)
     device = x_0.device
     fused = {"fused": True} if device.type == "cuda" else {}
     adam = torch.optim.Adam(unet.parameters(), lr=optim["lr"], **fused)
@@ -114,10 +111,10 @@ def _training(about, shape, classes, half, optim) -> Runs:
     return {name: functools.partial(steps, form) for name, form in _forms(unet).items()}
 
 
-def _network(about, shape, classes, half) -> Runs:
+def _network(config, shape, classes, half) -> Runs:
     import torch
 
-    unet, x_T, extra, precision = _unet(about, shape, classes, half)
+    unet, x_T, extra, precision = _unet(config, shape, classes, half)
     t = torch.full((len(x_T),), 500, device=x_T.device)
 
     def passes(network, n):
@@ -135,7 +132,7 @@ def _features(weights, image) -> Runs:
     import torch
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    torch.backends.cudnn.allow_tf32 = False  # it is float32 that is compared
+    torch.backends.cudnn.allow_tf32 = False  # compared in float32
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/weights.pth"
         torch.save({name: torch.from_numpy(array) for name, array in weights.items()}, path)
@@ -153,12 +150,12 @@ def _features(weights, image) -> Runs:
     return {"torch-fidelity": run}
 
 
-def _unet(about, shape, classes, half) -> tuple[Any, ...]:
+def _unet(config, shape, classes, half) -> tuple[Any, ...]:
     import torch
     from diffusers import UNet2DModel
 
     device, last = _device(), {"memory_format": torch.channels_last}
-    unet = UNet2DModel.from_config(about).to(device, **last)
+    unet = UNet2DModel.from_config(config).to(device, **last)
     x = torch.randn(shape, device=device).to(**last)
     labels = {"class_labels": torch.zeros(len(x), dtype=torch.long, device=device)}
     precision = functools.partial(torch.autocast, device, torch.bfloat16)
@@ -166,7 +163,7 @@ def _unet(about, shape, classes, half) -> tuple[Any, ...]:
 
 
 def _forms(unet) -> dict[str, Any]:
-    """The network as it is and, on a GPU, compiled; on a CPU compiling takes many minutes."""
+    """Returns the eager network and, on a GPU, the compiled one; a CPU compiles for minutes."""
     import torch
 
     compiled = {"PyTorch, compiled": torch.compile(unet)} if _device() == "cuda" else {}

@@ -1,14 +1,13 @@
-"""--mode=bench, training and sampling: how fast, and how near the device's limit that is.
+"""--mode=bench, training and sampling: how fast, and how near the device's peak.
 
-FLOPs are counted twice, by formula (`forward_flops`: what the network needs) and by the compiler
-(what the program does, with all that is not a product or a convolution). A share of the peak is by
-the formula, and always of the bfloat16 peak.
+FLOPs are counted by formula (`forward_flops`: what the network needs) and by the compiler (what the
+program executes). A share of the peak is by the formula, and always of the bfloat16 peak.
 """
 
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,19 +17,21 @@ from ml_collections import ConfigDict
 
 from diffusion import experiment, unet
 from diffusion.bench import pytorch
-from diffusion.bench.timing import PEAKS, Measured, in_turn
-from diffusion.modes import _sampling
-from diffusion.runtime.config import flatten, with_overrides
+from diffusion.bench.timing import PEAKS, Measured, in_turn, ratio
+from diffusion.experiment import Experiment
+from diffusion.runtime.config import with_overrides
+from diffusion.samplers import advance
 from diffusion.sharding import batch_sharded, make_global_array, replicated
 
-SAMPLES = 256  # the paper's 17 seconds are for so many
+SAMPLES = 256  # as many as the paper's 17 seconds are for
+QUICK = {"sampler.name": "dpmpp_2m", "sampler.steps": 20, "sampler.grid": "logsnr"}
 
 
 def forward_flops(net: unet.UNet, height: int, width: int, channels: int) -> int:
-    """Of the convolutions and products of one image's forward pass; an addition counts as one.
+    """Returns the FLOPs of the convolutions and products of one image's forward pass.
 
-    A training step takes three times that for each image: forward, and the gradients by what goes
-    in and by the weights.
+    A multiplication and an addition count as two. A training step takes three times that per image:
+    forward, and the gradients with respect to inputs and weights.
     """
     levels = range(len(net.ch_mult))
     ch = [net.ch * mult for mult in net.ch_mult]
@@ -71,21 +72,20 @@ def forward_flops(net: unet.UNet, height: int, width: int, channels: int) -> int
 
 
 def program(compiled: Any) -> Iterator[Measured]:
-    """What the compiler says of a program: memory and FLOPs of one device."""
+    """Yields the memory and the FLOPs of a program on one device, by its compiler."""
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     held += memory.output_size_in_bytes - memory.alias_size_in_bytes
     yield Measured("memory of the program, a device", "GB", [held / 1e9])
-    yield Measured(
-        "FLOPs of the program, a device, by its compiler", "GFLOP", [cost["flops"] / 1e9]
-    )
+    what = "FLOPs of the program, a device, by its compiler"
+    yield Measured(what, "GFLOP", [cost["flops"] / 1e9])
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     if peak:
         yield Measured("most memory that this process has used, a device", "GB", [peak / 1e9])
 
 
 def achieved(flops: float, took: list[float]) -> Iterator[Measured]:
-    """FLOP/s of all devices, by formula, and their share of the peak where it is known."""
+    """Yields FLOP/s of all devices, by formula, and their share of the peak where it is known."""
     rates = [flops / s for s in took]
     yield Measured("achieved, by formula", "TFLOP/s", [rate / 1e12 for rate in rates])
     peak = PEAKS.get(jax.devices()[0].device_kind)
@@ -95,98 +95,101 @@ def achieved(flops: float, took: list[float]) -> Iterator[Measured]:
 
 
 def training_step(
-    config: ConfigDict, x: experiment.Experiment, streamed: bool = False
+    config: ConfigDict, exp: Experiment, resident: bool = True
 ) -> tuple[Any, Callable[[int], None], float]:
-    """(the compiled step, to take so many of them, seconds of compiling).
+    """Compiles a training step on random images, 16 MiB of them on the device if resident.
 
-    As in training, one step is on the way while the next is asked for. streamed: it is handed one
-    batch again and again; else it draws its batches from 16 MiB on the device. Their bytes are
-    random: what they show has no part in the time.
+    Returns (the compiled step, a function that takes n steps, seconds of compiling). As in
+    training, one step is in flight while the next is dispatched.
     """
-    size, pixels = config.train.batch_size, math.prod(x.image_shape)
-    if streamed:
-        make, sharding = experiment.make_streamed_update, batch_sharded(x.mesh)
-        shape = size, *x.image_shape
-    else:
-        make, sharding = experiment.make_update, replicated(x.mesh)
-        shape = max(size, 2**24 // pixels), pixels
-    image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    label = np.zeros(len(image), np.int32)
-    arrays = [make_global_array(a, sharding, a.shape) for a in (image, label)]
-    state = experiment.make_initial_state(config, x)()
+    size, pixels = config.train.batch_size, math.prod(exp.image_shape)
+    rng, everywhere = np.random.default_rng(0), replicated(exp.mesh)
+    sharding = everywhere if resident else batch_sharded(exp.mesh)
+    n = max(size, 2**24 // pixels) if resident else size
+    image = rng.integers(0, 256, (n, *([pixels] if resident else exp.image_shape)), np.uint8)
+    arrays = [image, np.zeros(n, np.int32)]
+    inputs = [make_global_array(a, sharding, a.shape) for a in arrays]
+    if resident:
+        index = rng.integers(0, n, size, np.int32)
+        inputs = [make_global_array(index, everywhere, index.shape), *inputs]
+    state = experiment.make_initial_state(config, exp)
     began = time.perf_counter()
-    update = make(config, x).lower(state, *arrays).compile()
+    update = experiment.make_update(config, exp, resident).lower(state, *inputs).compile()
     took = time.perf_counter() - began
 
     def steps(n):
         nonlocal state
         last = ()
         for _ in range(n):
-            state, metrics = update(state, *arrays)
-            jax.block_until_ready(last)  # more steps on the way can lock a processor's devices up
+            state, metrics = update(state, *inputs)
+            jax.block_until_ready(last)  # more steps in flight can deadlock CPU devices
             last = metrics
         jax.block_until_ready(last)
 
     return update, steps, took
 
 
-def train_part(config: ConfigDict, x: experiment.Experiment) -> Iterator[Measured]:
-    """The config's training step, and PyTorch's of the same network."""
+def train_part(config: ConfigDict, exp: Experiment) -> Iterator[Measured]:
+    """Measures the config's training step, and PyTorch's of the same network."""
     size = config.train.batch_size
-    update, ours, compiling = training_step(config, x)
+    update, ours, compiling = training_step(config, exp)
     yield Measured("compiling the training step", "s", [compiling])
     with pytorch.training(config) as others:
-        steps, took, others = _compared(ours, others)
+        steps, took, others = _compare(ours, others)
     yield Measured("training step", "s", took)
     yield Measured("training", "steps/s", [1 / s for s in took])
     yield Measured("training", "images/s", [size / s for s in took])
-    yield from achieved(3 * size * forward_flops(x.net, *x.image_shape), took)
+    yield from achieved(3 * size * forward_flops(exp.net, *exp.image_shape), took)
     yield from program(update)
     yield from _ratios(took, others, f"training, {steps} steps a measurement")
 
 
-def sample_part(config: ConfigDict, x: experiment.Experiment) -> Iterator[Measured]:
-    """The config's sampler, and a solver of 20 steps: a part of the chain and what all would take.
-
-    Images at a time: sample.batch_size. Beside it the network alone, at the same images as often.
-    """
-    quick = {"sampler.name": "dpmpp_2m", "sampler.steps": 20, "sampler.grid": "logsnr"}
-    params = experiment.make_initial_state(config, x)().params
-    for changed in ({}, quick):
-        flat = flatten(config)
-        c = with_overrides(config, {k: v for k, v in changed.items() if k in flat})
-        chain = _sampling.compile_sampler(c, x, c.sample.batch_size)
-        steps = len(chain.ts) - 1
+def sample_part(config: ConfigDict, exp: Experiment) -> Iterator[Measured]:
+    """Measures a part of the config's chain, and of a solver's, and the network alone as often."""
+    params = experiment.make_initial_state(config, exp).params
+    size = -(-config.sample.batch_size // exp.mesh.size) * exp.mesh.size
+    for changes in ({}, QUICK):
+        c = with_overrides(config, changes)
+        sampler, ts = experiment.make_sampler(c, exp)
+        steps = len(ts) - 1
         part = min(steps, 5 if jax.default_backend() == "cpu" else 50)
-        ts = chain.ts[: part + 1]
-        indices = np.arange(chain.size, dtype=np.int32)
-        keys, label, carry = chain.start(np.uint32(0), np.int32(chain.label), indices)
-        advance = chain.advance.lower(params, keys, label, carry, ts).compile()
-
-        def ours(carry=carry, advance=advance, args=(params, keys, label), ts=ts):
-            jax.block_until_ready(advance(*args, jax.tree.map(jnp.copy, carry), ts))
-
-        calls = round(part * chain.evaluations / steps)
-        alone = _network(x, params, chain.size, np.resize(x.p.model_t[ts[:-1]], calls))
-        apart = contextlib.nullcontext({}) if changed else pytorch.network(config, chain.size)
-        with apart as torch:
+        calls = round(part * sampler.evaluations(steps) / steps)
+        chain = _compile_chain(c, exp, sampler, params, size, ts[: part + 1])
+        times = np.resize(exp.process.model_t[ts[:part]], calls)
+        alone = _compile_network(exp, params, size, times)
+        remote = contextlib.nullcontext({}) if changes else pytorch.network(config, size)
+        with remote as torch:
             runs = [lambda f=f, k=calls: f(k) for f in torch.values()]
-            took, network, *others = zip(*in_turn(ours, alone, *runs), strict=True)
-        whole = [s * steps / part * SAMPLES / chain.size for s in took]
+            took, network, *others = zip(*in_turn(chain, alone, *runs), strict=True)
+        total = [s * steps / part * SAMPLES / size for s in took]
         what = f"{SAMPLES} samples, {c.sampler.name}, {steps} steps"
-        yield Measured(f"{what}, from {part} steps of {chain.size}", "s", whole)
-        ratio = [a / b for a, b in zip(took, network, strict=True)]
-        yield Measured("  its time over that of the network alone", "", ratio)
-        flops = calls * chain.size * forward_flops(x.net, *x.image_shape)
-        yield from achieved(flops, list(took))
-        if not changed:
-            yield from program(advance)
+        yield Measured(f"{what}, from {part} steps of {size}", "s", total)
+        yield ratio("  its time over that of the network alone", took, network)
+        yield from achieved(calls * size * forward_flops(exp.net, *exp.image_shape), list(took))
         named = dict(zip(torch, others, strict=True))
         yield from _ratios(list(network), named, f"the network alone, {calls} times")
 
 
+def _compile_chain(config, exp, sampler, params, size, ts) -> Callable[[], None]:
+    everywhere, sharded = replicated(exp.mesh), batch_sharded(exp.mesh)
+    predictor = experiment.make_predictor(config, exp)
+    x_T = np.random.default_rng(0).standard_normal((size, *exp.image_shape)).astype(np.float32)
+    x_T = make_global_array(x_T, sharded, x_T.shape)
+    keys = jax.device_put(jax.random.split(jax.random.key(0), size), sharded)
+    label = make_global_array(np.zeros(size, np.int32), sharded, (size,))
+
+    def chain(params, keys, label, x_T):
+        predict = predictor(params, label)
+        return advance(sampler, predict, keys, sampler.init(x_T), ts).x
+
+    compiled = jax.jit(
+        chain, in_shardings=(everywhere, sharded, sharded, sharded), out_shardings=sharded
+    )
+    return lambda: jax.block_until_ready(compiled(params, keys, label, x_T))
+
+
 def network_alone(network: Callable, x_0: jax.Array, model_ts: np.ndarray) -> jax.Array:
-    """The network at each of the times, one after the other: each needs the last one's output."""
+    """Applies the network at each of the times in sequence: each needs the last one's output."""
 
     def one(x_t, t):
         output = network(x_t, jnp.broadcast_to(t, (len(x_t),)))
@@ -195,26 +198,26 @@ def network_alone(network: Callable, x_0: jax.Array, model_ts: np.ndarray) -> ja
     return jax.lax.scan(one, x_0, jnp.asarray(model_ts, x_0.dtype))[0]
 
 
-def _network(x, params, size, model_ts) -> Callable[[], None]:
-    whole, split = replicated(x.mesh), batch_sharded(x.mesh)
-    images = np.random.default_rng(0).standard_normal((size, *x.image_shape)).astype(np.float32)
-    images = make_global_array(images, split, images.shape)
+def _compile_network(exp, params, size, model_ts) -> Callable[[], None]:
+    everywhere, sharded = replicated(exp.mesh), batch_sharded(exp.mesh)
+    images = np.random.default_rng(0).standard_normal((size, *exp.image_shape)).astype(np.float32)
+    images = make_global_array(images, sharded, images.shape)
 
     def chained(params, images):
         def apply(x_t, t):
-            return experiment.apply_model(x, params, x_t, t, train=False)
+            return experiment.apply_model(exp, params, x_t, t, None)
 
         return network_alone(apply, images, model_ts)
 
-    compiled = jax.jit(chained, in_shardings=(whole, split), out_shardings=split)
+    compiled = jax.jit(chained, in_shardings=(everywhere, sharded), out_shardings=sharded)
     return lambda: jax.block_until_ready(compiled(params, images))
 
 
-def _compared(ours, theirs):
-    """(steps at a time, seconds of a step of ours, {name: of theirs}), all in turn.
+def _compare(ours: Callable[[int], None], theirs: Mapping[str, Callable[[int], None]]):
+    """Returns (steps a measurement, seconds of our step, {name: of theirs}), measured in turn.
 
-    So many steps at a time that the start of the first hardly counts: memory that lay unused while
-    the others ran may have been lent away by then.
+    Enough steps are taken at a time that the first, whose memory may have been reclaimed while the
+    others ran, hardly counts.
     """
     ours(1)
     began = time.perf_counter()
@@ -226,8 +229,7 @@ def _compared(ours, theirs):
     return steps, per_step[0], dict(zip(theirs, per_step[1:], strict=True))
 
 
-def _ratios(ours, others, what) -> Iterator[Measured]:
+def _ratios(ours: list[float], others: Mapping[str, list[float]], what: str) -> Iterator[Measured]:
     for name, theirs in others.items():
         yield Measured(f"{name}: {what}", "s", list(theirs))
-        ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
-        yield Measured(f"  {name} takes so many times as long", "", ratios)
+        yield ratio(f"  {name}'s time over ours", theirs, ours)

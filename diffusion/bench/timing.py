@@ -1,4 +1,4 @@
-"""What --mode=bench measures with: a clock, and what the makers say that their devices can do."""
+"""Timing of --mode=bench, and the peak rates of accelerators."""
 
 import statistics
 import time
@@ -9,19 +9,20 @@ REPETITIONS = 5
 
 
 class Measured(NamedTuple):
-    """What one thing took or gave, in `unit`, in each repetition."""
+    """One quantity, in `unit`, in each repetition."""
 
     what: str
     unit: str
     values: list[float]
 
     def line(self) -> str:
+        """Returns the median and the range as a line of the console."""
         middle, low, high = statistics.median(self.values), min(self.values), max(self.values)
         return f"{self.what:58} {middle:10,.4g}  ({low:,.4g} to {high:,.4g}) {self.unit}"
 
 
 def seconds(run: Callable[[], None], n: int = REPETITIONS) -> Iterator[tuple[float, float]]:
-    """(wall seconds, this process's processor seconds) of each of n runs, after one unmeasured."""
+    """Yields (wall seconds, CPU seconds of this process) of n runs, after an unmeasured one."""
     run()
     for _ in range(n):
         wall, cpu = time.perf_counter(), time.process_time()
@@ -30,19 +31,24 @@ def seconds(run: Callable[[], None], n: int = REPETITIONS) -> Iterator[tuple[flo
 
 
 def in_turn(*runs: Callable[[], None], n: int = REPETITIONS) -> list[tuple[float, ...]]:
-    """Wall seconds of each of the runs, n times over: what else the machine does falls on all."""
+    """Returns wall seconds of each run, n times in turn, so that disturbances fall on all."""
     clocks = [seconds(run, n) for run in runs]
     return [tuple(wall for wall, _ in each) for each in zip(*clocks, strict=True)]
 
 
+def ratio(what: str, a: list[float], b: list[float]) -> Measured:
+    """Returns the ratios a / b of measurements that were taken in turn."""
+    return Measured(what, "", [x / y for x, y in zip(a, b, strict=True)])
+
+
 class Peak(NamedTuple):
-    """Of one chip: bfloat16 FLOP/s of its matrix units, dense, and bytes/s of its memory."""
+    """One chip's dense bfloat16 FLOP/s, and the bytes/s of its main memory."""
 
     flops: float
     bytes: float
 
 
-PEAKS = {  # by jax.Device.device_kind, of NVIDIA's data sheets and cloud.google.com/tpu/docs
+PEAKS = {  # by jax.Device.device_kind; NVIDIA's data sheets and cloud.google.com/tpu/docs
     "NVIDIA A100-SXM4-40GB": Peak(312e12, 1555e9),
     "NVIDIA A100-SXM4-80GB": Peak(312e12, 2039e9),
     "NVIDIA H100 80GB HBM3": Peak(989e12, 3350e9),

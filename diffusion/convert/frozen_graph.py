@@ -1,19 +1,22 @@
-"""Frozen TensorFlow graphs (.pb): the arrays of their constants, without TensorFlow.
+"""Reads the constants of a frozen TensorFlow graph (.pb) without TensorFlow.
 
-The messages are those of the `tensorboard` package. Written for `classify_image_graph_def.pb` of
-2015-12-05 (http://download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz), the
-original of the FID network. That file itself was not at hand: names and layouts are as others
-publish them, and the tests read a graph built to them.
+The message types are those of the `tensorboard` package. Written for `classify_image_graph_def.pb`
+of 2015-12-05 (http://download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz), the
+original of the FID network. That file was not available: names and layouts are as others publish
+them, and the tests read a graph built accordingly.
 """
+
+import os
+import pathlib
 
 import numpy as np
 from google.protobuf.message import DecodeError
 from tensorboard.compat.proto import graph_pb2, tensor_pb2, types_pb2
 
-from diffusion.convert.validation import covered, finite
-from diffusion.utils.errors import IntegrityError
+from diffusion.convert.validation import check_finite, check_shape, integrity_errors
 
-# TensorFlow's type -> NumPy's, and the field that holds values not packed into tensor_content.
+MAX_BYTES = 2**30  # a message is parsed as a whole
+# TensorFlow's type -> NumPy's, and the field of values that are not packed into tensor_content.
 DTYPES = {
     types_pb2.DT_FLOAT: ("<f4", "float_val"),
     types_pb2.DT_DOUBLE: ("<f8", "double_val"),
@@ -22,43 +25,44 @@ DTYPES = {
 }
 
 
-def read(data: bytes) -> dict[str, np.ndarray]:
-    """The numbers among a graph's constants: {name of the node: array}.
+def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Returns {name of the node: array} of a graph's numeric constants.
 
-    Raises WeightsError for what is not a graph, and for constants that hold fewer or more values
-    than their shapes say, NaN, or the same name twice. Constants of other types, such as strings,
-    are left out.
+    Raises IntegrityError for another file, and for constants that hold NaN, the same name twice, or
+    another number of values than their shape has.
     """
-    graph = graph_pb2.GraphDef()
-    try:
-        graph.ParseFromString(data)
-    except DecodeError as error:
-        raise IntegrityError("expected a TensorFlow graph, found another or a part of one") from error
-    arrays = {}
-    for node in graph.node:
-        if node.op != "Const" or node.attr["value"].tensor.dtype not in DTYPES:
-            continue
-        if node.name in arrays:
-            raise IntegrityError(f"{node.name} is there twice")
-        arrays[node.name] = finite(node.name, _array(node.name, node.attr["value"].tensor, data))
-    if not arrays:
-        raise IntegrityError("expected a frozen TensorFlow graph, found one without constants")
-    return arrays
+    with integrity_errors(path):
+        path = pathlib.Path(path)
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise ValueError(f"expected a graph of at most {MAX_BYTES:,} bytes, found {size:,}")
+        graph = graph_pb2.GraphDef()
+        try:
+            graph.ParseFromString(path.read_bytes())
+        except DecodeError as error:
+            raise ValueError("expected a TensorFlow graph, found another or a cut file") from error
+        arrays = {}
+        for node in graph.node:
+            if node.op != "Const" or node.attr["value"].tensor.dtype not in DTYPES:
+                continue
+            if node.name in arrays:
+                raise ValueError(f"{node.name} is there twice")
+            arrays[node.name] = _to_array(node.name, node.attr["value"].tensor, size)
+        if not arrays:
+            raise ValueError("expected a frozen TensorFlow graph, found one without constants")
+        return arrays
 
 
-def _array(name: str, tensor: tensor_pb2.TensorProto, data: bytes) -> np.ndarray:
-    """Its values lie in tensor_content, or in a list whose last one stands for all that follow."""
+def _to_array(name: str, tensor: tensor_pb2.TensorProto, file_size: int) -> np.ndarray:
     dtype, field = np.dtype(DTYPES[tensor.dtype][0]), DTYPES[tensor.dtype][1]
     shape = [int(axis.size) for axis in tensor.tensor_shape.dim]
-    covered(name, shape, max(1, len(data) // dtype.itemsize))
+    check_shape(name, shape, max(1, file_size // dtype.itemsize))
     n = int(np.prod(shape, dtype=np.int64))
-    content = tensor.tensor_content
-    if content and len(content) % dtype.itemsize == 0:
-        values = np.frombuffer(content, dtype)
+    if tensor.tensor_content and len(tensor.tensor_content) % dtype.itemsize == 0:
+        values = np.frombuffer(tensor.tensor_content, dtype)
     else:
         values = np.asarray(getattr(tensor, field), dtype)
-        if 0 < len(values) < n:
+        if 0 < len(values) < n:  # the last value stands for the rest
             values = np.append(values, np.full(n - len(values), values[-1]))
     if len(values) != n:
-        raise IntegrityError(f"{name}: expected {n} values for {shape}, found {len(values)}")
-    return values.reshape(shape)
+        raise ValueError(f"{name}: expected {n} values for {shape}, found {len(values)}")
+    return check_finite(name, values.reshape(shape))

@@ -1,94 +1,79 @@
-"""The model card that goes with exported weights: README.md of the folder, for people and the Hub.
+"""Writes the model card of exported weights: README.md of the folder, for people and the Hub.
 
-It says what the weights are, what they were trained on and for how long, and which scores were
-found in the work directory, with nothing added to them.
+It states what the weights are, what they were trained on and for how long, and the scores that the
+work directory holds.
 """
 
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 SHOWN = ("model.", "process.", "target", "variance", "loss.", "optim.", "train.batch_size", "seed")
 
 
-class CardScore(NamedTuple):
-    """One number of one file of the work directory. error: a standard error, None if not known."""
-
-    step: int
-    name: str
-    value: float
-    error: float | None
-
-
-def scores(workdir: pathlib.Path) -> list[CardScore]:
-    """All numbers of workdir/eval/*/metrics.json and bpd.json, as far as they can be read."""
-    found = []
-    for path in sorted(workdir.glob("eval/*/*.json")):
-        reader = {"metrics.json": _of_metrics, "bpd.json": _of_bpd}.get(path.name)
-        try:
-            found += reader(json.loads(path.read_text())) if reader else []
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            continue
-    return found
-
-
-def _of_metrics(content: Mapping[str, Any]) -> Iterator[CardScore]:
-    for weights, by_reference in content["scores"].items():
-        for against, named in by_reference.items():
-            for name, entry in named.items():
-                sampler = content["sampler"]
-                steps = len(sampler["times"]) or sampler["steps"]
-                what = f"{name}, {content['samples']:,} samples of {weights} weights"
-                what += f" by {sampler['name']} in {steps} steps"
-                what += f" against {against}" if against else ""
-                yield CardScore(content["step"], what, float(entry["value"]), entry["error"])
-
-
-def _of_bpd(content: Mapping[str, Any]) -> Iterator[CardScore]:
-    for name, entry in content["bits_per_dim"].items():
-        what = f"bits/dim, {name}, {content['images']:,} images"
-        yield CardScore(content["step"], what, float(entry["mean"]), entry["error"])
-
-
-def text(
-    name: str, flat: Mapping[str, Any], step: int, scores: list[CardScore], diffusers: bool
+def render(
+    name: str, flat: Mapping[str, Any], step: int, workdir: pathlib.Path, for_diffusers: bool
 ) -> str:
-    """The card. flat: the config's keys; diffusers: whether the folder has that library's files."""
-    data = flat["data.name"] or flat["data.source"]
-    size = f"{flat['data.image_size']}x{flat['data.image_width'] or flat['data.image_size']}"
-    parts = [
-        FRONT if diffusers else "",
-        f"# {name}\n",
-        f"A denoising diffusion model (Ho et al. 2020, arXiv 2006.11239) of `{data}`, {size} with "
-        f"{flat['data.channels']} channels, after {step:,} steps of batch "
-        f"{flat['train.batch_size']}. Trained with JAX and Flax.\n",
-        "## Use\n",
-        _use(name, flat["model.num_classes"]) if diffusers else WITHOUT,
-        BACK.format(name=name),
-        "## Scores\n",
-        _table(("step", "what", "value"), map(_row, scores)) if scores else "None was measured.\n",
-        "## Config\n",
-        _table(("key", "value"), [(k, f"`{v}`") for k, v in flat.items() if k.startswith(SHOWN)]),
-        "The whole of it is in `ddpm.json`.\n",
-    ]
-    return "\n".join(filter(None, parts))
+    """Returns the card's Markdown.
+
+    Args:
+      name: of the exported folder.
+      flat: the configuration's flat keys.
+      step: of the weights.
+      workdir: whose scores are listed.
+      for_diffusers: whether the folder has files for diffusers.
+    """
+    height, classes = flat["data.image_size"], flat["model.num_classes"]
+    usage = (CONDITIONAL if classes else UNCONDITIONAL) if for_diffusers else NOT_FOR_DIFFUSERS
+    scores = list(_read_scores(workdir))
+    config = [(key, f"`{value}`") for key, value in flat.items() if key.startswith(SHOWN)]
+    return FRONT * for_diffusers + CARD.format(
+        name=name,
+        data=flat["data.name"] or flat["data.source"],
+        size=f"{height}x{flat['data.image_width'] or height}",
+        channels=flat["data.channels"],
+        step=f"{step:,}",
+        batch=flat["train.batch_size"],
+        usage=usage.format(name=name, classes=classes, last=classes - 1),
+        scores=_table(("step", "what", "value"), *scores) if scores else "None was measured.\n",
+        config=_table(("key", "value"), *config),
+    )
 
 
-def _use(name: str, classes: int) -> str:
-    if classes:
-        return CONDITIONAL.format(name=name, classes=classes, last=classes - 1)
-    return PIPELINE.format(name=name)
+def _table(*rows: tuple[str, ...]) -> str:
+    lines = [" | ".join(row) for row in rows]
+    lines.insert(1, " | ".join("---" for _ in rows[0]))
+    return "".join(f"| {line} |\n" for line in lines)
 
 
-def _row(score: CardScore) -> tuple[str, str, str]:
-    error = "" if score.error is None else f" ± {score.error:.2g}"
-    return f"{score.step:,}", score.name, f"{score.value:.5g}{error}"
+def _read_scores(workdir: pathlib.Path) -> Iterator[tuple[str, str, str]]:
+    """Yields (step, what, value) of all scores in workdir/eval/*/ that can be read."""
+    readers = {"metrics.json": _metrics, "bpd.json": _bits_per_dim}
+    for path in sorted(workdir.glob("eval/*/*.json")):
+        try:
+            content = json.loads(path.read_text())
+            for what, value, error in readers[path.name](content):
+                uncertainty = "" if error is None else f" ± {error:.2g}"
+                yield f"{content['step']:,}", what, f"{value:.5g}{uncertainty}"
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # another file, or one that a killed run left unfinished
 
 
-def _table(head, rows) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def _metrics(content: Mapping[str, Any]) -> Iterator[tuple[str, float, float | None]]:
+    sampler, samples = content["sampler"], f"{content['samples']:,} samples"
+    steps = len(sampler["times"]) or sampler["steps"]
+    for weights, by_reference in content["scores"].items():
+        source = f"{samples} of {weights} weights by {sampler['name']} in {steps} steps"
+        for reference, scores in by_reference.items():
+            against = f" against {reference}" if reference else ""
+            for name, score in scores.items():
+                yield f"{name}, {source}{against}", score["value"], score["error"]
+
+
+def _bits_per_dim(content: Mapping[str, Any]) -> Iterator[tuple[str, float, float | None]]:
+    for name, score in content["bits_per_dim"].items():
+        yield f"bits/dim, {name}, {content['images']:,} images", score["mean"], score["error"]
 
 
 FRONT = """---
@@ -97,8 +82,32 @@ tags:
 - ddpm
 - unconditional-image-generation
 ---
+
 """
-PIPELINE = """```python
+CARD = """# {name}
+
+A denoising diffusion model (Ho et al. 2020, arXiv:2006.11239) of `{data}`, {size} with {channels}
+channels, after {step} steps of batch {batch}. Trained with JAX and Flax.
+
+## Use
+
+{usage}
+The raw and averaged weights are a Flax tree in `flax.safetensors`. To sample, score or train on
+with the program that made them:
+
+```
+python main.py --mode=import --input={name} --workdir=runs/{name}
+```
+
+## Scores
+
+{scores}
+## Config
+
+{config}
+`ddpm.json` has all of it.
+"""
+UNCONDITIONAL = """```python
 from diffusers import DDPMPipeline
 
 DDPMPipeline.from_pretrained("{name}")().images[0].save("sample.png")
@@ -114,12 +123,4 @@ scheduler = DDPMScheduler.from_pretrained("{name}", subfolder="scheduler")
 The network takes `class_labels`: 0 to {last}, or {classes} for no class. `DDPMPipeline` loads it,
 but gives it none.
 """
-WITHOUT = "diffusers has no form for this model; its weights are in `flax.safetensors`.\n"
-BACK = """\
-The weights, raw and averaged, are a Flax tree in `flax.safetensors`. To sample, score or train on
-with the program that made them:
-
-```
-python main.py --mode=import --input={name} --workdir=runs/{name}
-```
-"""
+NOT_FOR_DIFFUSERS = "diffusers has no form for this model.\n"

@@ -1,8 +1,8 @@
-"""Weights of the U-Net as others keep them: read into Flax trees, whatever the kind of the input.
+"""Reads weights of the U-Net as other programs and --mode=export keep them, into Flax trees.
 
-The official TensorFlow checkpoint, a folder of diffusers, what --mode=export wrote, and single
-files; READERS are asked in turn. What the files state of the network and its chain comes along as
-config keys.
+Inputs are the official TensorFlow checkpoint, a folder of diffusers, an exported folder, or a
+single file; READERS are tried in turn. What the files state of the network and its process is
+returned as configuration keys.
 """
 
 import json
@@ -14,25 +14,22 @@ import numpy as np
 
 from diffusion import convert
 from diffusion.convert import diffusers_config, files, tf_checkpoint
-from diffusion.utils.errors import IntegrityError
+from diffusion.convert.validation import integrity_errors, summarize
+from diffusion.utils.errors import ConfigError, IntegrityError
 
-FLAX, CONFIG = "flax.safetensors", "ddpm.json"
-UNET = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-MOST_JSON = 2**20  # bytes
-EMA = "/ExponentialMovingAverage"  # how TensorFlow names the average of a variable
-MOMENTS = ("/Adam", "/Adam_1")
-
-
-class Unsupported(Exception):
-    """Nothing that can be read, or a network that ours cannot be; one line, with what would do."""
+FLAX_FILE, CONFIG_FILE = "flax.safetensors", "ddpm.json"  # of an exported folder
+DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+MAX_JSON_BYTES = 2**20
+EMA_SUFFIX = "/ExponentialMovingAverage"  # of TensorFlow's name for a variable's average
+ADAM_SUFFIXES = ("/Adam", "/Adam_1")
 
 
-class Found(NamedTuple):
+class Weights(NamedTuple):
     """What an input holds.
 
-    params, ema: trees of numpy arrays; step: number of updates that made them, 0 if not known.
-    stated: flat config keys that the files state, {"model.ch": 128}. config: a whole one, as it was
-    exported, with lists for tuples. notes: lines for the user.
+    kind: the input's format, in words. params, ema: trees of numpy arrays. step: number of updates,
+    0 if unknown. stated: flat configuration keys that the files state. config: the configuration of
+    an exported folder, as JSON has it. notes: lines for the user.
     """
 
     kind: str
@@ -44,132 +41,121 @@ class Found(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def read_exported(path: pathlib.Path) -> Found | None:
-    """A folder of --mode=export: its own config, raw and averaged weights."""
-    if not (path / FLAX).is_file() or not (path / CONFIG).is_file():
+def read(path: pathlib.Path) -> Weights:
+    """Returns what the input holds.
+
+    Raises ConfigError for no input, or a network that ours cannot be; IntegrityError for files that
+    are damaged, or do not hold exactly one network.
+    """
+    for reader in READERS:
+        if (found := reader(path)) is not None:
+            return found
+    expected = "a TensorFlow checkpoint, a folder of diffusers or of --mode=export, or a file"
+    raise ConfigError(f"{path}: expected {expected} of safetensors or PyTorch; found none")
+
+
+def _read_exported(path: pathlib.Path) -> Weights | None:
+    """Reads a folder of --mode=export: raw and averaged weights and their configuration."""
+    if not (path / FLAX_FILE).is_file() or not (path / CONFIG_FILE).is_file():
         return None
-    found = read_file(path / FLAX)
-    if not found.kind.startswith("Flax"):
-        raise IntegrityError(f"{path / FLAX}: expected names that begin with params/ and ema/")
-    return found._replace(kind="an exported folder", config=_json(path / CONFIG))
+    with integrity_errors(path / FLAX_FILE):
+        found = from_flax(files.read(path / FLAX_FILE))
+    return found._replace(kind="an exported folder", config=_read_json(path / CONFIG_FILE))
 
 
-def read_diffusers(path: pathlib.Path) -> Found | None:
-    """A folder of diffusers, of a pipeline (unet/, scheduler/) or flat."""
+def _read_diffusers(path: pathlib.Path) -> Weights | None:
+    """Reads a folder of diffusers: a pipeline with unet/ and scheduler/, or all in one."""
     unet = path / "unet" if (path / "unet").is_dir() else path
     if not (unet / "config.json").is_file():
         return None
-    weights = [unet / name for name in UNET if (unet / name).is_file()]
-    if not weights:
-        raise IntegrityError(f"{unet}: expected {' or '.join(UNET)}, found neither")
+    weights = next((unet / name for name in DIFFUSERS_FILES if (unet / name).is_file()), None)
+    if weights is None:
+        raise IntegrityError(f"{unet}: expected {' or '.join(DIFFUSERS_FILES)}, found neither")
     chain = [p for p in (path / "scheduler", path) if (p / "scheduler_config.json").is_file()]
-    scheduler = _json(chain[0] / "scheduler_config.json") if chain else None
+    scheduler = _read_json(chain[0] / "scheduler_config.json") if chain else None
+    network = _read_json(unet / "config.json")
     try:
-        stated = diffusers_config.config_of_diffusers(_json(unet / "config.json"), scheduler)
+        stated = diffusers_config.from_diffusers_config(network, scheduler)
     except ValueError as error:
-        raise Unsupported(str(error)) from error
-    found, classes = read_file(weights[0]), stated["model.num_classes"]
+        raise ConfigError(f"{path}: {error}") from error
+    found, classes = _read_file(weights), stated["model.num_classes"]
     note = (f"class {classes}, the last one, is taken as no class",) if classes else ()
     return found._replace(kind="diffusers", stated=stated, notes=(*found.notes, *note))
 
 
-def read_tensorflow(path: pathlib.Path) -> Found | None:
-    """A checkpoint of the official code: PREFIX of its files, or their folder."""
-    prefix = tf_checkpoint.prefix_of(path)
+def _read_tensorflow(path: pathlib.Path) -> Weights | None:
+    """Reads a checkpoint of the official code: PREFIX of its files, or their folder."""
+    prefix = tf_checkpoint.find_prefix(path)
     if prefix is None:
         return None
-    opened = tf_checkpoint.open_bundle(prefix)
-
-    def wanted(name):
-        of_network = name.startswith("model/") and not name.endswith(MOMENTS)
-        return of_network or name == "global_step"
-
-    found = of_official(tf_checkpoint.read(opened, wanted))
-    left = sorted(name for name in opened.entries if not name.startswith("model/"))
-    left = [name for name in left if name != "global_step"]
-    note = (f"left out: {', '.join(left[:8])}{' ...' * (len(left) > 8)}",) if left else ()
+    bundle = tf_checkpoint.open_bundle(prefix)
+    ours = [n for n in bundle.entries if n.startswith("model/") or n == "global_step"]
+    arrays = tf_checkpoint.read(bundle, [n for n in ours if not n.endswith(ADAM_SUFFIXES)])
+    with integrity_errors(prefix):
+        found = from_official_checkpoint(arrays)
+    left = sorted(set(bundle.entries).difference(ours))
+    note = (f"left out: {summarize(left, 8)}",) if left else ()
     return found._replace(notes=(*found.notes, *note))
 
 
-def read_file(path: pathlib.Path) -> Found | None:
-    """One file of arrays, safetensors or PyTorch's, of any of the naming schemes."""
+def _read_file(path: pathlib.Path) -> Weights | None:
+    """Reads one file of arrays of any naming scheme."""
     if not path.is_file():
         return None
     arrays = files.read(path)
-    if any(name.startswith(("params/", "ema/")) for name in arrays):
-        return of_flax(arrays)
-    if any(name.startswith("model/") for name in arrays):
-        return of_official(arrays)
-    params = convert.from_diffusers(arrays)
-    return Found("a file of diffusers' names", params, params, 0, notes=(_only("one set"),))
+    with integrity_errors(path):
+        if any(name.startswith(("params/", "ema/")) for name in arrays):
+            return from_flax(arrays)
+        if any(name.startswith("model/") for name in arrays):
+            return from_official_checkpoint(arrays)
+        return _weights("a file of diffusers' names", convert.from_diffusers(arrays), {}, 0)
 
 
-def of_flax(arrays: Mapping[str, np.ndarray]) -> Found:
-    """params/..., ema/... and step, as --mode=export writes them."""
+READERS = (_read_exported, _read_diffusers, _read_tensorflow, _read_file)
+
+
+def from_flax(arrays: Mapping[str, np.ndarray]) -> Weights:
+    """Splits params/..., ema/... and step, as --mode=export writes them. Raises ValueError."""
     parts: dict[str, dict] = {"params": {}, "ema": {}, "step": {}}
     for name, array in arrays.items():
         part, _, rest = name.partition("/")
         if part not in parts:
             raise ValueError(f"{name}: expected params/..., ema/... and step")
         parts[part][rest] = array
-    step = parts["step"].get("", np.zeros(1, np.int64))
-    params, ema = (convert.nested(parts[part]) for part in ("params", "ema"))
-    return _both("Flax names", params, ema, _step(step))
+    params, ema = (convert.unflatten_params(parts[part]) for part in ("params", "ema"))
+    return _weights("Flax names", params, ema, parts["step"].get("", np.int64(0)))
 
 
-def of_official(arrays: Mapping[str, np.ndarray]) -> Found:
-    """The official code's variables, raw, averaged or both, and global_step."""
-    arrays = dict(arrays)
-    step = _step(arrays.pop("global_step", np.zeros((), np.int64)))
-    ema = {name.removesuffix(EMA): a for name, a in arrays.items() if name.endswith(EMA)}
-    raw = {name: a for name, a in arrays.items() if not name.endswith((EMA, *MOMENTS))}
-    raw, ema = (convert.from_official(part) if part else {} for part in (raw, ema))
-    return _both("official names", raw, ema, step)
+def from_official_checkpoint(arrays: Mapping[str, np.ndarray]) -> Weights:
+    """Splits the official code's variables: raw, averaged or both, and global_step."""
+    ema = {n.removesuffix(EMA_SUFFIX): a for n, a in arrays.items() if n.endswith(EMA_SUFFIX)}
+    other = (EMA_SUFFIX, *ADAM_SUFFIXES, "global_step")
+    raw = {name: array for name, array in arrays.items() if not name.endswith(other)}
+    params, ema = (convert.from_official(part) if part else {} for part in (raw, ema))
+    return _weights("official names", params, ema, arrays.get("global_step", np.int64(0)))
 
 
-READERS = (read_exported, read_diffusers, read_tensorflow, read_file)
-
-
-def read(path: pathlib.Path) -> Found:
-    """What the input holds, of whatever kind.
-
-    Raises Unsupported; WeightsError and ValueError for what is damaged, or not one whole network.
-    """
-    for reader in READERS:
-        if found := reader(path):
-            return found
-    raise Unsupported(
-        "expected a TensorFlow checkpoint, a folder of diffusers or of --mode=export, or a file of "
-        "safetensors or PyTorch; found none of them there"
-    )
-
-
-def _both(kind: str, params: dict, ema: dict, step: int) -> Found:
-    """Where only one of raw and averaged weights is there, both are that one."""
+def _weights(kind: str, params: dict, ema: dict, step: Any) -> Weights:
+    """Checks the step, and uses the raw weights for missing averages or the reverse."""
     if not params and not ema:
         raise ValueError("expected the parameters of a U-Net, found none")
-    only = () if params and ema else (_only("only the averages" if ema else "no averages"),)
-    return Found(kind, params or ema, ema or params, step, notes=only)
+    step = np.asarray(step)
+    if step.size != 1 or step.dtype.kind not in "iu" or not 0 <= step.item() < 2**31:
+        found = step.item() if step.size == 1 else f"shape {list(step.shape)}"
+        raise ValueError(f"step: expected a number of updates, found {found}")
+    note = "only averaged weights" if ema else "no averaged weights"
+    notes = () if params and ema else (f"{note}: one set is taken both as raw and as averaged",)
+    return Weights(kind, params or ema, ema or params, int(step.item()), notes=notes)
 
 
-def _only(what: str) -> str:
-    return f"{what} of the weights: they are taken both as raw and as averaged"
-
-
-def _step(array: np.ndarray) -> int:
-    if array.size != 1 or array.dtype.kind not in "iu" or not 0 <= array.item() < 2**31:
-        found = array.item() if array.size == 1 else list(array.shape)
-        raise ValueError(f"step: expected one whole number of updates, found {found}")
-    return int(array.item())
-
-
-def _json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MOST_JSON:
-            raise IntegrityError(f"{path}: expected settings, found {path.stat().st_size:,} bytes")
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise IntegrityError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise IntegrityError(f"{path}: expected a table of settings, found {type(content).__name__}")
-    return content
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    with integrity_errors(path):
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise ValueError(f"expected settings, found {size:,} bytes")
+        try:
+            content = json.loads(path.read_text())
+        except RecursionError as error:
+            raise ValueError("cannot be read: nested too deeply") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a table of settings, found {type(content).__name__}")
+        return content

@@ -1,83 +1,54 @@
-"""safetensors: files of arrays by name, read and written with the library of that name.
+"""Reads and writes safetensors files by the library of that name.
 
-The library checks that the arrays lie in the file without gaps. What it lets pass is refused here:
-a name given twice, shapes of nothing, NaN, types that NumPy has not (safetensors 0.8).
+The library checks that the arrays cover the file without gaps. Refused here besides: a name given
+twice, huge empty shapes, NaN, and types that NumPy lacks.
 """
 
 import json
 import os
-import pathlib
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from diffusion.convert.validation import covered, finite
-from diffusion.utils.errors import IntegrityError
+from diffusion.convert.validation import check_finite, check_shape, integrity_errors
+from diffusion.utils import io
 
-DTYPES = {
-    **{"F64": "f8", "F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1"},
-    **{"U64": "u8", "U32": "u4", "U16": "u2", "U8": "u1", "BOOL": "?"},
-}
-MOST_HEADER = 2**24  # bytes: 100,000 arrays take less
+DTYPES = ("F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 
 
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """{name: array}. Raises WeightsError for a file that is not whole or not what it says."""
-    header, size = _header(path)
-    for name, entry in header.items():
-        if entry.get("dtype") not in DTYPES:
-            known = ", ".join(DTYPES)
-            raise IntegrityError(f"{name}: expected a type of {known}, found {entry.get('dtype')}")
-        covered(name, entry.get("shape", [-1]), size // np.dtype(DTYPES[entry["dtype"]]).itemsize)
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return {name: finite(name, file.get_tensor(name)) for name in header}
-    except safetensors.SafetensorError as error:
-        raise IntegrityError(f"not a whole safetensors file: {error}") from error
+    """Returns {name: array}. Raises IntegrityError for a damaged file."""
+    with integrity_errors(path):
+        try:
+            with safetensors.safe_open(path, framework="numpy") as file:
+                _check_unique(path)
+                size = os.stat(path).st_size
+                return {name: _read_array(file, name, size) for name in file.keys()}
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"not a complete safetensors file: {error}") from error
 
 
-def write(
-    path: str | os.PathLike,
-    arrays: Mapping[str, np.ndarray],
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """The file of these arrays: the old one or the new, never half of it. Raises OSError."""
-    path = pathlib.Path(path)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        safetensors.numpy.save_file(contiguous, part, dict(metadata or {}) or None)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+def write(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes {name: array} atomically. Raises OSError."""
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    io.save_bytes(path, safetensors.numpy.save(contiguous))
 
 
-def _header(path: str | os.PathLike) -> tuple[dict[str, dict], int]:
-    """What the file says of its arrays, and how many bytes it has for them."""
-    size = os.stat(path).st_size
+def _read_array(file: safetensors.safe_open, name: str, file_size: int) -> np.ndarray:
+    header = file.get_slice(name)
+    if header.get_dtype() not in DTYPES:
+        raise ValueError(
+            f"{name}: expected a type of {', '.join(DTYPES)}, found {header.get_dtype()}"
+        )
+    check_shape(name, header.get_shape(), file_size)
+    return check_finite(name, file.get_tensor(name))
+
+
+def _check_unique(path: str | os.PathLike) -> None:
+    """Raises ValueError for a name given twice, of which the library reads the last."""
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(MOST_HEADER, size - 8):
-            raise IntegrityError(f"its header claims {length:,} bytes, the file has {size:,}")
-        text = file.read(length)
-    try:
-        header = json.loads(text, object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"its header cannot be read: {error}") from error
-    if not isinstance(header, dict):
-        raise IntegrityError("its header is not a table of arrays")
-    header.pop("__metadata__", None)
-    if bad := [name for name, entry in header.items() if not isinstance(entry, dict)]:
-        raise IntegrityError(f"its header says of {bad[0]} what is no array")
-    return header, size - 8 - length
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise IntegrityError(f"{next(n for n in names if names.count(n) > 1)} is there twice")
-    return entries
+        header = file.read(int.from_bytes(file.read(8), "little"))
+    names = json.loads(header, object_pairs_hook=lambda pairs: [name for name, _ in pairs])
+    if len(set(names)) < len(names):
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)} is there twice")

@@ -1,32 +1,35 @@
-"""TensorFlow checkpoints (V2, "tensor bundle"), read without TensorFlow; every checksum is checked.
+"""Reads TensorFlow checkpoints (V2, "tensor bundle") without TensorFlow; checks every checksum.
 
     PREFIX.index                 a sorted table: name -> where its array lies, its type and shape
     PREFIX.data-00000-of-00001   the arrays, one after the other; there may be several such files
 
-The table is LevelDB's: blocks of keys that each share a beginning with the one before, an index
-block that points to them, a footer that points to the index. Its values are protocol buffers.
-Sources: leveldb, doc/table_format.md; TensorFlow, core/protobuf/tensor_bundle.proto and
-core/util/tensor_bundle/tensor_bundle.cc.
+The table is LevelDB's: blocks of keys that each share a prefix with the key before, an index block
+that points to them, a footer that points to the index. Its values are protocol buffers.
+Sources: leveldb, doc/table_format.md and util/crc32c.h; TensorFlow,
+core/protobuf/tensor_bundle.proto and core/util/tensor_bundle/tensor_bundle.cc.
 """
 
 import itertools
+import math
 import pathlib
 import re
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
+import google_crc32c
 import numpy as np
+from google.protobuf import empty_pb2
+from google.protobuf.message import DecodeError
+from google.protobuf.unknown_fields import UnknownFieldSet
+from tensorboard.compat.proto import tensor_shape_pb2
 
-from diffusion.convert.crc32c import crc32c, extend, masked
-from diffusion.convert.validation import covered, finite
-from diffusion.utils.errors import IntegrityError
+from diffusion.convert.validation import check_finite, check_shape, integrity_errors
 
 MAGIC = 0xDB4775248B80FB57
-FOOTER = 48  # bytes: two handles, padding to 40, the magic number
-MOST_INDEX = 2**26  # bytes; that of a network of 450 arrays has 2^15
-# A name that shares its beginning with the one before costs the file next to nothing, but memory.
-MOST_NAME, MOST_NAMES = 2**12, 2**16  # bytes of one, how many
-CHUNK = 2**24  # bytes of an array that are read and checked at a time
+FOOTER_BYTES = 48  # two handles, padding to 40, the magic number
+MAX_INDEX_BYTES = 2**26  # that of a network of 450 arrays has 2^15
+# A name that shares its prefix with the one before takes little of the file, but memory.
+MAX_NAME_BYTES, MAX_NAMES = 2**12, 2**16
 DTYPES = {  # TensorFlow's DataType -> NumPy's
     **{1: "<f4", 2: "<f8", 3: "<i4", 4: "u1", 5: "<i2", 6: "i1", 9: "<i8", 10: "?"},
     **{17: "<u2", 19: "<f2", 22: "<u4", 23: "<u8"},
@@ -34,113 +37,103 @@ DTYPES = {  # TensorFlow's DataType -> NumPy's
 
 
 class Entry(NamedTuple):
-    """Where an array lies. kind: TensorFlow's DataType; crc: masked; slices: of a cut variable."""
+    """Where an array lies; dtype: TensorFlow's DataType; crc: masked."""
 
-    kind: int
+    dtype: int
     shape: tuple[int, ...]
     shard: int
     offset: int
     size: int
     crc: int
-    slices: int
+    is_partitioned: bool
 
 
 class Bundle(NamedTuple):
-    """What the index tells: how many files of arrays there are, and every array by name."""
+    """The index of a checkpoint; shards: the number of data files."""
 
     prefix: pathlib.Path
     shards: int
     entries: dict[str, Entry]
 
 
-def prefix_of(path: pathlib.Path) -> pathlib.Path | None:
-    """The checkpoint that is meant by PREFIX, PREFIX.index, a folder or its file `checkpoint`.
+def find_prefix(path: pathlib.Path) -> pathlib.Path | None:
+    """Returns the checkpoint meant by PREFIX, PREFIX.index, a folder or its file `checkpoint`.
 
-    Of a folder it is the one that its file `checkpoint` names, or else the only one there. None if
-    there is no such checkpoint.
+    In a folder it is the one that its file `checkpoint` names, or else the only one. None if there
+    is no such checkpoint.
     """
     path = path.parent if path.name == "checkpoint" and path.is_file() else path
     if path.is_dir():
-        there = [p.with_suffix("") for p in path.glob("*.index")]
+        found = [p.with_suffix("") for p in path.glob("*.index")]
         named = path / _latest(path / "checkpoint")
-        return named if named in there else there[0] if len(there) == 1 else None
+        return named if named in found else found[0] if len(found) == 1 else None
     path = path.with_suffix("") if path.suffix == ".index" else path
     return path if path.name and path.with_name(f"{path.name}.index").is_file() else None
 
 
 def open_bundle(prefix: pathlib.Path) -> Bundle:
-    """Reads the index. Raises WeightsError if it is damaged or is none."""
+    """Reads the index. Raises IntegrityError if it is damaged."""
     path = prefix.with_name(f"{prefix.name}.index")
-    try:
-        if (size := path.stat().st_size) > MOST_INDEX:
-            raise IntegrityError(f"{path}: expected at most {MOST_INDEX:,} bytes, found {size:,}")
-        table = dict(itertools.islice(_table(path.read_bytes()), MOST_NAMES + 1))
-        if len(table) > MOST_NAMES:
-            raise IntegrityError(f"it has more than {MOST_NAMES:,} names")
-        header = _message(table.pop(b"", b""))
-        shards, big = _number(header, 1), _number(header, 2)
-        if not 1 <= shards <= 10**5 or big:
-            raise IntegrityError("it is no bundle of files of little-endian numbers")
-        # A key that begins with 0 belongs to a slice of a partitioned variable.
-        named = {key: value for key, value in table.items() if not key.startswith(b"\0")}
-        entries = {key.decode(): _entry(value) for key, value in named.items()}
-    except OSError as error:
-        raise IntegrityError(f"{path}: cannot be read: {error.strerror}") from error
-    except (IntegrityError, UnicodeDecodeError) as error:
-        raise IntegrityError(f"{path}: not the index of a TensorFlow checkpoint: {error}") from error
+    with integrity_errors(path):
+        if (size := path.stat().st_size) > MAX_INDEX_BYTES:
+            raise ValueError(f"expected at most {MAX_INDEX_BYTES:,} bytes, found {size:,}")
+        try:
+            table = dict(itertools.islice(_read_table(path.read_bytes()), MAX_NAMES + 1))
+            if len(table) > MAX_NAMES:
+                raise ValueError(f"it has more than {MAX_NAMES:,} names")
+            shards = _parse_header(table.pop(b"", b""))
+            # A key that begins with 0 belongs to a slice of a partitioned variable.
+            named = {key: value for key, value in table.items() if not key.startswith(b"\0")}
+            entries = {key.decode(): _parse_entry(named[key]) for key in named}
+        except (ValueError, DecodeError) as error:
+            raise ValueError(f"not the index of a TensorFlow checkpoint: {error}") from error
     return Bundle(prefix, shards, entries)
 
 
-def read(
-    bundle: Bundle, wanted: Callable[[str], bool] = lambda name: True
-) -> dict[str, np.ndarray]:
-    """{name: array} of the arrays whose names are wanted; no others are read.
+def read(bundle: Bundle, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Returns {name: array} of the named arrays; no others are read.
 
-    Raises WeightsError for files that are damaged, cut, or not there, and for wanted arrays that
-    hold NaN, are cut into slices, or are of a type that NumPy has not, such as strings.
+    Raises IntegrityError for files that are damaged or missing, and for named arrays that hold
+    NaN, are partitioned, or are of a type that NumPy lacks, such as strings.
     """
     arrays = {}
-    for name, entry in filter(lambda item: wanted(item[0]), bundle.entries.items()):
-        if not 0 <= entry.shard < bundle.shards:
-            raise IntegrityError(f"{name} lies in file {entry.shard}, there are {bundle.shards}")
+    for name in names:
+        entry = bundle.entries[name]
         shard = f"{bundle.prefix.name}.data-{entry.shard:05}-of-{bundle.shards:05}"
         path = bundle.prefix.with_name(shard)
-        try:
-            arrays[name] = finite(name, _array(name, entry, path))
-        except OSError as error:
-            raise IntegrityError(f"{path}: cannot be read: {error.strerror}") from error
+        with integrity_errors(path):
+            arrays[name] = check_finite(name, _read_array(name, entry, path))
     return arrays
 
 
-def _array(name: str, entry: Entry, path: pathlib.Path) -> np.ndarray:
-    if entry.slices:
-        raise IntegrityError(f"{name} is a partitioned variable, cut into slices: these are not read")
-    if entry.kind not in DTYPES:
-        raise IntegrityError(f"{name}: expected numbers, found TensorFlow's type {entry.kind}")
-    dtype, have = np.dtype(DTYPES[entry.kind]), path.stat().st_size
-    if entry.offset + entry.size > have:
-        end = entry.offset + entry.size
-        raise IntegrityError(f"{name}: {path} should go on to byte {end:,}, it has {have:,}")
-    covered(name, entry.shape, have // dtype.itemsize)
-    array = np.empty(entry.shape, dtype)
-    if array.nbytes != entry.size:
-        shape = list(entry.shape)
-        raise IntegrityError(f"{name}: {shape} takes {array.nbytes:,} bytes, not {entry.size:,}")
-    content, crc = array.reshape(-1).view(np.uint8), 0
-    with open(path, "rb") as file:
+def _read_array(name: str, entry: Entry, path: pathlib.Path) -> np.ndarray:
+    if entry.is_partitioned:
+        raise ValueError(f"{name} is a partitioned variable: these are not read")
+    if entry.dtype not in DTYPES:
+        raise ValueError(f"{name}: expected numbers, found TensorFlow's type {entry.dtype}")
+    dtype, available = np.dtype(DTYPES[entry.dtype]), path.stat().st_size
+    if entry.offset + entry.size > available:
+        where = f"{entry.size:,} bytes at {entry.offset:,}"
+        raise ValueError(f"{name}: expected {where}, the file has {available:,}")
+    check_shape(name, entry.shape, available // dtype.itemsize)
+    if (nbytes := math.prod(entry.shape) * dtype.itemsize) != entry.size:
+        raise ValueError(f"{name}: {entry.shape} takes {nbytes:,} bytes, not {entry.size:,}")
+    with path.open("rb") as file:
         file.seek(entry.offset)
-        for start in range(0, entry.size, CHUNK):
-            part = content[start : start + CHUNK]
-            if file.readinto(part) != part.size:
-                raise IntegrityError(f"{name}: {path} ends within it")
-            crc = extend(crc, part)
-    if masked(crc) != entry.crc:
-        raise IntegrityError(f"{name}: {path} is damaged there: its checksum is not the index's")
-    return array
+        content = file.read(entry.size)
+    if _masked_crc(content) != entry.crc:
+        raise ValueError(f"{name} is damaged: its checksum is not the index's")
+    return np.frombuffer(content, dtype).reshape(entry.shape)
+
+
+def _masked_crc(data: bytes) -> int:
+    """Returns CRC-32C as TensorFlow stores it: rotated and offset, for data that holds CRCs."""
+    crc = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
 
 
 def _latest(path: pathlib.Path) -> str:
-    """The prefix that a file `checkpoint` names, without its folder: it may have been moved."""
+    """Returns the prefix that a file `checkpoint` names, without its folder: it may have moved."""
     try:
         found = re.search(r'^model_checkpoint_path: "(.+)"$', path.read_text(), re.MULTILINE)
     except (OSError, UnicodeDecodeError):
@@ -148,46 +141,44 @@ def _latest(path: pathlib.Path) -> str:
     return pathlib.PurePosixPath(found[1]).name if found else ""
 
 
-
-
-def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+def _read_table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Yields the keys and values of a LevelDB table."""
-    footer = data[-FOOTER:]
-    if len(footer) < FOOTER or int.from_bytes(footer[40:], "little") != MAGIC:
-        raise IntegrityError("it does not end as one")
-    _, _, start, size, _ = _varints(footer[:40], 4)
+    footer = data[-FOOTER_BYTES:]
+    if len(footer) < FOOTER_BYTES or int.from_bytes(footer[40:], "little") != MAGIC:
+        raise ValueError("its footer is another")
+    _, _, start, size, _ = _read_varints(footer[:40], 4)
     last = None
-    for _, handle in _block(data, start, size):
-        for key, value in _block(data, *_varints(handle, 2)[:2]):
+    for _, handle in _read_block(data, start, size):
+        for key, value in _read_block(data, *_read_varints(handle, 2)[:2]):
             if last is not None and key <= last:
-                raise IntegrityError("its names are not in order")
+                raise ValueError("its names are not in order")
             last = key
             yield key, value
 
 
-def _block(data: bytes, start: int, size: int) -> Iterator[tuple[bytes, bytes]]:
-    """Yields what a block holds; behind it are a byte, 0 for "not compressed", and its checksum."""
+def _read_block(data: bytes, start: int, size: int) -> Iterator[tuple[bytes, bytes]]:
+    """Yields the keys and values of a block; 0 for "not compressed" and a checksum follow it."""
     end = start + size
-    if end + 5 > len(data) - FOOTER or size < 4:
-        raise IntegrityError("a block reaches beyond its end")
-    if masked(crc32c(data[start : end + 1])) != int.from_bytes(data[end + 1 : end + 5], "little"):
-        raise IntegrityError(f"it is damaged in bytes {start} to {end}: the checksum differs")
+    if end + 5 > len(data) - FOOTER_BYTES or size < 4:
+        raise ValueError("a block reaches beyond its end")
+    if _masked_crc(data[start : end + 1]) != int.from_bytes(data[end + 1 : end + 5], "little"):
+        raise ValueError(f"it is damaged in bytes {start} to {end}: the checksum differs")
     if data[end]:
-        raise IntegrityError("its blocks are compressed, which TensorFlow's are not")
-    restarts = int.from_bytes(data[end - 4 : end], "little")  # for searching; they are passed over
+        raise ValueError("its blocks are compressed, which TensorFlow's are not")
+    restarts = int.from_bytes(data[end - 4 : end], "little")  # for binary search: skipped
     block, at, key = data[start : max(start, end - 4 - 4 * restarts)], 0, b""
     while at < len(block):
-        shared, own, length, used = _varints(block[at : at + 30], 3)
+        shared, own, length, used = _read_varints(block[at : at + 30], 3)
         at += used
-        if shared > len(key) or at + own + length > len(block) or shared + own > MOST_NAME:
-            raise IntegrityError("a name or value reaches beyond its block")
+        if shared > len(key) or at + own + length > len(block) or shared + own > MAX_NAME_BYTES:
+            raise ValueError("a name or value reaches beyond its block")
         key = key[:shared] + block[at : at + own]
         yield key, block[at + own : at + own + length]
         at += own + length
 
 
-def _varints(data: bytes, count: int) -> list[int]:
-    """That many numbers of 7 bits a byte, the low ones first, and how many bytes they took."""
+def _read_varints(data: bytes, count: int) -> list[int]:
+    """Returns `count` integers of 7 bits a byte, low bits first, and the number of bytes read."""
     numbers, number, shift = [], 0, 0
     for used, byte in enumerate(data, 1):
         number |= (byte & 0x7F) << shift
@@ -199,52 +190,30 @@ def _varints(data: bytes, count: int) -> list[int]:
             break
         if len(numbers) == count:
             return [*numbers, used]
-    raise IntegrityError("a number in it has no end")
+    raise ValueError("an integer in it has no end")
 
 
+def _parse_fields(data: bytes) -> dict[int, int | bytes]:
+    """Returns {number of a field: its last value} of a protocol buffer."""
+    message = empty_pb2.Empty.FromString(data)
+    return {field.field_number: field.data for field in UnknownFieldSet(message)}
 
 
-def _message(data: bytes) -> dict[int, list[Any]]:
-    """{number of the field: its values} of a protocol buffer: ints, or bytes of what is nested."""
-    fields: dict[int, list[Any]] = {}
-    at = 0
-    while at < len(data):
-        tag, used = _varints(data[at : at + 10], 1)
-        at += used
-        wire, size = tag & 7, {1: 8, 5: 4}.get(tag & 7, 0)
-        if wire == 0 or wire == 2:
-            value, used = _varints(data[at : at + 10], 1)
-            at, size = at + used, value if wire == 2 else 0
-        elif not size:
-            raise IntegrityError(f"a message in it has a field of kind {wire}")
-        if at + size > len(data):
-            raise IntegrityError("a message in it is cut")
-        content = data[at : at + size]
-        if wire != 0:
-            value = content if wire == 2 else int.from_bytes(content, "little")
-        fields.setdefault(tag >> 3, []).append(value)
-        at += size
-    return fields
+def _parse_header(data: bytes) -> int:
+    """Returns the number of data files in a BundleHeaderProto."""
+    fields = _parse_fields(data)
+    shards, big_endian = fields.get(1, 0), fields.get(2, 0)
+    if type(shards) is not int or not 1 <= shards <= 10**5 or big_endian:
+        raise ValueError("expected data files of little-endian numbers, found none")
+    return shards
 
 
-def _number(fields: dict[int, list[Any]], field: int) -> int:
-    """The last value of a field, 0 if it is not there."""
-    value = fields.get(field, [0])[-1]
-    if not isinstance(value, int):
-        raise IntegrityError(f"a message in it has no number in field {field}")
-    return value
-
-
-def _nested(fields: dict[int, list[Any]], field: int) -> list[dict[int, list[Any]]]:
-    values = fields.get(field, [])
-    if not all(isinstance(value, bytes) for value in values):
-        raise IntegrityError(f"a message in it has no message in field {field}")
-    return [_message(value) for value in values]
-
-
-def _entry(data: bytes) -> Entry:
-    """The fields of BundleEntryProto, in its order."""
-    fields = _message(data)
-    shape = [_number(axis, 1) for s in _nested(fields, 2) for axis in _nested(s, 2)]
-    kind, shard, offset, size, crc = (_number(fields, i) for i in (1, 3, 4, 5, 6))
-    return Entry(kind, tuple(shape), shard, offset, size, crc, len(fields.get(7, [])))
+def _parse_entry(data: bytes) -> Entry:
+    """Parses a BundleEntryProto."""
+    fields = _parse_fields(data)
+    numbers, shape = [fields.get(i, 0) for i in (1, 3, 4, 5, 6)], fields.get(2, b"")
+    if not all(type(n) is int for n in numbers) or type(shape) is not bytes:
+        raise ValueError("an entry has a field of another type")
+    dims = tensor_shape_pb2.TensorShapeProto.FromString(shape).dim
+    dtype, *rest = numbers
+    return Entry(dtype, tuple(axis.size for axis in dims), *rest, is_partitioned=7 in fields)

@@ -1,23 +1,23 @@
-"""The parameters of the U-Net: what the official code, this one and diffusers call each of them.
+"""Names the U-Net's parameters as the official code, this repository and diffusers do.
 
-LAYERS and PARTS are the one table, for every direction; a network's names are its rows, once for
-every level and block. The arrays themselves tell how many there are, which levels have attention
-and which blocks change the number of channels; the rest follows.
+LAYERS and PARTS are the one table for every direction; a network's names are its rows, repeated for
+every level and block. The arrays themselves say how many there are, which levels have attention and
+which blocks change the number of channels.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 PREFIX = "model/"  # the variable scope that the official scripts put the network in
 
-# The words for a layer's parameters: official, Flax. diffusers calls all but a bias `weight`.
+# Per kind of layer {official: Flax} parameter names. diffusers calls all but a bias `weight`.
 NORM = {"gamma": "scale", "beta": "bias"}
 LINEAR = {"W": "kernel", "b": "bias"}
 EMBEDDING = {"": "embedding"}  # no official network has one
-# The layers of each kind of part: official and Flax, diffusers, the words for their parameters.
+# Per kind of part its layers: (official and Flax, diffusers, parameter names).
 LAYERS = {
     "ends": (
         ("conv_in", "conv_in", LINEAR),
@@ -43,8 +43,8 @@ LAYERS = {
     ),
     "resample": (("conv", "conv", LINEAR),),
 }
-# The parts: official (after PREFIX) and Flax, diffusers, their kind. i counts the levels from the
-# fine end, k from the coarse one, as diffusers does on the way up; j counts the blocks of a level.
+# (official after PREFIX and Flax, diffusers, kind of part). i counts the levels from the finest, k
+# from the coarsest, as diffusers does in its up blocks; j counts the blocks of a level.
 PARTS = (
     ("", "", "ends"),
     ("temb/", "time_embedding.", "temb"),
@@ -59,35 +59,19 @@ PARTS = (
     ("up_{i}/attn_{j}/", "up_blocks.{k}.attentions.{j}.", "attn"),
     ("up_{i}/upsample/", "up_blocks.{k}.upsamplers.0.", "resample"),
 )
+MAX_COUNT = 100  # of levels, and of blocks in a level: a file's names may claim any number
 
 
 class Name(NamedTuple):
-    """What one array is called: by the official code ('': it has none), here, by diffusers."""
+    """The names of one array, by naming scheme; official is "" where it has none."""
 
     official: str
     flax: str
     diffusers: str
 
 
-class Scheme(NamedTuple):
-    """How to look into arrays of one naming.
-
-    beginning: (here, diffusers), columns of PARTS -> how such names begin.
-    name: Name -> this scheme's. channels: shape of a kernel -> its channels, in and out.
-    """
-
-    beginning: Callable[[str, str], str]
-    name: Callable[[Name], str]
-    channels: Callable[[tuple], tuple]
-
-
-OFFICIAL = Scheme(lambda here, other: PREFIX + here, lambda n: n.official, lambda shape: shape[-2:])
-FLAX = Scheme(lambda here, other: here, lambda n: n.flax, lambda shape: shape[-2:])
-DIFFUSERS = Scheme(lambda here, other: other, lambda n: n.diffusers, lambda shape: shape[:2])
-
-
 class Structure(NamedTuple):
-    """What a network consists of. attention: one for each level, as the U-Net's levels count."""
+    """The parts of a network; attention: whether level i, from the finest, has it."""
 
     levels: int
     blocks: int
@@ -95,28 +79,33 @@ class Structure(NamedTuple):
     classes: bool
 
 
-def names_of(arrays: Mapping[str, Any], scheme: Scheme) -> list[Name]:
-    """The names of all parameters of the network that has these arrays, as far as they tell."""
+def parameter_names(arrays: Mapping[str, Any], scheme: str) -> list[Name]:
+    """Returns the names of all parameters of the network that has these arrays.
+
+    scheme: the field of `Name` that the arrays are named by.
+    """
     found = []
-    for part in _parts(structure(arrays, scheme)):
-        names = list(_of_part(*part))
-        conv1 = next((scheme.name(name) for name in names if "/conv1/kernel" in name.flax), "")
-        channels = scheme.channels(np.shape(arrays.get(conv1, 0)))
+    for part in _parts(network_structure(arrays, scheme)):
+        names = list(_part_names(*part))
+        conv1 = next((getattr(n, scheme) for n in names if "/conv1/kernel" in n.flax), "")
+        shape = np.shape(arrays.get(conv1, 0))
+        channels = shape[:2] if scheme == "diffusers" else shape[-2:]
         if len(set(channels)) < 2:  # in == out, or there is no such layer
             names = [name for name in names if "/nin_shortcut/" not in name.flax]
         found += names
     return found
 
 
-def structure(arrays: Mapping[str, Any], scheme: Scheme) -> Structure:
-    """How many levels and blocks there are, which levels have attention, whether classes."""
+def network_structure(arrays: Mapping[str, Any], scheme: str) -> Structure:
+    """Infers the parts of a network from the names of its arrays."""
 
-    def has(here, diffusers, **at):
-        beginning = scheme.beginning(here, diffusers).format(**at)
-        return any(name.startswith(beginning) for name in arrays)
+    def has(flax, diffusers, **indices):
+        prefix = {"official": PREFIX + flax, "flax": flax, "diffusers": diffusers}[scheme]
+        return any(name.startswith(prefix.format(**indices)) for name in arrays)
 
-    def count(here, diffusers):
-        return next(i for i in itertools.count() if not has(here, diffusers, i=i))
+    def count(flax, diffusers):
+        found = (i for i in range(MAX_COUNT) if not has(flax, diffusers, i=i))
+        return next(found, MAX_COUNT)
 
     def attention(i):
         down = has("down_{i}/attn_", "down_blocks.{i}.attentions.", i=i)
@@ -133,26 +122,26 @@ def structure(arrays: Mapping[str, Any], scheme: Scheme) -> Structure:
 
 def _parts(s: Structure) -> Iterator[tuple[str, str, str]]:
     """Yields the rows of PARTS, once for each level and block that has them."""
-    for here, diffusers, kind in PARTS:
-        up = here.startswith("up_")
-        # The last level in each direction leads to no other.
+    for flax, diffusers, kind in PARTS:
+        up = flax.startswith("up_")
+        # The last level in each direction is followed by no other.
         resampled = range(1, s.levels) if up else range(s.levels - 1)
         attended = [i for i in range(s.levels) if s.attention[i]]
         levels = {"attn": attended, "resample": resampled}.get(kind, range(s.levels))
-        blocks = range(s.blocks + up) if "{j}" in here else [0]
-        if "{i}" not in here:
+        blocks = range(s.blocks + up) if "{j}" in flax else [0]
+        if "{i}" not in flax:
             levels = [0] if kind != "classes" or s.classes else []
         for i, j in itertools.product(levels, blocks):
-            at = {"i": i, "j": j, "k": s.levels - 1 - i}
-            yield here.format(**at), diffusers.format(**at), kind
+            indices = {"i": i, "j": j, "k": s.levels - 1 - i}
+            yield flax.format(**indices), diffusers.format(**indices), kind
 
 
-def _of_part(here: str, diffusers: str, kind: str) -> Iterator[Name]:
+def _part_names(flax: str, diffusers: str, kind: str) -> Iterator[Name]:
     """Yields the names of a part's parameters."""
-    for layer, other, words in LAYERS[kind]:
-        for official, flax in words.items():
+    for layer, other_layer, words in LAYERS[kind]:
+        for official, word in words.items():
             yield Name(
-                f"{PREFIX}{here}{layer}/{official}" if official else "",
-                f"{here}{layer}/{flax}",
-                f"{diffusers}{other}.{'bias' if flax == 'bias' else 'weight'}",
+                f"{PREFIX}{flax}{layer}/{official}" if official else "",
+                f"{flax}{layer}/{word}",
+                f"{diffusers}{other_layer}.{'bias' if word == 'bias' else 'weight'}",
             )

@@ -1,39 +1,54 @@
-"""What holds for files of weights of every kind, and the error that all that is wrong becomes.
+"""Checks that files of weights of every format share.
 
-A header's claims are limits, never amounts to trust: nothing is allocated that the file's own size
-does not cover.
+What a header claims is a limit, never a size to allocate: nothing is allocated that the file's own
+size does not cover.
 """
+
+import contextlib
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from diffusion.utils.errors import IntegrityError
+from diffusion.utils.errors import IntegrityError, one_line
 
-MOST_TEXT = 1000  # characters of an error
-MOST_AXIS = 2**24  # elements along an axis of an array that is empty
-
-
-    def __init__(self, text: object):
-        # A file may name its arrays as it likes: with line breaks, without end.
-        line = "".join(c if c.isprintable() else " " for c in f"{text}"[:MOST_TEXT])
-        super().__init__(" ".join(line.split()))
+MAX_EMPTY_AXIS = 2**24  # length of an axis of an array without elements
 
 
-def covered(name: str, shape: Sequence[int], have: int) -> None:
-    """Raises WeightsError unless `shape` is one, of at most `have` elements, which the file holds.
+@contextlib.contextmanager
+def integrity_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Turns an OSError or ValueError of parsing a file into an IntegrityError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise IntegrityError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise IntegrityError(f"{path}: {one_line(error)}") from error
 
-    Axes are bounded one by one, too: (0, 2^40) has no element, and is no shape of weights.
+
+def check_shape(name: str, shape: Sequence[int], available: int) -> None:
+    """Raises ValueError unless `shape` is valid and has at most `available` elements.
+
+    Axes are bounded one by one as well: (0, 2^40) has no elements, but no network has such a shape.
     """
     if type(shape) not in (list, tuple) or not all(type(n) is int and n >= 0 for n in shape):
-        raise IntegrityError(f"{name} claims a shape that is none")
-    if max(shape, default=0) > max(have, MOST_AXIS) or math.prod(shape) > have:
-        raise IntegrityError(f"{name} claims the shape {list(shape)}, the file holds {have} elements")
+        raise ValueError(f"{one_line(name, 100)}: expected a shape, found none")
+    if max(shape, default=0) > max(available, MAX_EMPTY_AXIS) or math.prod(shape) > available:
+        claim = f"{one_line(name, 100)} claims the shape {one_line(list(shape), 100)}"
+        raise ValueError(f"{claim}, the file holds {available} elements")
 
 
-def finite(name: str, array: np.ndarray) -> np.ndarray:
-    """The array. Raises WeightsError if it holds NaN or infinity."""
+def check_finite(name: str, array: np.ndarray) -> np.ndarray:
+    """Returns the array. Raises ValueError if it holds NaN or infinity."""
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         where = np.argwhere(~np.isfinite(array))[0].tolist()
-        raise IntegrityError(f"{name} holds {array[tuple(where)]} at {where}; the file is damaged")
+        found = f"{one_line(name, 100)} holds {array[tuple(where)]} at {where}"
+        raise ValueError(f"{found}; the file is damaged")
     return array
+
+
+def summarize(names: Iterable[str], most: int = 3) -> str:
+    """Returns the first names in one short line; another network would list hundreds."""
+    names = list(names)
+    return one_line(", ".join(names[:most]), 200) + (", ..." if len(names) > most else "")

@@ -1,31 +1,31 @@
-"""3x3 convolutions with fewer multiplications, for processors.
+"""3x3 convolutions with fewer multiplications, on CPUs.
 
-    (m+2)² pixels of x ── B ──┐
-                              × ── A ── m² pixels of y
-            3x3 kernel ── G ──┘
+    [m + 2, m + 2] pixels of x ── B ──┐
+                                      × ── A ── [m, m] pixels of y
+                  [3, 3] kernel ── G ─┘
 
-F(m x m, 3x3) of Winograd, as in Lavin and Gray (arXiv 1509.09308, Sections 4.1 and 4.3): tile and
-kernel are carried to (m+2)² numbers each, these are multiplied one by one, for all channels and
-tiles a product of matrices, and the products are carried back. Where the plain sum takes 9
-multiplications for a number of y, m = 2 takes 4, and m = 4 takes 2.25. A few images are taken at a
-time, so that all this stays in the processor's cache.
+Winograd's F(m x m, 3x3), as in Lavin and Gray 2015 (arXiv:1509.09308), Sections 4.1 and 4.3: the
+tile transforms B and G turn tile and kernel into (m + 2)² numbers each, these are multiplied
+elementwise, which is a matrix product over channels and tiles, and A transforms the products into
+pixels. Of the 9 multiplications per output number, m = 2 needs 4 and m = 4 needs 2.25.
 
-    float32 results differ from the exact sum's by    of the largest
-    F2                                                1e-6
-    F4                                                1e-5
+`conv` and `conv_with_vjp` take the place of `lax.conv_general_dilated` in nn.Conv.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import Mesh, PartitionSpec
 
+IMAGES, REPLICATED = PartitionSpec("data"), PartitionSpec()  # over `sharding.data_mesh`
 Matrix = tuple[tuple[float, ...], ...]
 
 
-class F(NamedTuple):
+class Transform(NamedTuple):
     """F(m x m, 3x3). B: [m + 2, m + 2], G: [m + 2, 3], A: [m, m + 2]; the paper's Bᵀ, G and Aᵀ."""
 
     m: int
@@ -34,14 +34,14 @@ class F(NamedTuple):
     A: Matrix
 
 
-F2 = F(
+F2 = Transform(
     2,
     B=((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1)),
     G=((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1)),
     A=((1, 1, 1, 0), (0, 1, -1, -1)),
 )
 
-F4 = F(
+F4 = Transform(
     4,
     B=(
         (4, 0, -5, 0, 1, 0),
@@ -62,112 +62,188 @@ F4 = F(
     A=((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1)),
 )
 
-# Tiles, each channel's counted by itself, that are taken at a time, or one image. A turn of the
-# gradient by the kernel also reads and writes its sums, (m+2)² numbers for each pair of channels:
-# so it takes more images a turn.
-TILES, TILES_BY_KERNEL = 2**15, 2**16
+# Below this much work, height * width * channels in * channels out, XLA's convolution is faster.
+MIN_WORK, MIN_WORK_WITH_VJP = 2**21, 2**22
+MAX_IMAGE_SIZE = 2**20  # height * width * channels; the tiles of larger images leave the cache
+MIN_TILES_PER_SIDE = 4  # of F4; on fewer, transforming the kernel costs more than F4 saves
+# Tiles, counted once per channel, that fit in the cache. A chunk of the kernel's gradient also
+# reads and writes (m + 2)² sums per pair of channels, so its chunks are larger.
+TILES_PER_CHUNK, TILES_PER_KERNEL_CHUNK = 2**15, 2**16
 
 
-def convolve(x: Array, kernel: Array, f: F) -> Array:
-    """The 'SAME' convolution: x [b, h, w, c], kernel [3, 3, c, o] -> [b, h, w, o].
+def conv(
+    x: Array, kernel: Array, strides: Any, padding: Any, *, mesh: Mesh | None = None, **options
+) -> Array:
+    """Returns `lax.conv_general_dilated`, on CPUs by F2 where that is faster.
 
+    The rounding error is 1e-6 of the largest output. Can be differentiated in every mode.
+
+    x: [b, h, w, c]. kernel: [kh, kw, c, o]. mesh: the `sharding.data_mesh` over which b is sharded;
+    without it a CPU gathers the images first.
+    """
+    if _is_faster(MIN_WORK, x, kernel, strides, padding, options):
+        return _conv_3x3(_mesh_for(x, mesh), F2, x, kernel)
+    return lax.conv_general_dilated(x, kernel, strides, padding, **options)
+
+
+def conv_with_vjp(
+    x: Array, kernel: Array, strides: Any, padding: Any, *, mesh: Mesh | None = None, **options
+) -> Array:
+    """`conv` by F4 where it fits, with a custom VJP by the same transform; no JVP.
+
+    The rounding error is 1e-5 of the largest output: far below the noise of a batch's gradient, but
+    too coarse for evaluation.
+    """
+    if _is_faster(MIN_WORK_WITH_VJP, x, kernel, strides, padding, options):
+        m, side = F4.m, F4.m * MIN_TILES_PER_SIDE
+        fits = all(n % m == 0 and n >= side for n in x.shape[1:3])
+        return _conv_3x3_with_vjp(_mesh_for(x, mesh), F4 if fits else F2, x, kernel)
+    return lax.conv_general_dilated(x, kernel, strides, padding, **options)
+
+
+def _is_faster(min_work, x, kernel, strides, padding, options):
+    """Whether a transform applies (undilated 3x3, float32, even sides) and pays."""
+    _, height, width, channels = x.shape
+    *window, c, o = kernel.shape
+    steps = {*strides, *(options.get("lhs_dilation") or ()), *(options.get("rhs_dilation") or ())}
+    applies = window == [3, 3] and steps == {1} and padding == "SAME" and c == channels
+    applies &= height % 2 == width % 2 == 0 and x.dtype == kernel.dtype == jnp.float32
+    return applies and min(c, o) >= 32 and height * width * c * o >= min_work
+
+
+def _fits_in_cache(x):
+    return math.prod(x.shape[1:]) <= MAX_IMAGE_SIZE
+
+
+def _mesh_for(x, mesh):
+    return mesh if mesh is not None and x.shape[0] % mesh.size == 0 else None
+
+
+def _conv_3x3(mesh, transform, x, kernel):
+    on_cpu = functools.partial(conv_3x3, transform=transform) if _fits_in_cache(x) else _xla_conv
+    return _dispatch(mesh, on_cpu, _xla_conv, (IMAGES, REPLICATED), IMAGES, x, kernel)
+
+
+def _conv_3x3_backward(mesh, transform, residuals, g):
+    def gradients(x, kernel, g):
+        fits = _fits_in_cache(g)
+        grad_x = input_gradient(g, kernel, transform) if fits else xla_gradients(x, kernel, g)[0]
+        grad_kernel = kernel_gradient(x, g, transform)
+        return grad_x, lax.psum(grad_kernel, mesh.axis_names) if mesh is not None else grad_kernel
+
+    def xla_gradients(x, kernel, g):
+        return jax.vjp(_xla_conv, x, kernel)[1](g)
+
+    specs = (IMAGES, REPLICATED, IMAGES), (IMAGES, REPLICATED)
+    return _dispatch(mesh, gradients, xla_gradients, *specs, *residuals, g)
+
+
+def _dispatch(mesh, on_cpu, elsewhere, in_specs, out_specs, *arrays):
+    """Returns on_cpu(*arrays), each device of the mesh for its images, or elsewhere(*arrays)."""
+    if mesh is not None:
+        on_cpu = jax.shard_map(on_cpu, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+    return lax.platform_dependent(*arrays, cpu=on_cpu, default=elsewhere)
+
+
+def _xla_conv(x, kernel):
+    layout = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
+
+
+_conv_3x3_with_vjp = jax.custom_vjp(_conv_3x3, nondiff_argnums=(0, 1))
+_conv_3x3_with_vjp.defvjp(lambda *args: (_conv_3x3(*args), args[2:]), _conv_3x3_backward)
+
+
+def conv_3x3(x: Array, kernel: Array, transform: Transform, product: str = "jtc,jco->jto") -> Array:
+    """Returns the 'SAME' convolution of x [b, h, w, c] and kernel [3, 3, c, o].
+
+    product: the sum over channels, of tiles t by kernels, for each element j of a row of the tile.
     Raises ValueError where m does not divide h and w.
     """
-    return _convolved(x, kernel, f, "jtc,jco->jto")
+    kernels = _transform_2d(transform.G, kernel)
 
-
-def by_x(g: Array, kernel: Array, f: F) -> Array:
-    """The gradient of `convolve` by x, g [b, h, w, o] being that by its output: -> [b, h, w, c].
-
-    Raises ValueError as it does.
-    """
-    # The sum is over the last axis of both: transposed beforehand, kernels are read against the
-    # grain, which takes longer than all the rest.
-    return _convolved(g, kernel[::-1, ::-1], f, "jto,jco->jtc")
-
-
-def _convolved(x, kernel, f, product):
-    kernels = [jnp.stack(row) for row in both_sides(f.G, kernel)]
-
-    def some(x):
+    def convolve_chunk(x):
         rows = []
-        for tile, k in zip(tiles(x, f), kernels, strict=True):
-            products = jnp.einsum(product, flat(tile), k).reshape(*tile.shape[:-1], -1)
-            rows.append(jnp.stack(times(f.A, products), axis=3))
-        rows = lax.optimization_barrier(rows)  # else computed anew for each of the m rows of pixels
-        return jnp.stack(times(f.A, rows), axis=2).reshape(*x.shape[:3], -1)
+        for tiles, k in zip(_input_tiles(x, transform), kernels, strict=True):
+            products = jnp.einsum(product, _flatten(tiles), k).reshape(*tiles.shape[:-1], -1)
+            rows.append(jnp.stack(_matvec(transform.A, products), axis=3))
+        # Without the barrier XLA computes them anew for each of the m rows of pixels.
+        rows = lax.optimization_barrier(rows)
+        return jnp.stack(_matvec(transform.A, rows), axis=2).reshape(*x.shape[:3], -1)
 
-    return lax.map(some, *in_turns(TILES * f.m**2, x)).reshape(*x.shape[:3], -1)
+    chunks = _split_batch(TILES_PER_CHUNK * transform.m**2, x)
+    return lax.map(convolve_chunk, *chunks).reshape(*x.shape[:3], -1)
 
 
-def by_kernel(x: Array, g: Array, f: F) -> Array:
-    """The gradient of `convolve` by the kernel, g [b, h, w, o] being that by its output.
+def input_gradient(g: Array, kernel: Array, transform: Transform) -> Array:
+    """Returns the gradient of `conv_3x3` by x from g [b, h, w, o], the gradient by its output."""
+    # Sums over the last axis of both: transposing the kernels beforehand would make these products
+    # read memory with a stride, which takes longer than all the rest.
+    return conv_3x3(g, kernel[::-1, ::-1], transform, "jto,jco->jtc")
 
-    The way of `convolve`, taken backwards: -> [3, 3, c, o]. Raises ValueError as it does.
-    """
 
-    def some(x, g):
-        of_x, of_g = tiles(x, f), carried(transposed(f.A), f.m, g, *g.shape[1:3])
-        pairs = zip(map(flat, of_x), map(flat, of_g), strict=True)
+def kernel_gradient(x: Array, g: Array, transform: Transform) -> Array:
+    """Returns the gradient of `conv_3x3` by the kernel; g as of `input_gradient`."""
+
+    def sum_chunk(x, g):
+        x_tiles = _input_tiles(x, transform)
+        g_tiles = _transform_tiles(_transpose(transform.A), transform.m, g, *g.shape[1:3])
+        pairs = zip(map(_flatten, x_tiles), map(_flatten, g_tiles), strict=True)
         return [jnp.einsum("jtc,jto->jco", a, b) for a, b in pairs]
 
-    def add(total, next_):
-        return jax.tree.map(jnp.add, total, some(*next_)), None
+    def add_chunk(total, chunk):
+        return jax.tree.map(jnp.add, total, sum_chunk(*chunk)), None
 
-    x, g = in_turns(TILES_BY_KERNEL * f.m**2, x, g)
-    total, _ = lax.scan(add, some(x[0], g[0]), (x[1:], g[1:]))
-    return jnp.stack([jnp.stack(row) for row in both_sides(transposed(f.G), total)])
+    x, g = _split_batch(TILES_PER_KERNEL_CHUNK * transform.m**2, x, g)
+    total, _ = lax.scan(add_chunk, sum_chunk(x[0], g[0]), (x[1:], g[1:]))
+    return jnp.stack(_transform_2d(_transpose(transform.G), total))
 
 
-def in_turns(numbers: int, *arrays: Array) -> tuple[Array, ...]:
-    """[b, h, w, c] -> [turns, images of a turn, h, w, c] each: at most so many numbers, or one."""
+def _split_batch(max_size, *arrays):
+    """Reshapes each [b, h, w, c] to [chunks, images, h, w, c], images as many as max_size holds."""
     b, largest = arrays[0].shape[0], max(a[0].size for a in arrays)
-    images = max(k for k in range(1, b + 1) if b % k == 0 and (k * largest <= numbers or k == 1))
-    # Computed once: else a single turn would compute them again for each of the tiles' numbers.
+    images = max(k for k in range(1, b + 1) if b % k == 0 and (k * largest <= max_size or k == 1))
+    # Without the barrier a single chunk would be computed again for each element of the tiles.
     arrays = lax.optimization_barrier(arrays)
     return tuple(a.reshape(-1, images, *a.shape[1:]) for a in arrays)
 
 
-def tiles(x: Array, f: F) -> list[Array]:
-    """[b, m i, m j, c] -> m + 2 of [m + 2, b, i, j, c]: B on both sides of overlapping tiles.
-
-    Raises ValueError where m does not divide the height and width.
-    """
+def _input_tiles(x, transform):
+    """Returns the overlapping tiles of x [b, h, w, c], transformed as by `_transform_tiles`."""
     _, height, width, _ = x.shape
-    if height % f.m or width % f.m:
-        wanted = f"expected a height and width that {f.m} divides"
-        raise ValueError(f"{wanted}, found {height}x{width}")
+    m = transform.m
+    if height % m or width % m:
+        raise ValueError(f"x: expected a height and width that {m} divides, found {height}x{width}")
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    return carried(f.B, f.m, padded, height, width)
+    return _transform_tiles(transform.B, m, padded, height, width)
 
 
-def carried(matrix: Matrix, m: int, x: Array, height: int, width: int) -> list[Array]:
-    """[n, k] on both sides of k² pixels of x at every m-th one -> n of [n, b, h / m, w / m, c].
+def _transform_tiles(matrix, m, x, height, width):
+    """Returns M tile Mᵀ, M [n, k], of the [k, k] pixels at every m-th one, as n arrays [n, …].
 
-    x: [b, height, width, c], and k - m more rows and columns, which the last of the pixels need.
+    x: [b, height + k - m, width + k - m, c]; … is [b, height / m, width / m, c].
     """
     k = range(len(matrix[0]))
-    rows = times(matrix, [x[:, i : i + height : m] for i in k])
-    return [jnp.stack(times(matrix, [row[:, :, j : j + width : m] for j in k])) for row in rows]
+    rows = _matvec(matrix, [x[:, i : i + height : m] for i in k])
+    return [jnp.stack(_matvec(matrix, [row[:, :, j : j + width : m] for j in k])) for row in rows]
 
 
-def flat(tile: Array) -> Array:
+def _flatten(tiles):
     """[n, b, i, j, c] -> [n, b i j, c]: with more axes XLA would transpose products in memory."""
-    return tile.reshape(len(tile), -1, tile.shape[-1])
+    return tiles.reshape(len(tiles), -1, tiles.shape[-1])
 
 
-def both_sides(matrix: Matrix, grid: Sequence[Sequence[Array]] | Array) -> list[list[Array]]:
-    """M g Mᵀ of a small matrix g of arrays of one shape."""
-    half = [times(matrix, row) for row in grid]
-    columns = [times(matrix, column) for column in zip(*half, strict=True)]
-    return [list(row) for row in zip(*columns, strict=True)]
+def _transform_2d(matrix, grid):
+    """Returns M g Mᵀ, a list of stacked rows, for a small matrix g of arrays of one shape."""
+    half = [_matvec(matrix, row) for row in grid]
+    columns = [_matvec(matrix, column) for column in zip(*half, strict=True)]
+    return [jnp.stack(row) for row in zip(*columns, strict=True)]
 
 
-def times(matrix: Matrix, arrays: Sequence[Array] | Array) -> list[Array]:
-    """M v of a small vector v of arrays of one shape."""
+def _matvec(matrix, arrays):
+    """Returns M v for a small vector v of arrays of one shape."""
     return [sum(m * a for m, a in zip(row, arrays, strict=True) if m) for row in matrix]
 
 
-def transposed(matrix: Matrix) -> Matrix:
-    """Mᵀ."""
+def _transpose(matrix):
     return tuple(zip(*matrix, strict=True))

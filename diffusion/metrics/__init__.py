@@ -1,171 +1,137 @@
-"""How near generated images are to real ones: what is kept of a set's features, and its scores.
+"""METRICS: scores of generated images, computed from two FeatureSets.
 
-A `Sample` is collected batch by batch, in memory that does not depend on how many images there are,
-and can be saved and continued. Every entry of METRICS then compares two of them. Which features
-they are of - Inception's, random convolutions', pixels - is the caller's; `label` names the result
-so that no other distance is ever called a FID.
+The caller chooses the features (Inception, random convolutions, pixels); `metric_name` gives a
+score its public name, so that only the distance of Inception features is called a FID.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
+from diffusion.metrics import frechet, pairwise
 from diffusion.metrics.feature_set import FeatureSet
-from diffusion.metrics.frechet import extrapolated, finalize, frechet_distance, jackknife
-from diffusion.metrics.inception_score import inception_score, merge_class_stats
-from diffusion.metrics.pairwise import balls, mmd, mmd_of_parts, precision_recall
+from diffusion.metrics.inception_score import ClassStats, inception_score
 
-GROUPS = 10  # that the error of a Frechet distance is read from
-
-
-SPLITS = 10  # of the Inception Score
-
-
-KEEP = 10_000  # rows of features: 80 MB of Inception's
-
-
-FULL = 50_000  # images of a FID without a count behind its name
-
-
-@functools.lru_cache(maxsize=8)
-def rows(n: int, m: int) -> np.ndarray:
-    """Which m of n images keep their features, rising: drawn once and for all by n and m.
-
-    At random, since sets come sorted, or with classes in turn.
-    """
-    chosen = np.sort(np.random.RandomState(0).permutation(n)[:m])
-    chosen.flags.writeable = False
-    return chosen
+JACKKNIFE_GROUPS = 10
+FID_NUM_IMAGES = 50_000  # images of a FID whose name has no count
 
 
 class Score(NamedTuple):
-    """A number and its standard error over splits, parts or a fit; None where nothing tells it."""
+    """A number and its standard error, None if unknown."""
 
     value: float
     error: float | None = None
 
 
 class Metric(NamedTuple):
-    """One way of comparing two sets.
-
-    scores:    (generated, reference) -> {name: Score}.
-    generated, reference: what it reads of each: "stats", "features", "classes", or "" for nothing.
-    lower:     less is better.
-    """
+    """A comparison of a generated with a reference FeatureSet, giving {name: Score}."""
 
     scores: Callable[[FeatureSet, FeatureSet | None], dict[str, Score]]
-    generated: str
-    reference: str
-    lower: bool
+    generated: str  # the field that is read: "stats", "features" or "classes"
+    reference: str  # the same; "" if no reference is needed
+    lower: bool  # whether lower is better
 
 
 def _fd(generated, reference):
-    real = finalize(reference.stats)
-    error = None
-    if len(generated.features) >= 2 * GROUPS:
-        # The error of the kept rows alone, and that of as many as there are.
-        share = len(generated.features) / generated.stats.n
-        error = jackknife(generated.features, real, GROUPS) * np.sqrt(share)
-    return {"fd": Score(frechet_distance(finalize(generated.stats), real), error)}
+    real, stderr = frechet.finalize(reference.stats), None
+    if (kept := len(generated.features)) >= 2 * JACKKNIFE_GROUPS:
+        kept_stderr = frechet.jackknife_stderr(generated.features, real, JACKKNIFE_GROUPS)
+        stderr = kept_stderr * np.sqrt(kept / generated.stats.n)  # scaled to all images
+    distance = frechet.frechet_distance(frechet.finalize(generated.stats), real)
+    return {"fd": Score(distance, stderr)}
 
 
 def _fd_infinity(generated, reference):
-    return {"fd_infinity": Score(*extrapolated(generated.features, finalize(reference.stats)))}
+    real = frechet.finalize(reference.stats)
+    return {"fd_infinity": Score(*frechet.frechet_distance_infinity(generated.features, real))}
 
 
-def _is(generated, reference):
+def _is(generated, _):
     splits = inception_score(generated.classes)
-    at_once = inception_score(merge_class_stats(generated.classes))
-    # Of 10 splits; the +- of published scores is their population deviation, 3 times this error.
-    error = splits.std() / np.sqrt(len(splits) - 1)
-    return {"is": Score(float(splits.mean()), float(error)), "is_1split": Score(float(at_once[0]))}
+    merged = ClassStats(*(x.sum(0, keepdims=True) for x in generated.classes))
+    # The +- of published scores is the population deviation of 10 splits, 3 times this error.
+    stderr = splits.std() / np.sqrt(len(splits) - 1)
+    unsplit = Score(float(inception_score(merged)[0]))
+    return {"is": Score(float(splits.mean()), float(stderr)), "is_1split": unsplit}
 
 
 def _kid(generated, reference):
-    mean, error, whole = mmd_of_parts(generated.features, reference.features)
-    full = mmd(generated.features, reference.features)
-    return {"kid": Score(mean, error), "kid_full": Score(full, whole)}
+    mean, stderr, full_stderr = pairwise.kid(generated.features, reference.features)
+    full = pairwise.polynomial_mmd(generated.features, reference.features)
+    return {"kid": Score(mean, stderr), "kid_full": Score(full, full_stderr)}
 
 
 def _precision_recall(generated, reference):
-    precision, recall = precision_recall(generated.features, reference.features)
-    return {
-        "precision": _share(precision, len(generated.features)),
-        "recall": _share(recall, len(reference.features)),
-    }
+    a, b = generated.features, reference.features
+    precision, recall = pairwise.precision_recall(a, b)
+    return {"precision": _fraction(precision, len(a)), "recall": _fraction(recall, len(b))}
 
 
-def _share(p: float, n: int) -> Score:
-    """A share of n features, with its error if they were drawn anew and the balls stayed."""
+def _fraction(p: float, n: int) -> Score:
+    """Returns a fraction of n features with its binomial error, the balls fixed."""
     return Score(p, float(np.sqrt(p * (1 - p) / n)))
 
 
 def _density_coverage(generated, reference):
-    held, covered = balls(generated.features, reference.features)
-    error = float(held.std() / np.sqrt(len(held)))  # of other balls of as many real images
-    return {
-        "density": Score(float(held.mean()), error),
-        "coverage": _share(float(covered.mean()), len(covered)),
-    }
+    density, covered = pairwise.density_coverage(generated.features, reference.features)
+    score = Score(float(density.mean()), float(density.std() / np.sqrt(len(density))))
+    return {"density": score, "coverage": _fraction(float(covered.mean()), len(covered))}
 
 
-def _holds(sample: FeatureSet | None, need: str) -> bool:
-    if sample is None:
-        return not need
-    absent = {"features": not len(sample.features), "classes": sample.classes is None}
-    return not absent.get(need, False)
+def _has(feature_set: FeatureSet | None, field: str) -> bool:
+    if feature_set is None or not field:
+        return not field
+    value = getattr(feature_set, field)
+    return value is not None and len(value) > 0
 
 
 def applicable_metrics(generated: FeatureSet, reference: FeatureSet | None = None) -> list[str]:
-    """The names in METRICS for which both samples hold what is needed."""
+    """Returns the names in METRICS whose required fields both feature sets have."""
     return [
         name
         for name, metric in METRICS.items()
-        if _holds(generated, metric.generated) and _holds(reference, metric.reference)
+        if _has(generated, metric.generated) and _has(reference, metric.reference)
     ]
 
 
-def evaluate(name: str, generated: FeatureSet, reference: FeatureSet | None = None) -> dict[str, Score]:
-    """METRICS[name] of two samples, after looking at them: {name of a score: Score}.
+def evaluate(
+    name: str, generated: FeatureSet, reference: FeatureSet | None = None
+) -> dict[str, Score]:
+    """Returns the scores of METRICS[name] after checking both feature sets.
 
-    Raises ValueError for samples that are not complete, lack what the metric needs, are of
-    different features, or too small.
+    Raises ValueError if one is incomplete, too small or lacks a required field, or if their numbers
+    of features differ.
     """
     metric = METRICS[name]
-    for sample, need, who in (
+    for feature_set, field, role in (
         (generated, metric.generated, "generated"),
         (reference, metric.reference, "reference"),
     ):
-        if not _holds(sample, need):
-            raise ValueError(f"{name}: expected {need} of the {who} images, found none kept")
-        if need and sample.stats.n < sample.n:
-            seen = f"{sample.stats.n} of {sample.n}"
-            raise ValueError(f"{name}: expected all {who} images, found {seen}; collect the rest")
-    if metric.reference:
-        d, d_reference = len(generated.stats.sum), len(reference.stats.sum)
-        if d != d_reference:
-            raise ValueError(f"{name}: expected features of one kind, found {d} and {d_reference}")
+        if not _has(feature_set, field):
+            raise ValueError(f"{name}: expected {field} of the {role} images, found none kept")
+        if field and feature_set.stats.n < feature_set.n:
+            found = f"{feature_set.stats.n} of {feature_set.n}"
+            raise ValueError(f"{name}: expected all {role} images, found {found}; add the rest")
+    sizes = [len(each.stats.sum) for each in (generated, reference) if each]
+    if metric.reference and sizes[0] != sizes[1]:
+        raise ValueError(f"{name}: expected features of one kind, found {sizes[0]} and {sizes[1]}")
     return metric.scores(generated, reference)
 
 
-def metric_name(score: str, space: str, n: int) -> str:
-    """What a score is called: by its features, and a FID by its number of generated images too.
+def metric_name(score: str, kind: str, n: int) -> str:
+    """Returns the public name of a score of n generated images by the kind of features.
 
-    score: a name that METRICS gives; space: "inception", "spatial" (the map of arXiv 2103.03841),
-    or any other kind of features; n: how many images were generated.
-        fd:        fid, fid@5000 below 50,000 images; sfid, sfid@5000; fd_random, fd_pixels
-        fd_infinity: fid_infinity; sfid_infinity; fd_infinity_random
-        others:    kid; kid_spatial, kid_random
+    Kinds are "inception", "spatial" (Inception's map, arXiv:2103.03841) or any other. Examples:
+    fid, fid@5000 below 50,000 images, sfid, fid_infinity, kid, kid_spatial, fd_random.
     """
-    family, _, kind = score.partition("_")
-    if family != "fd" or space not in ("inception", "spatial"):
-        return score if space == "inception" else f"{score}_{space}"
-    name = {"inception": "fid", "spatial": "sfid"}[space]
-    if kind:
-        return f"{name}_{kind}"
-    return name if n >= FULL else f"{name}@{n}"
+    family, _, suffix = score.partition("_")
+    if family != "fd" or kind not in ("inception", "spatial"):
+        return score if kind == "inception" else f"{score}_{kind}"
+    name = {"inception": "fid", "spatial": "sfid"}[kind]
+    if suffix:
+        return f"{name}_{suffix}"
+    return name if n >= FID_NUM_IMAGES else f"{name}@{n}"
 
 
 METRICS = {

@@ -1,283 +1,230 @@
-"""Sets of images, and what is kept of them once they were read through some kinds of features.
-
-A set is a split of the data, or a folder, zip, tar or npz. It is read once, in batches over all
-devices; what is kept of it (metrics.Sample) does not grow with it, and is written now and then, so
-that a pass that was killed goes on.
-"""
+"""Image sets (a split, an array, files) and the extraction of their features on all devices."""
 
 import functools
 import hashlib
-import io
 import itertools
+import os
 import pathlib
 import time
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
-from diffusion import data
-from diffusion.data import loader
-from diffusion.data.prepare import archives, image_decoding, sources
-from diffusion.metrics import feature_set, features, inception
-from diffusion.metrics.feature_set import FeatureSet
-from diffusion.runtime.config import call_for_key, lookup
+from diffusion.data import ImageDataset
+from diffusion.data.loader import iterate_split
+from diffusion.data.prepare.archives import Item
+from diffusion.data.prepare.image_decoding import ImageSpec, NormalizedImage, normalize_image
+from diffusion.data.prepare.sources import open_source
+from diffusion.metrics import features, inception
+from diffusion.metrics.feature_set import FeatureSet, add, begin, from_arrays, to_arrays
 from diffusion.sharding import batch_sharded, local_rows, make_global_array, replicated
+from diffusion.utils import partial_results
 from diffusion.utils.errors import DataError
-from diffusion.utils.io import save_bytes
-from diffusion.utils.multihost import broadcast_from_primary
-from diffusion.utils.progress import Progress
+from diffusion.utils.multihost import broadcast_from_primary, is_primary
 
-KINDS = {"inception": ("inception", "spatial")}  # of features.FEATURES: the name itself
-
-
-KEEP_S = 30  # seconds between two writings of what is read so far
+INCEPTION_KINDS = ("inception", "spatial")  # of features, from one pass of the network
 
 
 class ImageSet(NamedTuple):
-    """n images of one shape (h, w, c), in a fixed order.
-
-    batches: (size, rows, first batch) -> the rows of each batch of `size`, uint8[r, h, w, c]; the
-             last batch is filled up.
-    concern: what a reader of its scores should know, or "".
-    """
+    """n images of one shape in a fixed order."""
 
     name: str
     n: int
-    shape: tuple[int, int, int]
+    shape: tuple[int, int, int]  # (h, w, c)
+    # (batch size, rows, first batch) -> uint8[r, h, w, c], the given rows of each batch, padded.
     batches: Callable[[int, Any, int], Iterator[np.ndarray]]
-    concern: str = ""
+    warning: str = ""  # what makes its scores less comparable
 
 
-def image_set_from_split(images: data.ImageDataset, split: str, n: int = 0, workers: int = 0) -> ImageSet:
-    """n images of a split, evenly spread, as sets may come sorted; 0: all of them."""
-    some = images
+def image_set_from_split(
+    images: ImageDataset, split: str, n: int = 0, workers: int = 0
+) -> ImageSet:
+    """Returns n images of a split, evenly spaced because sets come sorted; 0 for all of them."""
+    subset = images
     if 0 < n < images.n:
-        some = images._replace(n=n, read=functools.partial(_read_some, images, n))
+        subset = images._replace(n=n, read=functools.partial(_read_subset, images, n))
 
-    def batches(size, rows, first):
-        return (batch[0] for batch in loader.iterate_split(some, size, rows, workers, first))
+    def batches(batch_size, rows, first):
+        return (image for image, *_ in iterate_split(subset, batch_size, rows, workers, first))
 
-    return ImageSet(split, some.n, images.shape, batches)
+    return ImageSet(split, subset.n, images.shape, batches)
 
 
-def _read_some(images: data.ImageDataset, n: int, i: Any) -> tuple[np.ndarray, np.ndarray]:
+def _read_subset(images: ImageDataset, n: int, i: Any) -> tuple[np.ndarray, np.ndarray]:
     return images.read([k * images.n // n for k in i])
 
 
 def image_set_from_array(name: str, images: np.ndarray) -> ImageSet:
-    """uint8[n, h, w, c], here already."""
-    read = lambda i: (images[list(i)], np.zeros(len(i), np.int32))  # noqa: E731
-    return image_set_from_split(data.ImageDataset(len(images), images.shape[1:], 0, read), name)
+    """Wraps an in-memory array uint8[n, h, w, c] as an ImageSet."""
+    n = len(images)
+
+    def batches(batch_size, rows, first):
+        for start in range(first * batch_size, n, batch_size):
+            yield images[np.minimum(start + np.arange(batch_size)[rows], n - 1)]
+
+    return ImageSet(name, n, images.shape[1:], batches)
 
 
-def image_set_from_files(path: str, channels: int = 0, most: int = 0) -> ImageSet:
-    """The images of a folder, zip, tar or npz, as they are: none is cropped or resized.
+def image_set_from_files(path: str, channels: int = 0, max_images: int = 0) -> ImageSet:
+    """Returns the images of a folder, zip, tar or npz as they are, without cropping or resizing.
 
-    channels: 1 or 3, 0: as the first one has. most: of them, 0: all. Raises Fatal; while they are
-    read, for an image of another size or one that cannot be read.
+    channels is 1, 3, or 0 for those of the first image; max_images is 0 for all. Raises DataError
+    for fewer than two images; while reading, for an image that is damaged or of another size.
     """
-    try:
-        source = sources.open_source("folder", archive=path)
-        first = next(iter(source.items()))
-    except (archives.SourceError, StopIteration) as error:
-        why = str(error).removeprefix("data.archive: ") or "expected images, found none"
-        raise DataError(why if path in why else f"{path}: {why}") from error
-    look = image_decoding.ImageSpec(1, 1, 3)
-    size, mode = _picture(path, first, look)[2:4]
-    grey = first.content.shape[2:] in ((), (1,)) if mode == "array" else mode[0] in "L1I"
-    own = 1 if grey else 3
-    channels = channels or own
-    rule = image_decoding.ImageSpec(*size, channels)
-    n = min(most, source.count) or source.count
-    if n < 2:
+    if not os.path.exists(os.path.expanduser(path)):
+        raise DataError(f"{path}: expected images, found no file or folder")
+    source = open_source("folder", archive=path)
+    first = next(iter(source.items()), None)
+    n = min(max_images or source.count, source.count)
+    if first is None or n < 2:
         raise DataError(f"{path}: expected two images or more, found {n}")
+    original = _decode(path, first, ImageSpec(1, 1, 3))
+    is_file = isinstance(first.content, bytes)
+    is_grey = original.mode[0] in "L1I" if is_file else first.content[0, 0].size == 1
+    channels = channels or (1 if is_grey else 3)
+    spec = ImageSpec(*original.size, channels)
 
-    def rows_of(items: Iterable[archives.Item]) -> Iterator[np.ndarray]:
-        for item in items:
-            picture = _picture(path, item, rule)
-            if picture.size != size:
-                wanted = f"expected images of one size, {size[0]}x{size[1]} like the first"
-                found = f"found {picture.size[0]}x{picture.size[1]} ({item.name})"
-                raise DataError(f"{path}: {wanted}, {found}; prepare them alike")
-            yield picture.pixels
-
-    def batches(size, rows, first):
-        pixels = rows_of(itertools.islice(source.items(), first * size, n))
-        while batch := list(itertools.islice(pixels, size)):
-            batch += batch[-1:] * (size - len(batch))
+    def batches(batch_size, rows, first):
+        items = itertools.islice(source.items(), first * batch_size, n)
+        pixels = (_decode(path, item, spec).pixels for item in items)
+        while batch := list(itertools.islice(pixels, batch_size)):
+            batch += batch[-1:] * (batch_size - len(batch))
             yield np.stack(batch)[rows]
 
-    concerns = []
-    if isinstance(first.content, bytes) and first.content[:2] == b"\xff\xd8":
-        concerns.append("JPEG files: what their compression lost is part of every score")
-    if channels != own:
-        concerns.append("colour images, read as grey" if channels == 1 else "grey images")
-    concern = "; ".join(concerns)
-    return ImageSet(pathlib.Path(path).name, n, (*size, channels), batches, concern)
+    warnings = []
+    if is_file and first.content.startswith(b"\xff\xd8"):
+        warnings.append("JPEG files: what their compression lost is part of every score")
+    if is_grey != (channels == 1):
+        warnings.append("grey images" if is_grey else "colour images, read as grey")
+    name = pathlib.Path(path).name
+    return ImageSet(name, n, (*original.size, channels), batches, "; ".join(warnings))
 
 
-def _picture(path: str, item: archives.Item, rule: image_decoding.ImageSpec) -> image_decoding.NormalizedImage:
+def _decode(path: str, item: Item, spec: ImageSpec) -> NormalizedImage:
+    """Decodes an image; unless spec is 1x1, its size must be the spec's."""
     try:
-        if isinstance(item.content, archives.SourceError):
+        if isinstance(item.content, DataError):
             raise item.content
-        return image_decoding.normalize_image(item.content, rule)
-    except (archives.SourceError, image_decoding.ImageError) as error:
+        image = normalize_image(item.content, spec)
+    except DataError as error:  # says nothing of the file
         raise DataError(f"{path}: {item.name}: {error}") from error
+    size = spec.height, spec.width
+    if image.size != size and size != (1, 1):
+        wanted = f"expected images of one size, {size[0]}x{size[1]} like the first"
+        found = f"found {image.size[0]}x{image.size[1]} ({item.name})"
+        raise DataError(f"{path}: {wanted}, {found}; resize them alike")
+    return image
 
 
 class FeatureExtractor(NamedTuple):
-    """run: uint8[b, h, w, c] over the devices -> {kind: (features [b, d], logits [b, k] or None)}.
+    """A compiled function from batch-sharded images uint8[b, h, w, c] to all kinds of features."""
 
-    kinds: {kind: (d, k or 0)}. shape: (h, w, c) of the images. mark: hexadecimal digits that tell
-    the network's weights from others, "" without it.
-    """
-
+    # Gives {kind: (features [b, d], logits [b, k] or None)}, replicated.
     run: Callable[[Array], dict[str, tuple[Array, Array | None]]]
-    kinds: dict[str, tuple[int, int]]
-    shape: tuple[int, int, int]
-    mark: str = ""
+    kinds: dict[str, tuple[int, int]]  # {kind: (d, k or 0)}
+    shape: tuple[int, int, int]  # of the images
+    fingerprint: str = ""  # of the Inception weights, if used
 
 
 def make_extractor(
-    names: Iterable[str], shape: tuple[int, int, int], mesh: jax.sharding.Mesh, weights: Any = None
+    names: Iterable[str], shape: tuple[int, int, int], mesh: Mesh, weights: Any = None
 ) -> FeatureExtractor:
-    """All kinds of features of a batch in one compiled pass.
+    """Returns an extractor that computes all features of images of this shape in one program.
 
-    names: of features.FEATURES, and "inception", which also gives "spatial". weights: of the
-    network, as inception.fold gives them. Raises DDPMError for unknown names, and images too small.
+    Names are keys of features.FEATURES, or "inception", which also gives "spatial" and needs the
+    weights of `inception.fold`. Raises ValueError for unknown names, and for images that are too
+    small for a kind of features.
     """
-    known = {"inception": None, **features.FEATURES}
-    for name in names:
-        lookup(known, "eval.features", name)
-    own = {
-        name: call_for_key(features.FEATURES[name], "eval.features", shape)
-        for name in names
-        if name != "inception"
-    }
-    network = inception.Inception()
+    names = tuple(names)
+    known = ("inception", *features.FEATURES)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"{unknown[0]!r} is not known; there are: {', '.join(known)}")
+    functions = {name: features.FEATURES[name](shape) for name in names if name != "inception"}
 
-    def on_images(weights, images):
-        out = {name: (function(images), None) for name, function in own.items()}
+    def apply(weights, images):
+        out = {name: (function(images), None) for name, function in functions.items()}
         if "inception" in names:
-            taps = network.apply({"params": weights}, inception.preprocess(images))
+            taps = inception.Inception().apply({"params": weights}, inception.preprocess(images))
             out["inception"] = taps["2048"], taps["logits_unbiased"]
             out["spatial"] = taps["spatial"], None
         return out
 
-    whole, split = replicated(mesh), batch_sharded(mesh)
-    mark = mark_of(weights) if "inception" in names else ""
-    weights = jax.tree.map(lambda a: make_global_array(np.asarray(a), whole, a.shape), weights)
-    compiled = jax.jit(on_images, in_shardings=(whole, split), out_shardings=whole)
-    images = jax.ShapeDtypeStruct((mesh.size, *shape), np.uint8)
-    shapes = jax.eval_shape(on_images, weights, images)
-    order = [kind for name in names for kind in KINDS.get(name, (name,))]
-    sizes = {kind: (f.shape[1], 0 if g is None else g.shape[1]) for kind, (f, g) in shapes.items()}
-    kinds = {kind: sizes[kind] for kind in order}
-    return FeatureExtractor(functools.partial(compiled, weights), kinds, tuple(shape), mark)
-
-
-def mark_of(weights: Any) -> str:
-    """8 hexadecimal digits of a SHA-256 over all arrays of a tree."""
-    digest = hashlib.sha256()
-    for array in jax.tree.leaves(weights):
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()[:8]
+    everywhere = replicated(mesh)
+    content = b"".join(np.asarray(array).tobytes() for array in jax.tree.leaves(weights))
+    fingerprint = hashlib.sha256(content).hexdigest()[:8] if content else ""
+    replicate = functools.partial(jax.make_array_from_process_local_data, everywhere)
+    weights = jax.tree.map(replicate, weights)
+    shardings = everywhere, batch_sharded(mesh)
+    compiled = jax.jit(apply, in_shardings=shardings, out_shardings=everywhere)
+    shapes = jax.eval_shape(apply, weights, jax.ShapeDtypeStruct((1, *shape), np.uint8))
+    order = itertools.chain(*(INCEPTION_KINDS if n == "inception" else (n,) for n in names))
+    kinds = {kind: tuple(0 if a is None else a.shape[1] for a in shapes[kind]) for kind in order}
+    return FeatureExtractor(functools.partial(compiled, weights), kinds, tuple(shape), fingerprint)
 
 
 def extract(
-    some: ImageSet,
+    image_set: ImageSet,
     extractor: FeatureExtractor,
-    size: int,
+    batch_size: int,
     keep: int,
-    mesh: jax.sharding.Mesh,
-    kept: pathlib.Path | None = None,
-    silent: bool = False,
+    mesh: Mesh,
+    partial: pathlib.Path | None = None,
+    on_batch: Callable[[int], None] = lambda done: None,
 ) -> dict[str, FeatureSet]:
-    """What is kept of all images of a set, for each kind of features. Shows progress.
+    """Returns the FeatureSet of each kind of features, on process 0; {} on the others.
 
-    size: images a batch, a multiple of the devices. kept: where what is read so far is written, to
-    go on from, or None. Every process takes part; only the first keeps anything, the others get {}.
-    Raises DDPMError for what cannot be scored; DataError and DDPMError while reading.
+    All processes call this function, with a batch size that is a multiple of the devices. A set
+    keeps at most `keep` rows. An interrupted pass resumes from the file `partial`, which is deleted
+    at the end. `on_batch` is called after each batch with the number of images done so far. Raises
+    DataError for an image that cannot be read.
     """
-    split, keeps = batch_sharded(mesh), jax.process_index() == 0
-    rows = local_rows(split, size)
-    setting = f"{some.name} {some.n} {some.shape} {size} {keep} {extractor.kinds} {extractor.mark}"
-    done, samples = _taken_up(kept, setting) if keeps else (0, {})
-    if keeps and not samples:
-        samples = {k: feature_set.begin(some.n, d, keep, c) for k, (d, c) in extractor.kinds.items()}
-    done, saved = broadcast_from_primary(done), time.monotonic()
-    begun = -(-done // size)
-    with Progress(some.n, done, unit="image", silent=silent or not keeps) as shown:
-        for i, batch in enumerate(some.batches(size, rows, begun), begun):
-            out = extractor.run(make_global_array(batch, split, (size, *some.shape)))
-            real = min(size, some.n - i * size)
-            if keeps:
-                out = jax.device_get(out)
-                samples = {
-                    kind: call_for_key(feature_set.add, some.name, sample, *_head(out[kind], real))
-                    for kind, sample in samples.items()
-                }
-            shown(i * size + real)
-            if keeps and kept and time.monotonic() - saved > KEEP_S:
-                _put_down(kept, setting, samples)
-                saved = time.monotonic()
-    if keeps and kept:
-        kept.unlink(missing_ok=True)
-    return samples
-
-
-def _head(both, n):
-    """The first n of (features, logits or None)."""
-    return [None if array is None else array[:n] for array in both]
+    name, n, shape, *_ = image_set
+    setting = f"{name} {n} {shape} {batch_size} {keep} {extractor.kinds} {extractor.fingerprint}"
+    feature_sets: dict[str, FeatureSet] = {}
+    if is_primary():
+        arrays = partial_results.load(partial, setting)
+        for kind, (d, classes) in extractor.kinds.items():
+            empty = begin(n, d, keep, classes)
+            feature_sets[kind] = from_arrays(arrays, f"{kind}/") if arrays else empty
+    done = max((each.stats.n for each in feature_sets.values()), default=0)
+    first = -(-broadcast_from_primary(done) // batch_size)
+    saved = time.monotonic()
+    for done, outputs in _feature_batches(image_set, extractor, batch_size, mesh, first):
+        for kind in feature_sets:
+            feature_sets[kind] = add(feature_sets[kind], *outputs[kind])
+        due = time.monotonic() - saved > partial_results.SAVE_EVERY_S
+        if is_primary() and partial and due:
+            arrays = {}
+            for kind, each in feature_sets.items():
+                arrays |= to_arrays(each, f"{kind}/")
+            partial_results.save(partial, setting, **arrays)
+            saved = time.monotonic()
+        on_batch(done)
+    if is_primary() and partial:
+        partial.unlink(missing_ok=True)
+    return feature_sets
 
 
 def features_of(
-    some: ImageSet, extractor: FeatureExtractor, size: int, mesh: jax.sharding.Mesh
+    image_set: ImageSet, extractor: FeatureExtractor, batch_size: int, mesh: Mesh
 ) -> dict[str, np.ndarray]:
-    """All features of a set that fits into memory: {kind: float32[n, d]}. Raises as `read`."""
-    split = batch_sharded(mesh)
-    parts: dict[str, list[np.ndarray]] = {kind: [] for kind in extractor.kinds}
-    for batch in some.batches(size, local_rows(split, size), 0):
-        out = extractor.run(make_global_array(batch, split, (size, *some.shape)))
-        for kind, (f, _) in jax.device_get(out).items():
-            parts[kind].append(f)
-    return {kind: np.concatenate(each)[: some.n] for kind, each in parts.items()}
+    """Returns all features {kind: float32[n, d]} of a set that fits into memory, as `extract`."""
+    batches = [out for _, out in _feature_batches(image_set, extractor, batch_size, mesh, 0)]
+    return {kind: np.concatenate([out[kind][0] for out in batches]) for kind in extractor.kinds}
 
 
-def _put_down(kept: pathlib.Path, setting: str, samples: dict[str, FeatureSet]) -> None:
-    arrays = {
-        f"{kind}/{name}": array
-        for kind, sample in samples.items()
-        for name, array in feature_set.to_arrays(sample).items()
-    }
-    content = io.BytesIO()
-    np.savez(content, setting=setting, **arrays)
-    save_bytes(kept, content.getvalue())
-
-
-def _taken_up(kept: pathlib.Path | None, setting: str) -> tuple[int, dict[str, FeatureSet]]:
-    """(images read, what was kept of them) by an earlier pass of the same setting, or of none."""
-    try:
-        with np.load(io.BytesIO(kept.read_bytes())) as file:
-            arrays = {name: file[name] for name in file.files}
-        if str(arrays.pop("setting")) != setting:
-            return 0, {}
-        return _samples(arrays)
-    except (AttributeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
-        return 0, {}
-
-
-def _samples(arrays: dict[str, np.ndarray]) -> tuple[int, dict[str, FeatureSet]]:
-    kinds = dict.fromkeys(name.partition("/")[0] for name in arrays)
-    samples = {
-        kind: feature_set.from_arrays(
-            {k.partition("/")[2]: v for k, v in arrays.items() if k.startswith(f"{kind}/")}
-        )
-        for kind in kinds
-    }
-    counts = {sample.stats.n for sample in samples.values()}
-    return (counts.pop(), samples) if len(counts) == 1 else (0, {})
+def _feature_batches(
+    image_set: ImageSet, extractor: FeatureExtractor, batch_size: int, mesh: Mesh, first: int
+) -> Iterator[tuple[int, dict[str, tuple[np.ndarray, np.ndarray | None]]]]:
+    """Yields the number of images done and the batch's outputs, without padding, on the host."""
+    sharding, shape = batch_sharded(mesh), (batch_size, *image_set.shape)
+    batches = image_set.batches(batch_size, local_rows(sharding, batch_size), first)
+    for i, batch in enumerate(batches, first):
+        out = jax.device_get(extractor.run(make_global_array(batch, sharding, shape)))
+        done = min((i + 1) * batch_size, image_set.n)
+        real = done - i * batch_size
+        yield done, jax.tree.map(lambda a, real=real: a[:real], out)

@@ -1,45 +1,69 @@
-"""--mode=sample, and the drawing of samples for every other mode: compiled, sharded, kept on disk.
+"""Drawing for all modes: compiled samplers, and sets of samples on disk that survive a kill.
 
-Image i of a seed is a function of the seed, i and the weights: neither batches nor devices have a
-say. So a set of samples that was begun can be taken up at any image, and made longer.
+Image i is a function of the seed, i, the sampler and the weights. It depends on neither the batch
+nor the devices, so that a set can be resumed at any image and extended later.
 """
 
 import hashlib
 import json
-import os
 import pathlib
 import time
 import zipfile
-from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import random
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from diffusion import experiment, process
 from diffusion.data import augment
 from diffusion.experiment import Experiment
-from diffusion.runtime.config import FREE, differences, flatten
-from diffusion.samplers import base
+from diffusion.modes._common import Trained, load_trained
+from diffusion.runtime import preemption, workdir
+from diffusion.runtime.config import TRAINING_KEYS, Run, differences, flatten, with_overrides
+from diffusion.samplers import editing
 from diffusion.sharding import batch_sharded, replicated
-from diffusion.utils.errors import DDPMError, WorkdirError
-from diffusion.utils.io import save_bytes, save_npz, save_text
+from diffusion.utils import io, logging, partial_results
+from diffusion.utils.errors import one_line
+from diffusion.utils.multihost import barrier, broadcast_from_primary, is_primary
 from diffusion.utils.progress import Progress
+
+MAX_PARTS = 25  # of a chain; after each, progress is reported and a stop request is followed
+
+
+def load_for_sampling(run: Run, exp: Experiment) -> Trained:
+    """Restores the averaged weights, and measures the variance of sampler.variance=analytic.
+
+    Raises ConfigError for a wrong sampler before anything is read, WorkdirError, DataError.
+    """
+    experiment.make_sampler(run.config, exp)
+    trained = load_trained(run, exp)
+    if run.config.sampler.variance != experiment.ANALYTIC:
+        return trained
+    from diffusion.modes import _split_pass  # with the likelihood's code, for this case alone
+
+    return _split_pass.with_analytic(trained)
+
+
+# Compiled samplers
 
 
 class CompiledSampler(NamedTuple):
-    """The compiled parts of sampling `size` images, sharded over the devices.
+    """Compiled functions that draw `size` images at a time, sharded over the devices.
 
-    start:   (seed uint32[], label int32[], indices int32[size]) -> (keys, labels, carry): x_T and
-             what goes with it; a label below 0 is all classes in turn.
-    advance: (params, keys, label, carry, ts) -> carry, as far along the chain as ts goes.
-    finish:  x_0 -> uint8[size, h, w, c].
-    ts:      int32[steps + 1], all the times to visit. label: of sample.label.
-    size:    images at a time. evaluations: of the network for each of them.
+    Attributes:
+      start: (seed uint32[], label int32[] or int32[b], indices int32[b], fork uint32[b] or None,
+        x or None) -> (keys, labels, state at x). Label -1 stands for all classes in turn; forks of
+        an image differ in the noise after the start; x is x_T by default.
+      advance: (params, keys, labels, state, i int32[], j int32[]) -> state taken from ts[i] to
+        ts[j], by one program for all i and j. The state is donated.
+      finish: x_0 float32[b, h, w, c] -> uint8[b, h, w, c], replicated.
+      ts: int32[steps + 1], falling from T to 0.
+      evaluations: network evaluations per image.
+      label: sample.label.
     """
 
     start: Callable
@@ -50,79 +74,137 @@ class CompiledSampler(NamedTuple):
     evaluations: int
     label: int
 
+    @property
+    def steps(self) -> int:
+        return len(self.ts) - 1
 
-def compile_sampler(config: ConfigDict, x: Experiment, batch_size: int) -> CompiledSampler:
-    """The config's sampler for `batch_size` images at a time, rounded up to the devices."""
-    sampler, ts = experiment.make_sampler(config, x)
-    predictor = experiment.make_predictor(config, x)
-    size = -(-batch_size // x.mesh.size) * x.mesh.size
-    classes = config.model.num_classes
-    whole, split = replicated(x.mesh), batch_sharded(x.mesh)
 
-    def start(seed, label, indices):
+def compile_sampler(config: ConfigDict, exp: Experiment, batch_size: int) -> CompiledSampler:
+    """Builds the config's sampler for batch_size images, rounded up to a multiple of the devices.
+
+    Raises ConfigError.
+    """
+    sampler, ts = experiment.make_sampler(config, exp)
+    predictor = experiment.make_predictor(config, exp)
+    size = -(-batch_size // exp.mesh.size) * exp.mesh.size
+    classes, evaluations = max(config.model.num_classes, 1), sampler.evaluations(len(ts) - 1)
+    whole, split = replicated(exp.mesh), batch_sharded(exp.mesh)
+
+    def start(seed, label, indices, fork=None, x=None):
         indices = jax.lax.with_sharding_constraint(indices, split)
         keys = jax.vmap(random.fold_in, (None, 0))(random.key(seed), indices)
-        x_T = process.sample_noise(keys, 0, jnp.zeros((size, *x.image_shape)))
-        labels = jnp.where(label < 0, indices % max(classes, 1), label)
-        return keys, labels, sampler.init(x_T)
+        if x is None:
+            x = process.sample_noise(keys, 0, jnp.zeros((len(indices), *exp.image_shape)))
+        keys = keys if fork is None else jax.vmap(editing.fork_key)(keys, fork)
+        return keys, jnp.where(label < 0, indices % classes, label), sampler.init(x)
 
-    def advance(params, keys, label, carry, ts):
-        return base.advance(sampler, predictor(params, label), keys, carry, ts)
+    def advance(params, keys, labels, state, i, j):
+        return editing.advance_between(sampler, predictor(params, labels), keys, state, ts, i, j)
 
-    return CompiledSampler(
-        jax.jit(start, in_shardings=whole, out_shardings=split),
-        jax.jit(
-            advance,
-            in_shardings=(whole, split, split, split, whole),
-            out_shardings=split,
-            donate_argnums=3,
-        ),
-        jax.jit(augment.unscale, in_shardings=split, out_shardings=whole),
-        ts,
-        size,
-        sampler.evaluations(len(ts) - 1),
-        config.sample.label,
-    )
+    finish = jax.jit(augment.unscale, in_shardings=split, out_shardings=whole)
+    start, advance = compile_chain(exp, start, advance)
+    return CompiledSampler(start, advance, finish, ts, size, evaluations, config.sample.label)
 
 
-def steps_of(chain: CompiledSampler, n: int) -> int:
-    """How many steps of the chain n samples take, one batch after the other."""
-    return -(-n // chain.size) * (len(chain.ts) - 1)
+def compile_chain(exp: Experiment, start: Callable, advance: Callable) -> tuple[Callable, Callable]:
+    """Compiles the first two functions of a CompiledSampler."""
+    whole, split = replicated(exp.mesh), batch_sharded(exp.mesh)
+    shardings = (whole, split, split, split, whole, whole)
+    start = jax.jit(start, in_shardings=whole, out_shardings=split)
+    return start, jax.jit(advance, in_shardings=shardings, out_shardings=split, donate_argnums=3)
+
+
+def iterate_states(
+    sampler: CompiledSampler,
+    params: Any,
+    start: tuple[Any, Any, Any],
+    positions: Sequence[int],
+    report: Callable[[int], None] | None = None,
+    done: int = 0,
+) -> Iterator[Any]:
+    """Yields a batch's state at each position, valid until the next one is asked for.
+
+    All processes take part. Raises preemption.Stopped.
+
+    Args:
+      start: (keys, labels, state at positions[0]).
+      positions: rising indices of sampler.ts.
+      report: called with `done` plus the steps taken, after each part of the chain.
+    """
+    keys, labels, state = start
+    length, i = -(-sampler.steps // MAX_PARTS), positions[0]
+    for position in positions:
+        while i < position:
+            j = min(i + length, position)
+            state = sampler.advance(params, keys, labels, state, np.int32(i), np.int32(j))
+            jax.block_until_ready(state)
+            done, i = done + j - i, j
+            if report:
+                report(done)
+            preemption.raise_if_requested()
+        yield state
 
 
 def draw(
-    chain: CompiledSampler,
+    sampler: CompiledSampler,
     params: Any,
     seed: int,
     n: int,
-    report: Callable[[int], None] = lambda done: None,
-    stopped: Callable[[], bool] = lambda: False,
+    report: Callable[[int], None] | None = None,
     first: int = 0,
 ) -> Iterator[np.ndarray]:
-    """Samples first..n-1 of a seed, uint8[<= size, h, w, c] at a time.
+    """Draws images first..n-1 of a seed, uint8[<= size, h, w, c] at a time.
 
-    A chain is walked in up to 25 parts of one length, so that a long wait can be watched: `report`
-    is told the steps done, and once `stopped()` is true no more images come.
+    All processes take part. report: called with the steps done. Raises preemption.Stopped.
     """
-    steps, done = len(chain.ts) - 1, 0
-    length = _part(steps)
-    for at in range(first, n, chain.size):
-        indices = np.arange(at, at + chain.size, dtype=np.int32)
-        keys, label, carry = chain.start(np.uint32(seed), np.int32(chain.label), indices)
-        for i in range(0, steps, length):
-            carry = chain.advance(params, keys, label, carry, chain.ts[i : i + length + 1])
-            jax.block_until_ready(carry)
-            report(done := done + length)
-            if stopped():
-                return
-        yield np.asarray(chain.finish(carry.x))[: n - at]
+    for batch, at in enumerate(range(first, n, sampler.size)):
+        indices, done = np.arange(at, at + sampler.size, dtype=np.int32), batch * sampler.steps
+        start = sampler.start(np.uint32(seed), np.int32(sampler.label), indices)
+        *_, state = iterate_states(sampler, params, start, (0, sampler.steps), report, done)
+        yield np.asarray(sampler.finish(state.x))[: n - at]
+
+
+def num_steps(sampler: CompiledSampler, n: int) -> int:
+    """Returns the steps that n images take, one batch after the other."""
+    return -(-n // sampler.size) * sampler.steps
+
+
+def estimate_seconds(sampler: CompiledSampler, params: Any, n: int) -> float:
+    """Returns about how long n images take; times a few steps of one batch, once compiled."""
+    indices, few = np.arange(sampler.size, dtype=np.int32), -(-sampler.steps // MAX_PARTS)
+    keys, labels, state = sampler.start(np.uint32(0), np.int32(sampler.label), indices)
+    for steps in (1, few):  # the first one compiles
+        began = time.monotonic()
+        state = sampler.advance(params, keys, labels, state, np.int32(0), np.int32(steps))
+        jax.block_until_ready(state)
+    return (time.monotonic() - began) / few * num_steps(sampler, n)
+
+
+def preview_config(config: ConfigDict, exp: Experiment) -> ConfigDict:
+    """Returns the config with the quick sampler of train.preview."""
+    c, p = config.train.preview, exp.process
+    grid = "logsnr" if p.alpha_bar[-1] > 0 else "uniform"  # log SNR of pure noise is -inf
+    keys = {"name": c.sampler, "steps": min(c.steps, p.T), "grid": grid, "times": ()}
+    return with_overrides(config, {f"sampler.{key}": value for key, value in keys.items()})
+
+
+def describe_sampler(config: ConfigDict) -> str:
+    """Returns the sampler in words, `ddim, 50 steps, guidance 2.0`."""
+    c = config.sampler
+    words = [c.name, f"{len(c.times) or c.steps} steps"]
+    words += [f"{key} {c[key]}" for key in ("variance", "guidance") if c[key]]
+    if c.guidance and not config.train.label_dropout:
+        words.append("by a model that was never trained without labels")
+    return ", ".join(words)
+
+
+# Sets of samples on disk
 
 
 class SampleStore(NamedTuple):
-    """A set of samples on its way to folder/samples.npz, which is there when it is complete.
+    """A set of samples in a folder: samples.npz once it is complete, a file per batch until then.
 
-    setting: all that the images follow from. Until then their bytes lie in samples.part, and
-    samples.json says how many of them count, with their SHA-256.
+    setting: what the images are a function of, also kept in samples.json; shape: their (h, w, c).
     """
 
     folder: pathlib.Path
@@ -133,172 +215,78 @@ class SampleStore(NamedTuple):
     def npz(self) -> pathlib.Path:
         return self.folder / "samples.npz"
 
-    @property
-    def part(self) -> pathlib.Path:
-        return self.folder / "samples.part"
 
-    @property
-    def note(self) -> pathlib.Path:
-        return self.folder / "samples.json"
-
-
-def setting_of(config: ConfigDict, step: int, weights: str, seed: int) -> dict[str, Any]:
-    """What decides each image: the trained model, its weights, the sampler, the label, the seed."""
-    flat = flatten(json.loads(json.dumps(config.to_dict())))
-    free = [k for k in flat if k.startswith(FREE) and not k.startswith("sampler.")]
-    own = {
-        "step": step,
-        "weights": weights,
-        "sample.seed": seed,
-        "sample.label": config.sample.label,
-    }
-    return {key: value for key, value in flat.items() if key not in free} | own
+def sample_setting(config: ConfigDict, step: int, weights: str, seed: int) -> dict[str, Any]:
+    """Returns all that an image depends on besides its index, as JSON has it."""
+    flat = flatten(json.loads(json.dumps(config.to_dict())))  # tuples become lists
+    keys = (*TRAINING_KEYS, "sampler.", "sample.label")
+    setting = {key: value for key, value in flat.items() if key.startswith(keys)}
+    return setting | {"step": step, "weights": weights, "sample.seed": seed}
 
 
-def name_of(setting: dict[str, Any]) -> str:
-    """A name for a set of samples, another one for every setting: ema_seed0_ddim20_3fa9c1."""
-    digest = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:6]
-    times = setting["sampler.times"]
-    sampler = f"{setting['sampler.name']}{len(times) or setting['sampler.steps']}"
+def sample_name(setting: dict[str, Any]) -> str:
+    """Returns a folder's name, ema_seed0_ddim20_3fa9c1, that ends in the setting's digest."""
+    steps = len(setting["sampler.times"]) or setting["sampler.steps"]
     label = f"_label{setting['sample.label']}" if setting["sample.label"] >= 0 else ""
-    return f"{setting['weights']}_seed{setting['sample.seed']}{label}_{sampler}_{digest}"
+    name = f"{setting['weights']}_seed{setting['sample.seed']}{label}"
+    return f"{name}_{setting['sampler.name']}{steps}_{setting_digest(setting)}"
 
 
-def seconds_for(chain: CompiledSampler, params: Any, n: int) -> float:
-    """About how long n images take, from a few of the first steps, once these are compiled."""
-    length = _part(len(chain.ts) - 1)
-    keys, label, carry = chain.start(
-        np.uint32(0), np.int32(chain.label), np.arange(chain.size, dtype=np.int32)
-    )
-    for timed in (False, True):
-        began = time.monotonic()
-        carry = chain.advance(params, keys, label, carry, chain.ts[: length + 1])
-        jax.block_until_ready(carry)
-        if timed:
-            return (time.monotonic() - began) / length * steps_of(chain, n)
-    return 0.0
+def setting_digest(setting: dict[str, Any]) -> str:
+    """Returns six hexadecimal digits that stand for a setting."""
+    return hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:6]
 
 
-def _part(steps: int) -> int:
-    """Into what equal parts a walk is cut: 25 at most."""
-    return min(k for k in range(1, steps + 1) if steps % k == 0 and steps // k <= 25)
+def fill(store: SampleStore, sampler: CompiledSampler, params: Any, n: int) -> None:
+    """Draws what is missing of n images and completes store.npz; a larger set stays as it is.
 
-
-def keep(kept: SampleStore, chain: CompiledSampler, params: Any, n: int) -> None:
-    """Draws what is missing of n samples and completes samples.npz. Every process takes part.
-
-    Raises DDPMError where what lies there is of another setting, or damaged.
+    All processes take part. Raises WorkdirError for a set of another setting and for a damaged npz;
+    a damaged batch is drawn again. Raises preemption.Stopped.
     """
-    first = jax.process_index() == 0
-    done, digest = _agreed(kept, n)
-    if done >= n and kept.npz.exists():
-        return
-    with (
-        _appending(kept, done) if first else open(os.devnull, "wb") as file,
-        Progress(max(1, steps_of(chain, n - done)), unit="step", silent=not first) as shown,
-    ):
-        for images in draw(chain, params, kept.setting["sample.seed"], n, shown, first=done):
-            done += len(images)
-            if first:
-                content = images.tobytes()
-                digest.update(content)
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())  # the note must not know of more than is there
-                _write_note(kept, done, digest.hexdigest())
-    if first:
-        save_npz(kept.npz, np.memmap(kept.part, np.uint8, "r", shape=(done, *kept.shape)))
-        kept.part.unlink()
-    multihost_utils.sync_global_devices("samples.npz is there")
+    parts, problem = _load_parts(store) if is_primary() else ([], "")
+    workdir.raise_together(problem)
+    done = broadcast_from_primary(sum(map(len, parts)))
+    if done:
+        action = "resuming  " if done < n else "keeping   "
+        logging.info(f"{action} {done:,} samples in {store.folder}; {n:,} are asked for")
+    if done < n:
+        seed, steps = store.setting["sample.seed"], num_steps(sampler, n - done)
+        with Progress(steps, unit="sampling step") as progress:
+            for images in draw(sampler, params, seed, n, progress, first=done):
+                if is_primary():
+                    io.save_json(store.folder / "samples.json", {"setting": store.setting})
+                    partial_results.save(*_part(store, done), images=images)
+                    parts.append(images)
+                done += len(images)
+    if is_primary():
+        if len(parts) > 1:
+            io.save_npz(store.npz, np.concatenate(parts))
+        for path in store.folder.glob("part_*.npz"):
+            path.unlink()
+    barrier("samples.npz is complete")
 
 
-def delete(kept: SampleStore) -> None:
-    """Removes a set of samples, whole or not."""
-    for path in (kept.note, kept.part, kept.npz):
-        path.unlink(missing_ok=True)
+def _part(store: SampleStore, first: int) -> tuple[pathlib.Path, str]:
+    """Returns the file of the batch that begins with image `first`, and the setting inside it."""
+    return store.folder / f"part_{first:08d}.npz", json.dumps(store.setting, sort_keys=True)
 
 
-def is_partial(kept: SampleStore) -> bool:
-    """Whether a part of this very set is there."""
+def _load_parts(store: SampleStore) -> tuple[list[np.ndarray], str]:
+    """Returns the images on disk, samples.npz (or nothing) first, and what is wrong with them."""
+    complete = np.empty((0, *store.shape), np.uint8)
     try:
-        return kept.part.exists() and json.loads(kept.note.read_text())["setting"] == kept.setting
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _appending(kept: SampleStore, done: int) -> BinaryIO:
-    """samples.part, open behind the images that count."""
-    kept.folder.mkdir(parents=True, exist_ok=True)
-    file = open(kept.part, "r+b" if done else "wb")
-    file.seek(done * int(np.prod(kept.shape)))
-    file.truncate()
-    return file
-
-
-def _write_note(kept: SampleStore, done: int, digest: str) -> None:
-    note = {"images": done, "sha256": digest, "setting": kept.setting}
-    save_text(kept.note, json.dumps(note, indent=2) + "\n")
-
-
-def _agreed(kept: SampleStore, n: int):
-    """(images that count, the running SHA-256 of their bytes), as process 0 found them."""
-    done, digest, error = -1, None, None
-    if jax.process_index() == 0:
-        try:
-            done, digest = _found(kept, n)
-        except DDPMError as fatal:
-            error = fatal
-    done = int(multihost_utils.broadcast_one_to_all(np.int32(done)))
-    if done < 0:
-        raise error or WorkdirError(f"{kept.folder}: process 0 refused it")
-    return done, digest
-
-
-def _found(kept: SampleStore, n: int):
-    digest = hashlib.sha256()
-    try:
-        note = json.loads(kept.note.read_text())
-        done, expected, setting = int(note["images"]), note["sha256"], dict(note["setting"])
+        setting = json.loads((store.folder / "samples.json").read_text())["setting"]
+        if changed := differences(setting, store.setting, keys=("",)):
+            what = f"holds samples of another setting: {'; '.join(changed)}"
+            return [], f"{store.folder}: {what}; delete it"
+        if store.npz.exists():
+            with open(store.npz, "rb") as file:  # np.load leaks one that is damaged
+                complete = np.load(file)["arr_0"]
     except FileNotFoundError:
-        return 0, digest
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"cannot be read: {' '.join(str(error).split())}"
-        raise WorkdirError(f"{kept.note}: {what}; delete its folder") from error
-    if changed := differences(setting, kept.setting, free=()):
-        what = f"holds samples of another setting: {'; '.join(changed)}"
-        raise WorkdirError(f"{kept.folder} {what}; delete it")
-    images = _bytes_of(kept, done)
-    for i in range(0, len(images), 1000):
-        digest.update(np.ascontiguousarray(images[i : i + 1000]).data)
-    if len(images) < done or digest.hexdigest() != expected:
-        what = f"expected {done:,} samples of SHA-256 {expected[:16]}, found others"
-        raise WorkdirError(f"{kept.folder}: {what}; delete it")
-    if done < n and not kept.part.exists():  # a finished set is to grow
-        save_bytes(kept.part, images.tobytes())
-    return done, digest
-
-
-def _bytes_of(kept: SampleStore, done: int) -> np.ndarray:
-    """uint8[done, h, w, c], or fewer where they are missing."""
-    if kept.part.exists():
-        width = int(np.prod(kept.shape))
-        n = min(done, kept.part.stat().st_size // width)
-        return np.memmap(kept.part, np.uint8, "r", shape=(n, *kept.shape)) if n else np.empty(0)
-    try:
-        with np.load(kept.npz) as file:
-            return file["arr_0"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        return np.empty(0)
-
-
-def describe(config: ConfigDict) -> str:
-    """The sampler, for a line of the console."""
-    c = config.sampler
-    words = [c.name, f"{len(c.times) or c.steps} steps"]
-    if c.variance:
-        words.append(f"variance {c.variance}")
-    if c.guidance:
-        words.append(f"guidance {c.guidance:g}")
-        if not config.train.label_dropout:
-            words.append("by a model that was never trained without a label")
-    return ", ".join(words)
+        return [complete], ""
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        return [], f"{store.folder}: cannot be read: {one_line(error)}; delete it"
+    parts = [complete]
+    while found := partial_results.load(*_part(store, sum(map(len, parts)))):
+        parts.append(found["images"])
+    return parts, ""

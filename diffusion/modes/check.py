@@ -1,8 +1,8 @@
-"""--mode=check: everything that a training will need, tried in a minute, before it takes a week.
+"""--mode=check: tries in a minute everything that a training needs, before it takes a week.
 
-Devices, data, room, memory, a few steps with their pace, a checkpoint saved and restored, and one
-picture: what the network will see. Each trial says one line, or ends the check with the exit code
-that the training would have had.
+Devices, data, room, memory, a few steps with their pace, a checkpoint saved and restored, and a
+picture of what the network will see. Each trial prints one line, or ends the check with the exit
+code that the training would have had.
 """
 
 import contextlib
@@ -10,146 +10,145 @@ import pathlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import random
-from ml_collections import ConfigDict
 
 from diffusion import checkpoint, data, experiment, nonfinite, process
 from diffusion.data import augment
 from diffusion.experiment import Experiment
-from diffusion.plotting import image_grid
-from diffusion.runtime.workdir import check_disk_space, tree_bytes
-from diffusion.utils import digests
+from diffusion.modes._common import describe_data
+from diffusion.plotting.image_grid import image_grid, save_png
+from diffusion.runtime import workdir
+from diffusion.runtime.config import Run
+from diffusion.sharding import replicated
+from diffusion.utils import digests, logging
 from diffusion.utils.errors import DataError, NonFiniteError, WorkdirError
 from diffusion.utils.progress import human_bytes, human_time
 
-LOOKED_AT = 512  # images of the data set
-STEPS, SECONDS = 20, 10.0  # of training: the first of the two that is over
-SHARES = (0.0, 0.02, 0.1, 0.2, 0.4, 0.7, 1.0)  # of the chain, in the picture
+SAMPLE = 512  # images of the data set that are looked at
+DARK = 64  # largest grey level of images that are probably a mistake
+STEPS, SECONDS = 20, 10.0  # of training, whichever is over first
+SHARES = (0.0, 0.02, 0.1, 0.2, 0.4, 0.7, 1.0)  # of T, the rows of the picture
 
-Say = Callable[[str], None]
 
-
-def run(config: ConfigDict, x: Experiment, workdir: pathlib.Path, say: Say) -> None:
-    """All trials, in the order of a training. Raises DDPMError, CheckpointError, DataError."""
+def run(run: Run) -> None:
+    """Runs all trials in the order of a training. Raises DDPMError."""
+    config, exp = run.config, experiment.build(run.config)
+    workdir.check_owner(run.workdir, config)
     devices = jax.devices()
-    say(f"devices    {len(devices)} x {devices[0].device_kind}, JAX {jax.__version__}")
-    images = experiment.load_split(config, x)
-    sample = look_at_data(config, images, say)
-    abstract = experiment.abstract_state(x)
-    size = tree_bytes(abstract)
-    with a_folder_in(workdir) as folder:
-        check_disk_space(folder, abstract, config.train.keep)
+    logging.info(f"devices    {len(devices)} x {devices[0].device_kind}, JAX {jax.__version__}")
+    images = experiment.load_split(config, exp)
+    sample = check_data(run, images)
+    abstract = experiment.abstract_state(exp)
+    with temporary_folder(run.workdir) as folder:
+        workdir.check_disk_space(folder, abstract, config.train.keep)
         free = human_bytes(shutil.disk_usage(folder).free)
-        kept = human_bytes(size * (config.train.keep + 1))
-        say(f"room       {free} free; checkpoints will take {kept} (train.keep + 1 of them)")
-        state = take_steps(config, x, images, say)
-        drill(folder, abstract, state, say)
-    picture = workdir / "figures" / "check.png"
-    draw(x, sample, picture)
-    say(f"picture    {picture}: the data, and what the network sees of it at rising t")
-    say("done       nothing stands in the way of --mode=train")
+        kept = human_bytes(workdir.tree_bytes(abstract) * (config.train.keep + 1))
+        logging.info(f"room       {free} free; checkpoints will take {kept} (train.keep + 1)")
+        state = take_steps(run, exp, images)
+        check_checkpoint(folder, abstract, state)
+    picture = run.workdir / "figures" / "check.png"
+    save_png(picture, noising_grid(exp, sample))
+    logging.info(f"picture    {picture}: the data, and what the network sees of it at rising t")
+    logging.info("done       nothing stands in the way of --mode=train")
 
 
-def look_at_data(config: ConfigDict, images: data.ImageDataset, say: Say) -> np.ndarray:
-    """Some of the images, evenly spread: uint8[8, h, w, c]. Raises DDPMError where all are one grey."""
-    at = np.unique(np.linspace(0, images.n - 1, LOOKED_AT).astype(int))
-    some, _ = images.read(at)
-    low, high, mean = int(some.min()), int(some.max()), float(some.mean())
-    shape = "x".join(map(str, images.shape))
-    name = config.data.name or config.data.source
-    say(f"data       {name}: {images.n:,} images of {shape}, values {low}..{high}, mean {mean:.1f}")
+def check_data(run: Run, images: data.ImageDataset) -> np.ndarray:
+    """Returns eight of the images, evenly spread. Raises DataError where all are one grey."""
+    at = np.unique(np.linspace(0, images.n - 1, SAMPLE).astype(int))
+    sample, _ = images.read(at)
+    low, high, mean = int(sample.min()), int(sample.max()), float(sample.mean())
+    values = f"values {low}..{high}, mean {mean:.1f}"
+    logging.info(f"data       {describe_data(run.config, images)}, {values}")
     if low == high:
-        message = f"data: expected images, found the one value {low} in {len(some)} of them"
-        raise DataError(f"{message}; look at how they were prepared")
-    if high < 64:
-        say(f"           dark: no value above {high} of 255; were they meant to be so?")
-    if images.n < config.train.batch_size:
-        say(f"           few: a batch of {config.train.batch_size} has some of them twice")
-    return some[np.linspace(0, len(some) - 1, 8).astype(int)]
+        found = f"the one value {low} in {len(sample)} of them"
+        raise DataError(f"data: expected images, found {found}; look at how they were prepared")
+    if high < DARK:
+        logging.info(f"           dark: no value above {high} of 255; is that intended?")
+    if images.n < run.config.train.batch_size:
+        logging.info(f"           few: a batch of {run.config.train.batch_size} repeats some")
+    return sample[np.linspace(0, len(sample) - 1, 8).astype(int)]
 
 
 @contextlib.contextmanager
-def a_folder_in(workdir: pathlib.Path):
-    """A folder that goes again, made where the checkpoints will lie. Raises Fatal."""
+def temporary_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Makes a folder where the checkpoints will lie and removes it again. Raises WorkdirError."""
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        folder = pathlib.Path(tempfile.mkdtemp(prefix="check_", dir=workdir))
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = pathlib.Path(tempfile.mkdtemp(prefix="check_", dir=folder))
     except OSError as error:
-        raise WorkdirError(f"{workdir}: cannot write there: {error.strerror}") from error
+        raise WorkdirError(f"{folder}: cannot write there: {error.strerror}") from error
     try:
-        yield folder
+        yield temporary
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def take_steps(config: ConfigDict, x: Experiment, images: data.ImageDataset, say: Say) -> Any:
-    """The state after a few steps of the compiled training. Raises DDPMError where it is not finite."""
-    update, inputs = experiment.make_input_pipeline(config, x, images)
-    state, inputs = experiment.make_initial_state(config, x)(), inputs(0)
-    batch = next(inputs)
+def take_steps(run: Run, exp: Experiment, images: data.ImageDataset) -> Any:
+    """Returns the state after a few steps. Raises NonFiniteError where a metric is not finite."""
+    config = run.config
+    update, make_inputs = experiment.make_input_pipeline(config, exp, images)
+    inputs, state = make_inputs(0), experiment.make_initial_state(config, exp)
+    halted, batch = jax.device_put(jnp.zeros((), bool), replicated(exp.mesh)), next(inputs)
     began = time.monotonic()
-    update = jax.jit(nonfinite.guard_update(update, "halt"), donate_argnums=0)
-    update = update.lower(state, *batch).compile()
-    say(f"compiled   in {human_time(time.monotonic() - began)}; {memory(update)}")
-    state, metrics = update(state, *batch)
-    jax.block_until_ready(state)
+    guarded = jax.jit(nonfinite.guard_update(update, "halt"), donate_argnums=(0, 1))
+    compiled = guarded.lower(state, halted, *batch).compile()
+    took = human_time(time.monotonic() - began)
+    logging.info(f"compiled   in {took}; {describe_memory(compiled)}")
+    state, halted, metrics = jax.block_until_ready(compiled(state, halted, *batch))
     began, done, most = time.monotonic(), 0, min(STEPS, config.train.steps - 1)
     while done < most and time.monotonic() - began < SECONDS:
-        state, metrics = update(state, *next(inputs))
-        jax.block_until_ready(state)
+        state, halted, metrics = jax.block_until_ready(compiled(state, halted, *next(inputs)))
         done += 1
     values = {name: float(v) for name, v in metrics.items()}
     for name, value in values.items():
         if not np.isfinite(value):
-            raise NonFiniteError(f"{name} is {value} at once; lower optim.lr")
-    pace = (time.monotonic() - began) / max(done, 1)
+            raise NonFiniteError(f"{name}: {value} in the first steps; lower optim.lr")
     if done:
-        rate = config.train.batch_size / pace
-        rest = human_time(pace * config.train.steps)
-        say(f"pace       {1 / pace:.3g} steps/s, {rate:.3g} images/s; all steps take {rest}")
-    say(f"numbers    {', '.join(f'{k} {v:.4g}' for k, v in values.items())}: finite")
+        pace = (time.monotonic() - began) / done
+        rate, total = config.train.batch_size / pace, human_time(pace * config.train.steps)
+        steps = f"{1 / pace:.3g} steps/s, {rate:.3g} images/s"
+        logging.info(f"pace       {steps}; all steps take {total}")
+    logging.info(f"numbers    {', '.join(f'{k} {v:.4g}' for k, v in values.items())}: finite")
     return state
 
 
-def memory(compiled: Any) -> str:
-    """What a compiled program needs on each device, and what there is, in words."""
-    about = compiled.memory_analysis()
-    need = about.argument_size_in_bytes + about.output_size_in_bytes + about.temp_size_in_bytes
-    need -= about.alias_size_in_bytes
-    there = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    of = f" of {human_bytes(there)}" if there else ""
+def describe_memory(compiled: Any) -> str:
+    """Returns in words what a compiled program needs of each device's memory."""
+    memory = compiled.memory_analysis()
+    need = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    need += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    of = f" of {human_bytes(limit)}" if limit else ""
     return f"a step needs {human_bytes(need)}{of} on each device"
 
 
-def drill(folder: pathlib.Path, abstract: Any, state: Any, say: Say) -> None:
-    """A checkpoint, saved, restored and compared bit for bit. Raises CheckpointError."""
+def check_checkpoint(folder: pathlib.Path, abstract: Any, state: Any) -> None:
+    """Saves and restores a checkpoint and compares it bit for bit. Raises WorkdirError."""
     began = time.monotonic()
-    with contextlib.closing(checkpoint.Checkpoints(folder / "drill")) as checkpoints:
-        step = int(state.step)
-        checkpoints.save(step, state)
+    with contextlib.closing(checkpoint.Checkpoints(folder / "checkpoints")) as checkpoints:
+        checkpoints.save(int(state.step), state)
         blocked = time.monotonic() - began
         checkpoints.wait()
         saved = time.monotonic() - began
-        back = checkpoints.restore(abstract)
+        restored = checkpoints.restore(abstract)
     took = time.monotonic() - began - saved
-    if name := digests.differing(digests.sha256(back), digests.sha256(state)):
-        raise WorkdirError(f"{folder}: {name} came back otherwise than it was saved")
+    if name := digests.differing(digests.sha256(restored), digests.sha256(state)):
+        raise WorkdirError(f"{folder}: expected {name} as it was saved, found it changed")
     times = f"training waits {human_time(blocked)}, on disk in {human_time(saved)}"
-    say(f"checkpoint saved and restored bit for bit: {times}, back in {human_time(took)}")
+    logging.info(f"checkpoint saved, restored bit for bit: {times}, back in {human_time(took)}")
 
 
-def draw(x: Experiment, images: np.ndarray, path: pathlib.Path) -> None:
-    """One row for each share of the chain: x_t of the same images, t rising downwards."""
-    x_0 = augment.scale(jnp.asarray(images))
-    rows, T = [], len(x.p.alpha_bar) - 1
+def noising_grid(exp: Experiment, images: np.ndarray) -> np.ndarray:
+    """Returns x_t of the images uint8[n, h, w, c] as a grid, a row for each share of the chain."""
+    x_0, T, rows = augment.scale(jnp.asarray(images)), exp.process.T, []
     for i, share in enumerate(SHARES):
         t = jnp.full(len(images), round(share * T), jnp.int32)
         eps = random.normal(random.fold_in(random.key(0), i), x_0.shape)
-        rows.append(np.asarray(augment.unscale(process.q_sample(x.p, x_0, t, eps))))
-    image_grid.save_png(path, image_grid.image_grid(np.concatenate(rows), len(images)))
+        rows.append(np.asarray(augment.unscale(process.q_sample(exp.process, x_0, t, eps))))
+    return image_grid(np.concatenate(rows), len(images))

@@ -1,53 +1,96 @@
-"""export_weights."""
+"""--mode=export: the newest checkpoint as a folder for diffusers, for --mode=import and the Hub."""
 
+import contextlib
+import os
 import pathlib
-from collections.abc import Callable
+import shutil
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import convert, train_step
+from diffusion import convert, experiment
 from diffusion.convert import diffusers_config, model_card, safetensors_file
-from diffusion.convert.readers import CONFIG, FLAX, UNET
-from diffusion.modes.import_weights import whole_folder, write_json
-from diffusion.runtime.config import flatten
-from diffusion.utils.errors import WorkdirError
+from diffusion.convert.readers import CONFIG_FILE, DIFFUSERS_FILES, FLAX_FILE
+from diffusion.modes._common import load_state
+from diffusion.runtime.config import Run, flatten
+from diffusion.train_step import TrainState
+from diffusion.utils import logging
+from diffusion.utils.errors import ConfigError, WorkdirError
+from diffusion.utils.io import save_json, save_text
+from diffusion.utils.multihost import barrier, is_primary
+
+
+def run(run: Run) -> None:
+    """Exports the newest checkpoint to --output. Raises ConfigError, WorkdirError."""
+    if run.flags.output is None:
+        raise ConfigError("--mode=export: expected --output=FOLDER, found none")
+    state = load_state(run, experiment.build(run.config))
+    export_weights(run.config, run.workdir, state, pathlib.Path(run.flags.output))
 
 
 def export_weights(
-    config: ConfigDict,
-    workdir: pathlib.Path,
-    step: int,
-    state: train_step.TrainState,
-    output: pathlib.Path,
-    say: Callable[[str], None],
+    config: ConfigDict, workdir: pathlib.Path, state: TrainState, output: pathlib.Path
 ) -> None:
-    """Writes the folder `output`: the weights for others, and all that --mode=import needs.
+    """Writes the folder `output`:
 
         model_index.json, unet/, scheduler/   the averaged weights for diffusers' DDPMPipeline
         flax.safetensors, ddpm.json           params/..., ema/..., step; the config
-        README.md                             the model card
+        README.md                             the model card, with the scores found in `workdir`
 
-    What diffusers cannot express is said, and the rest is written. Raises Fatal.
+    What diffusers cannot express is left out with a note. Raises WorkdirError.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise WorkdirError(f"--output={output}: it is there already; choose another")
+    check_empty(output, "--output")
     flat, pipeline = flatten(config), {}
     try:
         pipeline = diffusers_config.to_diffusers_config(flat)
     except ValueError as error:
-        say(f"note       nothing for diffusers: {error}")
-    params, ema = (jax.device_get(tree) for tree in (state.params, state.ema))
-    with whole_folder(output) as part:
-        if jax.process_index() == 0:
-            for name, content in {**pipeline, CONFIG: config.to_dict()}.items():
-                write_json(part / name, content)
+        logging.info(f"note       nothing for diffusers: {error}")
+    step, params, ema = jax.device_get((state.step, state.params, state.ema))
+    with atomic_folder(output) as folder:
+        if is_primary():
+            for name, content in {**pipeline, CONFIG_FILE: config.to_dict()}.items():
+                save_json(folder / name, content)
             if pipeline:
-                safetensors_file.write(part / "unet" / UNET[0], convert.to_diffusers(ema))
+                path = folder / "unet" / DIFFUSERS_FILES[0]
+                safetensors_file.write(path, convert.to_diffusers(ema))
             arrays = {"params": params, "ema": ema, "step": np.array([step], np.int64)}
-            safetensors_file.write(part / FLAX, convert.flattened(arrays))
-            text = model_card.text(output.name, flat, step, model_card.scores(workdir), bool(pipeline))
-            (part / "README.md").write_text(text)
-    what = "for diffusers and for --mode=import" if pipeline else "for --mode=import"
-    say(f"done       {output}: step {step:,}, {what}")
+            safetensors_file.write(folder / FLAX_FILE, convert.flatten_params(arrays))
+            card = model_card.render(output.name, flat, int(step), workdir, bool(pipeline))
+            save_text(folder / "README.md", card)
+    readers = "diffusers and --mode=import" if pipeline else "--mode=import"
+    logging.info(f"done       {output}: step {step:,}, for {readers}")
+
+
+def check_empty(folder: pathlib.Path, flag: str) -> None:
+    """Raises WorkdirError if the folder named by a flag holds anything."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise WorkdirError(
+            f"{flag}={folder}: expected a new or empty folder, found files; choose another {flag}"
+        )
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a folder to write into, which replaces `folder` once all processes are done with it.
+
+    Raises WorkdirError.
+    """
+    folder = folder.absolute()
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    try:
+        if is_primary():
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        barrier("atomic_folder made")
+        yield unfinished
+        barrier("atomic_folder written")
+        if is_primary():
+            os.replace(unfinished, folder)
+        barrier("atomic_folder moved")
+    except OSError as error:
+        raise WorkdirError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if is_primary():
+            shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,14 +1,12 @@
-"""--mode=figures: every picture of the paper from one checkpoint, and a few that came after it.
+"""--mode=figures: the figures of the paper, and a few that came after it, from one checkpoint.
 
-Each is a function of a studio that gives files and what writes them: which images start where, at
-which places they are looked at, and how they are laid out. The table at the end names them all.
+A figure is a function from a FigureContext to the files to write; FIGURES lists them.
 """
 
 import functools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,303 +14,308 @@ import numpy as np
 from jax import random
 from ml_collections import ConfigDict
 
-from diffusion import experiment, process
+from diffusion import experiment
 from diffusion.data import augment, loader
 from diffusion.experiment import Experiment
 from diffusion.metrics.nearest import no_neighbours, update_neighbours
+from diffusion.modes import _sampling
+from diffusion.modes._common import Trained
 from diffusion.modes._trajectories import (
-    Features,
     FigureContext,
-    Score,
-    from_noise,
+    Trajectories,
+    first_samples,
     make_context,
-    make_walk,
-    numbered_samples,
+    read_real,
     rollout,
 )
-from diffusion.plotting import image_grid, labelled_grid
+from diffusion.plotting import curves, image_grid, labelled_grid
 from diffusion.plotting.animation import save_animation
-from diffusion.plotting import curves
-from diffusion.runtime.config import call_for_key, lookup
+from diffusion.runtime import preemption
+from diffusion.runtime.config import Run, call_for_key, lookup
 from diffusion.samplers import editing
-from diffusion.utils.errors import DataError
-from diffusion.utils.io import save_text
+from diffusion.utils import io, logging
+from diffusion.utils.multihost import broadcast_from_primary, is_primary
 from diffusion.utils.progress import Progress
 
-Pages = dict[str, Callable[[pathlib.Path], None]]  # {file name: what writes it}
+Files = dict[str, Callable[[pathlib.Path], None]]  # {file name: function that writes it}
 
-RESAMPLED = 250  # steps of the chain that inpainting goes up and down, as in RePaint
-
-
-def real(s: FigureContext, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """n images of figures.split and their labels, chosen by the seed. Raises DDPMError, DataError."""
-    images = experiment.load_split(s.config, s.x, s.config.figures.split)
-    if n > images.n:
-        split = s.config.figures.split
-        message = f"figures: expected {n} images in {split} to choose from, found {images.n}"
-        raise DataError(f"{message}; lower figures.rows")
-    key = random.key(s.config.figures.seed)
-    return images.read(np.asarray(augment.shuffled(key, jnp.arange(n, dtype=jnp.uint32), images.n)))
+INPAINTING_STEPS = 250  # of the chain that is resampled, as in RePaint
+MEASURED = ("quality", "nearest")  # figures that use context.score or features
+REAL = ("interpolation", "coarse_to_fine", "inpainting")  # figures of images of figures.split
 
 
-def png(page: np.ndarray) -> Callable[[pathlib.Path], None]:
-    """What writes a page."""
-    return functools.partial(image_grid.save_png, image=page)
+def run(run: Run) -> None:
+    """Draws figures.names into workdir/figures/STEP/, except those that are there already."""
+    exp = experiment.build(run.config)
+    check(run.config, exp)
+    with preemption.defer():
+        draw_figures(_sampling.load_for_sampling(run, exp))
 
 
-def times(s: FigureContext, places: Sequence[int]) -> list[str]:
-    """The t of places, as words."""
-    return [f"{s.ts[place]:,}" for place in places]
+def check(config: ConfigDict, exp: Experiment) -> None:
+    """Raises ConfigError or DataError where a figure cannot be drawn, before any is."""
+    names, rows = config.figures.names, config.figures.rows
+    for name in names:
+        lookup(FIGURES, "figures.names", name)
+    known_mask(config, *exp.image_shape[:2])
+    if set(REAL) & set(names):
+        read_real(config, exp, 2 * rows if "interpolation" in names else rows)
 
 
+def draw_figures(trained: Trained) -> None:
+    """Writes the figures; how.json notes the setting of each once it is complete."""
+    config, step = trained.config, trained.step
+    folder = trained.workdir / "figures" / f"{step:08d}"
+    try:
+        complete = json.loads((folder / "how.json").read_text())["figures"]
+    except (OSError, ValueError, KeyError, TypeError):
+        complete = {}
+    pending = {name: figure_setting(trained, name) for name in config.figures.names}
+    for name, setting in list(pending.items()):
+        note = complete.get(name, {"setting": "", "files": []})
+        there = note["setting"] == setting and all((folder / f).exists() for f in note["files"])
+        if broadcast_from_primary(False):
+            logging.info(f"keeping    {name}, drawn with this setting before")
+            del pending[name]
+    measures = ()
+    if set(MEASURED) & set(pending):
+        from diffusion.modes import _scores  # imports scipy and the networks of metrics
+
+        measures = _scores.make_measures(trained)
+    context = make_context(trained, *measures)
+    for name, setting in pending.items():
+        logging.info(f"drawing    {name}")
+        files = FIGURES[name](context)
+        complete[name] = {"setting": setting, "files": list(files)}
+        if is_primary():
+            for file, write in files.items():
+                write(folder / file)
+            how = {"step": step, "weights": trained.weights, "config": config}
+            io.save_json(folder / "how.json", how | {"figures": complete})
+        preemption.raise_if_requested()
+    logging.info(f"done       {folder}")
 
 
-def samples(s: FigureContext) -> Pages:
+def figure_setting(trained: Trained, name: str) -> str:
+    """Returns a digest of all that a figure depends on."""
+    c = trained.config
+    setting = _sampling.sample_setting(c, trained.step, trained.weights, c.figures.seed)
+    setting["figures"] = {key: value for key, value in c.figures.items() if key != "names"}
+    setting["mask"] = known_mask(c, *trained.exp.image_shape[:2]).tolist()  # a picture may change
+    setting["eval"] = c.eval.to_dict() if name in MEASURED else {}
+    return _sampling.setting_digest(setting)
+
+
+def grid_file(name: str, images: np.ndarray, columns: Sequence[str], **options) -> Files:
+    """Returns the file of a labelled grid of uint8[rows, columns, h, w, c]."""
+    page = labelled_grid.labelled_grid(images, columns, **options)
+    return {name: functools.partial(image_grid.save_png, image=page)}
+
+
+def times(context: FigureContext, positions: Sequence[int], prefix: str = "") -> list[str]:
+    return [f"{prefix}{context.sampler.ts[i]:,}" for i in positions]
+
+
+def samples(context: FigureContext) -> Files:
     """Figs. 1, 3, 11-20: a grid of samples."""
-    [(x, _)] = rollout(s, [from_noise(s, s.config.figures.num, (0, s.steps))])
-    return {"samples.png": png(image_grid.image_grid(x[-1]))}
+    x, _ = first_samples(context, context.config.figures.num, (0, context.sampler.steps))
+    page = image_grid.image_grid(x[-1])
+    return {"samples.png": functools.partial(image_grid.save_png, image=page)}
 
 
-def progressive(s: FigureContext, columns: int = 12) -> Pages:
-    """Figs. 6, 14: the image that is predicted from x_t, as t falls evenly."""
-    places = editing.evenly_spaced(s.steps, columns, first=1)
-    [(_, x_0)] = rollout(s, [from_noise(s, s.config.figures.rows, (0, *places))])
-    note = "the image predicted from xₜ, at t ="
-    page = labelled_grid.labelled_grid(
-        x_0[1:].swapaxes(0, 1), times(s, places - 1), title="Progressive generation", note=note
-    )
-    return {"progressive.png": png(page)}
+def progressive(context: FigureContext, columns: int = 12) -> Files:
+    """Figs. 6, 14: the predicted x_0 at evenly spaced t."""
+    positions = editing.evenly_spaced(context.sampler.steps, columns, first=1)
+    _, x_0 = first_samples(context, context.config.figures.rows, (0, *positions))
+    labels, note = times(context, positions - 1), "the image predicted from xₜ, at t ="
+    words = {"title": "Progressive generation", "note": note}
+    return grid_file("progressive.png", x_0[1:].swapaxes(0, 1), labels, **words)
 
 
-def denoising(s: FigureContext, columns: int = 12) -> Pages:
-    """The reverse process itself: x_t, as t falls evenly (Fig. 2)."""
-    places = editing.evenly_spaced(s.steps, columns)
-    [(x, _)] = rollout(s, [from_noise(s, s.config.figures.rows, places)])
-    title, note = "The reverse process", "xₜ, at t ="
-    return {"denoising.png": png(labelled_grid.labelled_grid(x.swapaxes(0, 1), times(s, places), (), title, note))}
+def denoising(context: FigureContext, columns: int = 12) -> Files:
+    """Fig. 2: x_t at evenly spaced t."""
+    positions = editing.evenly_spaced(context.sampler.steps, columns)
+    x, _ = first_samples(context, context.config.figures.rows, positions)
+    words = {"title": "The reverse process", "note": "xₜ, at t ="}
+    return grid_file("denoising.png", x.swapaxes(0, 1), times(context, positions), **words)
 
 
-def shared(s: FigureContext, depths: Sequence[float] = (1, 0.75, 0.5, 0.25), draws: int = 8) -> Pages:
-    """Fig. 7: samples from p(x_0 | x_t) that share x_t, at several t; depths: shares of T."""
-    places = sorted({editing.nearest_index(s.ts, depth) for depth in depths})
-    ancestor = from_noise(s, 1, (0, *places))
-    [x] = rollout(s, [ancestor], look=lambda carry: carry.x)
-    latents = x[1:]  # [depths, 1, h, w, c]
-    branches = 1 + np.arange(len(places) * draws).reshape(-1, draws)
+def shared(
+    context: FigureContext, depths: Sequence[float] = (1, 0.75, 0.5, 0.25), draws: int = 8
+) -> Files:
+    """Fig. 7: samples from p(x_0 | x_t) that share x_t, in a row for each t = depth * T."""
+    ts, steps = context.sampler.ts, context.sampler.steps
+    number = np.arange(draws, dtype=np.uint32)
+    positions = sorted({editing.nearest_index(ts, depth) for depth in depths})
+    [x] = rollout(context, [Trajectories((0, *positions), [0])], lambda state: state.x)
+    latents = x[1:]  # [positions, 1, h, w, c]
     starts = [
-        numbered_samples(s, np.zeros(draws), own, (place, s.steps), latent.repeat(draws, 0))
-        for own, place, latent in zip(branches, places, latents, strict=True)
+        Trajectories((i, steps), 0 * number, 1 + row * draws + number, x=latent.repeat(draws, 0))
+        for row, (i, latent) in enumerate(zip(positions, latents, strict=True))
     ]
-    drawn = [x[-1] for x, _ in rollout(s, starts)]
+    drawn = [x[-1] for x, _ in rollout(context, starts)]
     if all((images[:1] == images).all() for images in drawn):
-        name = s.config.sampler.name
-        s.say(f"note       {name} draws no noise: samples of one x_t are all the same")
-    shown = np.asarray(augment.unscale(jnp.asarray(latents)))
-    page = labelled_grid.labelled_grid(
-        np.concatenate([shown, drawn], 1),
-        ("xₜ", *map(str, range(1, draws + 1))),
-        [f"t = {t}" for t in times(s, places)],
-        "Samples that share xₜ",
-        "drawn from p(x₀ | xₜ)",
-        breaks=[1],
-    )
-    return {"shared.png": png(page)}
+        name = context.config.sampler.name
+        logging.info(f"note       {name} draws no noise: samples that share x_t are equal")
+    images = np.concatenate([augment.unscale(jnp.asarray(latents)), drawn], 1)
+    columns, rows = ("xₜ", *map(str, 1 + number)), times(context, positions, "t = ")
+    words = {"title": "Samples that share xₜ", "note": "drawn from p(x₀ | xₜ)"}
+    return grid_file("shared.png", images, columns, rows=rows, breaks=[1], **words)
 
 
-def interpolation(s: FigureContext, depth: float = 0.5) -> Pages:
-    """Fig. 8: pairs of real images, mixed after half of the noise; a row for each pair."""
-    n, place = s.config.figures.rows, editing.nearest_index(s.ts, depth)
-    image, label = real(s, 2 * n)
-    pairs = [(i, image[[i, i + n]], label[[i, i + n]], place) for i in range(n)]
-    note = f"the latents of two images at t = {times(s, [place])[0]}, mixed by λ"
-    return {"interpolation.png": png(_between(s, pairs, (), "Interpolation", note))}
+def interpolation(context: FigureContext, depth: float = 0.5) -> Files:
+    """Fig. 8: interpolations of pairs of real images in x_t, t = depth * T."""
+    n, position = context.config.figures.rows, editing.nearest_index(context.sampler.ts, depth)
+    image, label = read_real(context.config, context.trained.exp, 2 * n)
+    pairs = [(i, image[[i, i + n]], label[[i, i + n]], position) for i in range(n)]
+    note = f"the latents of two images at t = {times(context, [position])[0]}, mixed by λ"
+    return _interpolate(context, "interpolation.png", pairs, title="Interpolation", note=note)
 
 
-def coarse_to_fine(s: FigureContext, n: int = 9) -> Pages:
-    """Fig. 9: one pair of real images, mixed after T, 7/8 T, ..., 0 steps of noise."""
-    image, label = real(s, 2)
-    places = [editing.nearest_index(s.ts, depth) for depth in np.linspace(1, 0, n)]
-    places = list(dict.fromkeys(places))  # a short chain has not as many
-    pairs = [(i, image, label, place) for i, place in enumerate(places)]
-    rows = [f"t = {t}" for t in times(s, places)]
+def coarse_to_fine(context: FigureContext, n: int = 9) -> Files:
+    """Fig. 9: interpolations of a pair of real images in x_t for t = T, 7/8 T, ..., 0."""
+    image, label = read_real(context.config, context.trained.exp, 2)
+    positions = [editing.nearest_index(context.sampler.ts, depth) for depth in np.linspace(1, 0, n)]
+    positions = list(dict.fromkeys(positions))  # a short chain has fewer than n
+    pairs = [(row, image, label, position) for row, position in enumerate(positions)]
     note = "the latents of two images after t steps of noise, mixed by λ"
-    return {"coarse_to_fine.png": png(_between(s, pairs, rows, "Coarse to fine", note))}
+    words = {"rows": times(context, positions, "t = "), "title": "Coarse to fine", "note": note}
+    return _interpolate(context, "coarse_to_fine.png", pairs, **words)
 
 
-def _between(s: FigureContext, pairs, rows: Sequence[str], title: str, note: str) -> np.ndarray:
-    """A row for each (number, two images, two labels, place): both images, and what lies between.
+def _interpolate(context: FigureContext, name: str, pairs: Sequence[tuple], **words) -> Files:
+    """Draws a row for each (number, two images, two labels, position).
 
-    The noise of a pair is the same for every lambda, on the way up and down. Of two classes, that
-    of the nearer image is told to the network.
+    The noise of a pair is the same for every lambda. The network gets the nearer image's label.
     """
-    share = np.linspace(0, 1, 11).astype(np.float32)
+    share, seed = np.linspace(0, 1, 11).astype(np.float32), np.uint32(context.config.figures.seed)
 
     @jax.jit
-    def latents(seed, number, image, t):
+    def mix(number, image, t):
         keys = jnp.broadcast_to(random.fold_in(random.key(seed), number), share.shape)
         x_0, y_0 = (jnp.broadcast_to(a, (len(share), *a.shape)) for a in augment.scale(image))
-        return editing.interpolate_latents(s.x.p, keys, x_0, y_0, t, share)
+        process = context.trained.exp.process
+        return editing.interpolate_latents(process, keys, x_0, y_0, t, share)
 
     starts = []
-    seed = np.uint32(s.config.figures.seed)
-    for number, image, label, place in pairs:
-        x = latents(seed, np.uint32(number), image, s.ts[place])
-        start = numbered_samples(s, np.full(11, number), np.zeros(11), (place, s.steps), np.asarray(x))
+    for number, image, label, i in pairs:
+        x = np.asarray(mix(np.uint32(number), image, context.sampler.ts[i]))
         nearer = np.where(share < 0.5, *label).astype(np.int32)
-        starts.append(start._replace(label=nearer))
-    decoded = [x[-1] for x, _ in rollout(s, starts)]
-    images = [
-        np.concatenate([image[:1], drawn, image[1:]])
-        for (_, image, _, _), drawn in zip(pairs, decoded, strict=True)
+        starts.append(
+            Trajectories((i, context.sampler.steps), np.full(11, number), label=nearer, x=x)
+        )
+    rows = [
+        np.concatenate([image[:1], x[-1], image[1:]])
+        for (_, image, _, _), (x, _) in zip(pairs, rollout(context, starts), strict=True)
     ]
-    words = [f"{value:.1f}" for value in share[1:-1]]
-    columns = ("source", "λ = 0", *words, "λ = 1", "source")
-    return labelled_grid.labelled_grid(np.stack(images), columns, rows, title, note, breaks=(1, 12))
+    columns = ("source", "λ = 0", *(f"{s:.1f}" for s in share[1:-1]), "λ = 1", "source")
+    return grid_file(name, np.stack(rows), columns, breaks=(1, 12), **words)
 
 
-def quality(s: FigureContext, points: int = 11) -> Pages:
-    """Fig. 10: how good the predicted image is as t falls, by s.score, and how near the sample."""
-    places = editing.evenly_spaced(s.steps, points, first=1)
-    [(x, x_0)] = rollout(s, [from_noise(s, s.config.figures.scored, (0, *places))])
+def quality(context: FigureContext, points: int = 11) -> Files:
+    """Fig. 10: the distance of the predicted x_0 to the data and to the sample, over the chain."""
+    positions = editing.evenly_spaced(context.sampler.steps, points, first=1)
+    x, x_0 = first_samples(context, context.config.figures.scored, (0, *positions))
     final = x[-1].astype(np.float32)
     rmse = [np.sqrt(np.mean((images - final) ** 2, dtype=np.float64)) for images in x_0[1:]]
     series = {"RMSE to the sample (0-255)": np.array(rmse)}
-    if s.score:
-        scores = [s.score(images) for images in x_0[1:]]
+    if context.score:
+        scores = [context.score(images) for images in x_0[1:]]
         series |= {name: np.array([score[name] for score in scores]) for name in scores[0]}
-    steps = s.ts[0] - s.ts[places - 1]
+    steps = context.sampler.ts[0] - context.sampler.ts[positions - 1]
     numbers = {"images": len(final), "reverse steps": steps.tolist()}
     numbers |= {name: values.tolist() for name, values in series.items()}
-    text = json.dumps(numbers, indent=2) + "\n"
     return {
         "quality.png": functools.partial(curves.quality, steps=steps, series=series),
-        "quality.json": functools.partial(save_text, text=text),
+        "quality.json": functools.partial(io.save_json, content=numbers),
     }
 
 
-def nearest(s: FigureContext, k: int = 8) -> Pages:
-    """Figs. 12, 15: the training images that are nearest to samples, in pixels and in features."""
-    [(x, _)] = rollout(s, [from_noise(s, s.config.figures.rows, (0, s.steps))])
-    drawn, images = x[-1], experiment.load_split(s.config, s.x, "train")
-    k = min(k, images.n)
-    spaces = {"pixels": lambda pixels: pixels, **s.features}
+def nearest(context: FigureContext, k: int = 8) -> Files:
+    """Figs. 12, 15: the nearest training images of samples, in pixels and in context.features."""
+    config = context.config
+    x, _ = first_samples(context, config.figures.rows, (0, context.sampler.steps))
+    drawn, images = x[-1], experiment.load_split(config, context.trained.exp, "train")
+    k, size = min(k, images.n), min(config.sample.batch_size, images.n)
+    spaces = {"pixels": lambda pixels: pixels, **context.features}
     queries = {name: np.asarray(features(drawn)) for name, features in spaces.items()}
     best = dict.fromkeys(spaces, no_neighbours(len(drawn)))
-    size, first = min(s.config.sample.batch_size, images.n), jax.process_index() == 0
-    with Progress(images.n, unit="image", silent=not first) as shown:
-        for pixels, _, counts in loader.iterate_split(images, size, workers=s.config.data.workers):
+    with Progress(images.n, unit="image") as progress:
+        for pixels, _, valid in loader.iterate_split(images, size, workers=config.data.workers):
             for name, features in spaces.items():
-                block = np.asarray(features(pixels))[counts]
+                block = np.asarray(features(pixels))[valid]
                 best[name] = update_neighbours(best[name], queries[name], block, k)
-            shown(best["pixels"].n)
-    pages = {}
+            progress(best["pixels"].n)
+            preemption.raise_if_requested()
+    files = {}
     for name, found in best.items():
-        neighbours = images.read(found.number.ravel())[0].reshape(len(drawn), k, *drawn.shape[1:])
-        page = labelled_grid.labelled_grid(
-            np.concatenate([drawn[:, None], neighbours], 1),
-            ("sample", *map(str, range(1, k + 1))),
-            title=f"Nearest training images, by {name}",
-            note="nearest first",
-            breaks=[1],
-        )
-        pages[f"nearest_{name}.png"] = png(page)
-    return pages
+        neighbours = images.read(found.indices.ravel())[0].reshape(len(drawn), k, *drawn.shape[1:])
+        rows = np.concatenate([drawn[:, None], neighbours], 1)
+        words = {"title": f"Nearest training images, by {name}", "note": "nearest first"}
+        columns = ("sample", *map(str, range(1, k + 1)))
+        files |= grid_file(f"nearest_{name}.png", rows, columns, breaks=[1], **words)
+    return files
 
 
-def inpainting(s: FigureContext, draws: int = 6) -> Pages:
-    """What fits to a part of a real image: replacement with resampling (arXiv 2201.09865)."""
-    c, (h, w, _) = s.config.figures, s.x.image_shape
-    known = known_part(s.config, h, w)
-    ts = s.ts[editing.evenly_spaced(s.steps, RESAMPLED + 1)]
-    path = call_for_key(editing.resampling_path, "figures", ts, c.jump, c.repeats)
-    predictor, steps = experiment.make_predictor(s.config, s.x), len(path.t)
+def inpainting(context: FigureContext, draws: int = 6) -> Files:
+    """Completions of real images by replacement with resampling (RePaint, arXiv:2201.09865)."""
+    config, exp, c = context.config, context.trained.exp, context.config.figures
+    known = known_mask(config, *exp.image_shape[:2])
+    ts = context.sampler.ts[editing.evenly_spaced(context.sampler.steps, INPAINTING_STEPS + 1)]
+    path = editing.resampling_path(ts, c.jump, c.repeats)
+    sampler, _ = experiment.make_sampler(config, exp)
+    predictor = experiment.make_predictor(config, exp)
 
-    def go(params, keys, label, carry, i, j):
-        x, x_0 = carry
-        args = s.x.p, s.sampler, predictor(params, label), keys, x, x_0, known[..., None], path
-        return editing.inpaint(*args, i, j), x_0
+    def start(seed, label, indices, fork, x_0):
+        keys, labels, state = context.sampler.start(seed, label, indices)
+        return keys, labels, (state.x, x_0)
 
-    def begin(keys, x_0):
-        return process.sample_noise(keys, 0, x_0), x_0
+    def advance(params, keys, labels, state, i, j):
+        x, x_0 = state
+        args = exp.process, sampler, predictor(params, labels), keys, x, x_0
+        return editing.inpaint(*args, known[..., None], path, i, j), x_0
 
-    n = c.rows
-    image, label = real(s, n)
-    x_0 = np.asarray(augment.scale(image)).repeat(draws, 0)
-    start = numbered_samples(s, np.arange(n * draws), np.zeros(n * draws), (0, steps), x_0)
-    start = start._replace(label=label.repeat(draws).astype(np.int32))
-    walk = make_walk(s.x, begin, go, steps)
-    [x] = rollout(s, [start], lambda carry: augment.unscale(carry[0]), walk)
-    three = np.broadcast_to(image, (*image.shape[:-1], 3))
-    hidden = np.where(known[..., None], three, np.uint8(labelled_grid.HIDDEN))
-    drawn = np.broadcast_to(x[-1], (*x[-1].shape[:-1], 3)).reshape(n, draws, h, w, 3)
-    page = labelled_grid.labelled_grid(
-        np.concatenate([three[:, None], hidden[:, None], drawn], 1),
-        ("original", "known", *map(str, range(1, draws + 1))),
-        title="Inpainting",
-        note=f"{c.repeats} times through every {c.jump} steps",
-        breaks=[2],
-    )
-    return {"inpainting.png": png(page)}
+    start, advance = _sampling.compile_chain(exp, start, advance)
+    resampler = context.sampler._replace(start=start, advance=advance, ts=np.append(path.t, 0))
+    image, label = read_real(config, exp, c.rows)
+    x_0, label = (np.repeat(a, draws, 0) for a in (augment.scale(image), label))
+    images = Trajectories((0, len(path.t)), np.arange(len(x_0)), label=label, x=x_0)
+    resampling = context._replace(sampler=resampler)
+    [x] = rollout(resampling, [images], lambda state: augment.unscale(state[0]))
+    drawn = x[-1].reshape(c.rows, draws, *exp.image_shape)
+    images = np.concatenate([image[:, None], image[:, None], drawn], 1)
+    images = np.broadcast_to(images, (*images.shape[:-1], 3)).copy()
+    images[:, 1, ~known] = labelled_grid.HIDDEN
+    columns = ("original", "known", *map(str, range(1, draws + 1)))
+    note = f"{c.repeats} times through every {c.jump} steps"
+    words = {"title": "Inpainting", "note": note, "breaks": [2]}
+    return grid_file("inpainting.png", images, columns, **words)
 
 
-def known_part(config: ConfigDict, h: int, w: int) -> np.ndarray:
-    """bool[h, w]: what inpainting keeps, by a name of edits.MASKS or as a picture. Raises Fatal."""
+def known_mask(config: ConfigDict, h: int, w: int) -> np.ndarray:
+    """Returns which pixels inpainting keeps, bool[h, w]: of editing.MASKS or from a picture.
+
+    Raises ConfigError.
+    """
     mask = config.figures.mask
     if pathlib.Path(mask).is_file():
         return call_for_key(labelled_grid.load_mask, "figures.mask", mask, h, w)
     return lookup(editing.MASKS, "figures.mask", mask)(h, w)
 
 
-def animation(s: FigureContext, n: int = 16, frames: int = 32) -> Pages:
-    """The reverse process, moving: x_t, and the image predicted on the way."""
-    places = editing.evenly_spaced(s.steps, frames, first=1)
-    [(x, x_0)] = rollout(s, [from_noise(s, min(n, s.config.figures.num), (0, *places))])
-    pages = [
-        labelled_grid.add_title(
-            labelled_grid.side_by_side([image_grid.image_grid(left), image_grid.image_grid(right)]),
-            f"t = {t}",
-            "xₜ, and the image predicted",
-        )
-        for t, left, right in zip(times(s, places), x[1:], x_0[1:], strict=True)
-    ]
-    name = f"animation.{s.config.figures.animation}"
-    return {name: functools.partial(save_animation, frames=np.stack(pages))}
+def animation(context: FigureContext, n: int = 16, frames: int = 32) -> Files:
+    """An animation of the reverse process: x_t beside the predicted x_0."""
+    c = context.config.figures
+    positions = editing.evenly_spaced(context.sampler.steps, frames, first=1)
+    x, x_0 = first_samples(context, min(n, c.num), (0, *positions))
+    pages = []
+    for t, *images in zip(times(context, positions, "t = "), x[1:], x_0[1:], strict=True):
+        page = labelled_grid.side_by_side([image_grid.image_grid(image) for image in images])
+        pages.append(labelled_grid.add_title(page, t, "xₜ, and the image predicted"))
+    return {f"animation.{c.animation}": functools.partial(save_animation, frames=np.stack(pages))}
 
 
-
-
-def run(
-    config: ConfigDict,
-    x: Experiment,
-    workdir: pathlib.Path,
-    step: int,
-    params: Any,
-    say: Callable[[str], None],
-    score: Score | None = None,
-    features: dict[str, Features] | None = None,
-) -> None:
-    """Draws figures.names from the averaged weights into workdir/figures/<step>/.
-
-    score: of images, for `quality`. features: for `nearest`, beside the pixels. Raises DDPMError,
-    DataError.
-    """
-    chosen = [lookup(FIGURES, "figures.names", name) for name in config.figures.names]
-    known_part(config, *x.image_shape[:2])  # what cannot be done is said before hours are spent
-    s = make_context(config, x, params, say, score, features)
-    folder = workdir / "figures" / f"{step:08d}"
-    for name, draw in zip(config.figures.names, chosen, strict=True):
-        say(f"drawing    {name}")
-        for file, write in draw(s).items():
-            if jax.process_index() == 0:
-                write(folder / file)
-            say(f"           {folder / file}")
-    if jax.process_index() == 0:
-        how = {"step": step, "weights": "ema", "config": config.to_dict()}
-        save_text(folder / "how.json", json.dumps(how, indent=2) + "\n")
-    say(f"done       {folder}")
-
-
-FIGURES: dict[str, Callable[[FigureContext], Pages]] = {
+FIGURES: dict[str, Callable[[FigureContext], Files]] = {
     "samples": samples,
     "progressive": progressive,
     "denoising": denoising,

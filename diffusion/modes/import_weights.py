@@ -1,33 +1,30 @@
-"""--mode=import and --mode=export: weights of others into a work directory, and out of one again.
+"""--mode=import: weights of other programs into a new work directory, as if trained there.
 
-What comes in may be the official TensorFlow checkpoint, diffusers' files, a Hugging Face repository
-or what --mode=export wrote. The network is told by the files' own settings, or else by the shapes
-of the arrays; the rest of the config is that of the nearest file of configs/. Either the whole work
-directory or output folder comes to be, or nothing.
+The input is the official TensorFlow checkpoint, diffusers' files, a Hugging Face repository or what
+--mode=export wrote. The network follows from the files' own settings, or else from the shapes of
+the arrays; the rest of the config is that of the nearest file of configs/.
 """
 
 import contextlib
 import importlib
-import json
-import os
 import pathlib
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from diffusion import checkpoint, convert, experiment, train_step
+from diffusion import convert, experiment
 from diffusion.convert import readers, tf_checkpoint
-from diffusion.convert.readers import CONFIG, Found
+from diffusion.convert.unet_names import network_structure
+from diffusion.experiment import Experiment
+from diffusion.modes._common import open_checkpoints
+from diffusion.modes.export_weights import atomic_folder, check_empty
 from diffusion.runtime.config import (
-    CONFIG,
-    HERE,
-    INTEGRITY,
+    ROOT,
+    Run,
     differences,
     fill_defaults,
     flatten,
@@ -35,266 +32,214 @@ from diffusion.runtime.config import (
     with_overrides,
 )
 from diffusion.sharding import replicated
-from diffusion.utils.errors import DDPMError, IntegrityError, WorkdirError
+from diffusion.train_step import TrainState
+from diffusion.utils import logging
+from diffusion.utils.errors import ConfigError, IntegrityError, one_line
+from diffusion.utils.io import save_json
+from diffusion.utils.multihost import is_primary
 
-RESOLUTION = 16  # where every network of the paper has its attention (appendix B)
-
-
+ATTENTION_RESOLUTION = 16  # of every network in the paper (appendix B)
 RECORD = "import.json"  # in the work directory: where its weights are from
 
 
-MOST_LETTERS = 1500  # of what is said of an input
-
-
-MOST_LINES = 8  # of what differs: of another network it would be hundreds
-
-
-Fetch = Callable[[str], tuple[pathlib.Path, str]]
-
-
-def refusal(source: str, code: int, why: object) -> DDPMError:
-    """The one line about an input; names in files may be long and hold line breaks."""
-    line = " ".join(f"{why}".split())
-    return Fatal(
-        code, f"--input={source}: {line[:MOST_LETTERS]}{' ...' * (len(line) > MOST_LETTERS)}"
-    )
-
-
-def fetch(name: str) -> tuple[pathlib.Path, str]:
-    """(folder, revision) of a Hugging Face repository, downloaded. Raises Fatal."""
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        how = "pip install huggingface_hub, or download it yourself and give the folder"
-        raise refusal(name, CONFIG, f"no such file here; {how}") from error
-    try:
-        about = huggingface_hub.HfApi().model_info(name)
-        safe = any(file.rfilename.endswith(".safetensors") for file in about.siblings)
-        patterns = ["*.json", "*.safetensors" if safe else "*.bin"]
-        folder = huggingface_hub.snapshot_download(
-            name, revision=about.sha, allow_patterns=patterns
-        )
-    except Exception as error:  # of the network, of requests, of the hub: anything
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise refusal(name, CONFIG, f"cannot be downloaded: {why}") from error
-    return pathlib.Path(folder), about.sha
+def run(run: Run) -> None:
+    """Imports --input into the new --workdir. Raises ConfigError, WorkdirError, IntegrityError."""
+    if len(run.flags.input) != 1 or run.flags.workdir is None:
+        raise ConfigError("--mode=import: expected one --input=WEIGHTS and a new --workdir")
+    config = run.config if run.config_given else None
+    import_weights(run.flags.input[0], run.workdir, config, run.overrides)
 
 
 def import_weights(
     source: str,
-    config: ConfigDict | None,
     workdir: pathlib.Path,
-    say: Callable[[str], None],
-    overrides: Mapping[str, Any] | None = None,
-    fetch: Fetch = fetch,
+    config: ConfigDict | None = None,
+    overrides: Mapping[str, Any] = {},
 ) -> None:
-    """Makes a work directory of the weights at `source`, as if it had been trained in.
+    """Makes a work directory of weights. The optimiser starts afresh, the step is the files' own.
 
-    source: what inputs.read takes, or ORGANISATION/NAME at Hugging Face. config: that of the work
-    directory; None: deduced, with `overrides`, flat keys, having the last word. say: is given lines
-    for the user. fetch: see there.
-    The optimiser starts afresh. The step is the files' own, 0 where they do not tell.
-    Raises DDPMError: 2 for what is no input or not for this config, 4 for the work directory, 6 for
-    what is damaged or not one whole network.
+    Args:
+      source: what `readers.read` takes, or ORGANISATION/NAME at Hugging Face.
+      workdir: a new or empty folder.
+      config: of the work directory; None: deduced from the weights.
+      overrides: flat keys that have precedence over what is deduced.
+
+    Raises:
+      ConfigError: there is no such input, or our network or the config cannot be this one.
+      WorkdirError: the work directory is in use or cannot be written.
+      IntegrityError: the files are damaged, or do not hold the network that the config describes.
     """
-    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        expected = "expected no such work directory, or an empty one"
-        raise WorkdirError(f"{workdir}: {expected}; choose another --workdir")
-    path, revision = find(source, fetch)
-    if revision:
-        say(f"downloaded {source}, revision {revision}")
-    try:
-        found = readers.read(path)
-        size = convert.sizes(found.params)
-    except readers.Unsupported as error:
-        raise refusal(source, CONFIG, error) from error
-    except (IntegrityError, ValueError) as error:
-        raise refusal(source, INTEGRITY, error) from error
-    say(f"read       {found.kind}, step {found.step:,}")
+    check_empty(workdir, "--workdir")
+    path, revision = locate(source)
+    found = readers.read(path)
+    logging.info(f"read       {found.kind}, step {found.step:,}")
     for note in found.notes:
-        say(f"           {note}")
+        logging.info(f"           {note}")
     if config is not None:
-        compare(found.stated, config, say)
+        report_conflicts(found.stated, config)
     elif found.config is not None:
-        config = with_overrides(own_config(found.config, source), overrides or {})
+        config = with_overrides(stored_config(found.config, path), overrides)
     else:
-        config = deduced_config(found, size, source, overrides or {}, say)
+        config = deduce_config(deduce_keys(found.params, found.stated | overrides, source), source)
     validate(config, jax.device_count())
-    x = experiment.build(config)
-    state = make_state(found, x, source)
-    record = {"input": source, "revision": revision, "kind": found.kind, "step": found.step}
-    record |= {"stated": found.stated, "notes": found.notes}
-    with whole_folder(workdir) as part:
-        with contextlib.closing(checkpoint.Checkpoints(part / "checkpoints")) as checkpoints:
+    state = make_state(found, experiment.build(config), source)
+    with atomic_folder(workdir) as folder:
+        with contextlib.closing(open_checkpoints(folder)) as checkpoints:
             checkpoints.save(found.step, state)
-        if jax.process_index() == 0:
-            write_json(part / RECORD, record)
-            write_json(part / "config.json", config.to_dict())
-    say("optimiser  fresh: no moments came along; a training that goes on warms up anew")
-    say(f"done       {workdir}; samples: python main.py --mode=sample --workdir={workdir}")
+        if is_primary():
+            record = {"input": source, "revision": revision, "kind": found.kind}
+            record |= {"step": found.step, "stated": found.stated, "notes": found.notes}
+            save_json(folder / RECORD, record)
+            save_json(folder / "config.json", config.to_dict())
+    logging.info("optimiser  new: weights come without its moments, so training warms up again")
+    logging.info(f"done       {workdir}; samples: python main.py --mode=sample --workdir={workdir}")
 
 
-def find(source: str, fetch: Fetch) -> tuple[pathlib.Path, str | None]:
-    """(where the input lies, its revision at Hugging Face if it was downloaded from there)."""
+def locate(source: str) -> tuple[pathlib.Path, str | None]:
+    """Returns where the input is, and its revision if it was downloaded from Hugging Face."""
     path = pathlib.Path(source).expanduser()
-    here = path.exists() or tf_checkpoint.prefix_of(path)
-    return (path, None) if here or not re.fullmatch(r"[\w.-]+/[\w.-]+", source) else fetch(source)
+    is_local = path.exists() or tf_checkpoint.find_prefix(path)
+    if is_local or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        return path, None
+    path, revision = download_repository(source)
+    logging.info(f"downloaded {source}, revision {revision}")
+    return path, revision
 
 
-def own_config(content: Mapping[str, Any], source: str) -> ConfigDict:
-    """The config that came with the weights; keys younger than it are as in the default config."""
-    default = importlib.import_module("configs.digits").get_config()
+def download_repository(name: str) -> tuple[pathlib.Path, str]:
+    """Downloads a Hugging Face repository. Returns (folder, revision). Raises ConfigError."""
     try:
-        return fill_defaults(content, default)
+        import huggingface_hub
+    except ImportError as error:
+        how = "pip install huggingface_hub, or download it yourself and give the folder"
+        raise ConfigError(f"--input={name}: no such file here; {how}") from error
+    try:
+        info = huggingface_hub.HfApi().model_info(name)
+        is_safe = any(file.rfilename.endswith(".safetensors") for file in info.siblings)
+        patterns = ["*.json", "*.safetensors" if is_safe else "*.bin"]
+        folder = huggingface_hub.snapshot_download(name, revision=info.sha, allow_patterns=patterns)
+    except Exception as error:  # of the network or the library: anything
+        why = one_line(error) or type(error).__name__
+        raise ConfigError(f"--input={name}: cannot be downloaded: {why}") from error
+    return pathlib.Path(folder), info.sha
+
+
+def stored_config(content: Mapping[str, Any], path: pathlib.Path) -> ConfigDict:
+    """Returns the config of an exported folder, with defaults for keys that are younger."""
+    try:
+        return fill_defaults(content)
     except (AttributeError, TypeError, ValueError) as error:
-        raise refusal(source, INTEGRITY, f"{CONFIG} is no config: {error}") from error
+        file = path / readers.CONFIG_FILE
+        raise IntegrityError(f"{file}: expected a config: {one_line(error)}") from error
 
 
-def deduced_config(
-    found: Found,
-    size: convert.Sizes,
-    source: str,
-    overrides: Mapping[str, Any],
-    say: Callable[[str], None],
-) -> ConfigDict:
-    """The nearest of configs/, changed in what the weights or their files say; says in what."""
-    stated = deduce(size, {**found.stated, **overrides}, source)
-    name, near = nearest(stated, source)
-    config = with_overrides(near, stated)
-    config.sampler.steps = min(config.sampler.steps, config.process.T)
-    say(f"config     {name}, the nearest, with")
-    lines = differences(near.to_dict(), config.to_dict(), free=())
-    for line in lines or ["nothing changed"]:
-        say(f"           {line}")
-    return config
-
-
-def compare(stated: Mapping[str, Any], config: ConfigDict, say: Callable[[str], None]) -> None:
-    """Says in what the files and a config that was given differ."""
+def report_conflicts(stated: Mapping[str, Any], config: ConfigDict) -> None:
+    """Prints where the files and the given config differ."""
     flat = flatten(config)
     for key, value in stated.items():
         if flat.get(key, value) != value:
-            say(f"note       {key}: the files say {value!r}, the config {flat[key]!r}; it counts")
+            conflict = f"the files state {value!r}, the config {flat[key]!r}"
+            logging.info(f"note       {key}: {conflict}; the config has precedence")
 
 
-def deduce(size: convert.Sizes, stated: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The stated keys, and those that follow from the shapes of the arrays. Raises Fatal."""
-    if size.out_ch not in (size.in_ch, 2 * size.in_ch):
-        wanted = f"{size.in_ch} output channels, or twice that for a learned variance"
-        raise refusal(source, INTEGRITY, f"expected {wanted}, found {size.out_ch}")
+def deduce_config(keys: Mapping[str, Any], source: str) -> ConfigDict:
+    """Returns the nearest of configs/ with these keys; prints what they changed."""
+    name, near = nearest_config(keys, source)
+    config = with_overrides(near, keys)
+    config.sampler.steps = min(config.sampler.steps, config.process.T)
+    logging.info(f"config     {name}, the nearest, with")
+    for line in differences(near, config, ("",)) or ["no changes"]:
+        logging.info(f"           {line}")
+    return config
+
+
+def deduce_keys(
+    params: Mapping[str, Any], stated: Mapping[str, Any], source: str
+) -> dict[str, Any]:
+    """Returns the stated keys, and those that follow from the names and shapes of the parameters.
+
+    Raises ConfigError, if neither gives the image size, and IntegrityError.
+    """
+    shapes = {name: np.shape(a) for name, a in convert.flatten_params(params).items()}
+    structure = network_structure(shapes, "flax")
+    levels = [f"down_{i}/block_0/conv1/kernel" for i in range(structure.levels)]
+    kernels = [shapes.get(name, ()) for name in ("conv_in/kernel", "conv_out/kernel", *levels)]
+    if not levels or any(len(shape) != 4 for shape in kernels):
+        raise IntegrityError(f"--input={source}: expected the kernels of a U-Net, found others")
+    (in_ch, ch), (_, out_ch), *level_shapes = (shape[2:] for shape in kernels)
+    channels = [shape[1] for shape in level_shapes]
+    if out_ch not in (in_ch, 2 * in_ch) or not ch or any(c % ch for c in channels):
+        expected = f"{in_ch} or {2 * in_ch} output channels, levels of multiples of {ch}"
+        found = f"{out_ch} and {one_line(channels, 100)}"
+        raise IntegrityError(f"--input={source}: expected {expected}, found {found}")
+    rows = shapes.get("class_emb/embedding") or (1,)  # the last of them is "no class"
     flat = {
-        "model.ch": size.ch,
-        "model.ch_mult": size.ch_mult,
-        "model.num_res_blocks": size.num_res_blocks,
-        "model.num_classes": size.num_classes,
-        "data.channels": size.in_ch,
+        "model.ch": ch,
+        "model.ch_mult": tuple(c // ch for c in channels),
+        "model.num_res_blocks": structure.blocks,
+        "model.num_classes": rows[0] - 1,
+        "data.channels": in_ch,
         "data.image_width": 0,
     }
-    if size.out_ch > size.in_ch:
-        flat["variance"] = "learned"
-    levels = [i for i, has in enumerate(size.attention) if has]
-    if len(levels) == 1:
-        flat["data.image_size"] = RESOLUTION << levels[0]
+    flat |= {"variance": "learned"} if out_ch > in_ch else {}
+    attended = [i for i, has in enumerate(structure.attention) if has]
+    if len(attended) == 1:
+        flat["data.image_size"] = ATTENTION_RESOLUTION << attended[0]
     flat |= stated
     if "data.image_size" not in flat:
-        how = "the weights do not tell the size of the images; give --config.data.image_size"
-        raise refusal(source, CONFIG, how)
+        how = "give --config.data.image_size"
+        raise ConfigError(f"--input={source}: the weights do not determine the image size; {how}")
     longer = max(flat["data.image_size"], flat["data.image_width"])
-    return {"model.attn_resolutions": tuple(longer >> i for i in levels)} | flat
+    return {"model.attn_resolutions": tuple(longer >> i for i in attended)} | flat
 
 
-def nearest(flat: Mapping[str, Any], source: str) -> tuple[str, ConfigDict]:
-    """(--config, its config) of configs/, variants too, that differs in fewest of these keys.
+def nearest_config(flat: Mapping[str, Any], source: str) -> tuple[str, ConfigDict]:
+    """Returns the file of configs/, or a variant, that differs in the fewest of these keys.
 
-    Of equals the one whose name is in the source's, then the first.
+    Among equals it is the one whose name is most like the source's, and without a variant.
     """
     letters = re.sub(r"[^a-z0-9]", "", source.lower())
-
-    def order(item):
-        name, config = item
-        theirs = flatten(config)
-        differing = sum(theirs.get(key) != value for key, value in flat.items())
-        words = name.partition(":")[0].split("_")
-        alike = sum(len(word) for word in words if word in letters)
-        return differing, -alike, ":" in name
-
-    name, config = min(_configs(), key=order)
-    stem, colon, variant = name.partition(":")
-    return f"configs/{stem}.py{colon}{variant}", config
-
-
-def _configs() -> Iterator[tuple[str, ConfigDict]]:
-    for path in sorted((HERE / "configs").glob("[a-z]*.py")):
+    candidates = []
+    for path in sorted((ROOT / "configs").glob("[a-z]*.py")):
         module = importlib.import_module(f"configs.{path.stem}")
-        for variant in ("", *module.VARIANTS):
-            name = f"{path.stem}:{variant}" if variant else path.stem
-            yield name, module.get_config(variant)
+        alike = sum(len(word) for word in path.stem.split("_") if word in letters)
+        for variant in ("", *getattr(module, "VARIANTS", ())) if path.stem != "default" else ():
+            config = module.get_config(variant)
+            differing = sum(flatten(config).get(key) != value for key, value in flat.items())
+            name = f"configs/{path.name}" + (f":{variant}" if variant else "")
+            candidates.append((differing, -alike, variant != "", name, config))
+    *_, name, config = min(candidates, key=lambda candidate: candidate[:3])
+    return name, config
 
 
-def make_state(found: Found, x: experiment.Experiment, source: str) -> train_step.TrainState:
-    """The state of these weights on every device, seen to be what the network has. Raises Fatal."""
-    abstract = experiment.abstract_state(x)
-    whole = replicated(x.mesh)
+def make_state(found: readers.Weights, exp: Experiment, source: str) -> TrainState:
+    """Returns the replicated training state of these weights. Raises IntegrityError."""
+    expected = _array_types(experiment.abstract_state(exp).params)
     for name, tree in (("raw", found.params), ("averaged", found.ema)):
-        if lines := misfits(tree, abstract.params):
-            more = f"; {len(lines) - 8} more" if len(lines) > 8 else ""
-            message = f"the {name} weights do not fit the config: {'; '.join(lines[:8])}{more}"
-            raise refusal(source, INTEGRITY, message)
+        types = _array_types(tree)
+        if wrong := [n for n in sorted(expected | types) if expected.get(n) != types.get(n)]:
+            first = wrong[0]
+            problem = f"expected {expected.get(first, 'none')}, found {types.get(first, 'none')}"
+            raise IntegrityError(
+                f"--input={source}: {len(wrong)} of the {name} weights do not fit the config: "
+                f"{one_line(first, 100)}: {problem}"
+            )
+    sharding = replicated(exp.mesh)
 
-    def everywhere(tree):
+    def replicate(tree):
         return jax.tree.map(
-            lambda a: jax.make_array_from_callback(a.shape, whole, lambda index: a[index]), tree
+            lambda a: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index]), tree
         )
 
-    params = everywhere(found.params)
-    opt_state = jax.jit(x.tx.init, out_shardings=whole)(params)
-    return train_step.TrainState(
-        everywhere(np.asarray(found.step, np.int32)), params, everywhere(found.ema), opt_state
+    params = replicate(found.params)
+    return TrainState(
+        step=replicate(np.asarray(found.step, np.int32)),
+        params=params,
+        ema=replicate(found.ema),
+        opt_state=jax.jit(exp.tx.init, out_shardings=sharding)(params),
     )
 
 
-def misfits(tree: Mapping[str, Any], abstract: Mapping[str, Any]) -> list[str]:
-    """`NAME: expected TYPE[SHAPE], found TYPE[SHAPE]` for every array that is not as it should."""
-
-    def kinds(tree):
-        flat = convert.flattened(tree)
-        return {name: f"{a.dtype}{list(a.shape)}" for name, a in flat.items()}
-
-    wanted, have = kinds(abstract), kinds(tree)
-    return [
-        f"{name}: expected {wanted.get(name, 'none')}, found {have.get(name, 'none')}"
-        for name in sorted(wanted | have)
-        if wanted.get(name) != have.get(name)
-    ]
-
-
-@contextlib.contextmanager
-def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder to write into, that takes this one's place once all processes are done with it."""
-    first, folder = jax.process_index() == 0, folder.absolute()
-    part = folder.with_name(f".{folder.name}.unfinished")  # a name that no one gives
-    try:
-        if first:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-        _sync("made")
-        yield part
-        _sync("written")
-        if first:
-            os.replace(part, folder)
-        _sync("moved")
-    except OSError as error:
-        why = error.strerror or error
-        raise WorkdirError(f"{folder}: cannot write there: {why}") from error
-    finally:
-        if first:
-            shutil.rmtree(part, ignore_errors=True)
-
-
-def _sync(name: str) -> None:
-    multihost_utils.sync_global_devices(f"transfer {name}")
-
-
-def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+def _array_types(tree: Mapping[str, Any]) -> dict[str, str]:
+    """Returns {name: "float32[3, 3, 3, 32]"}."""
+    return {n: f"{a.dtype}{list(a.shape)}" for n, a in convert.flatten_params(tree).items()}

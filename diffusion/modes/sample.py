@@ -1,57 +1,44 @@
-"""sample."""
+"""--mode=sample: images from the averaged weights, as samples.npz and as a picture."""
 
-import json
-import pathlib
-from collections.abc import Callable
-from typing import Any
-
-import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from diffusion.experiment import Experiment
-from diffusion.modes._sampling import (
-    SampleStore,
-    compile_sampler,
-    delete,
-    describe,
-    is_partial,
-    keep,
-    setting_of,
-)
+from diffusion import experiment
+from diffusion.modes import _sampling
+from diffusion.modes._common import Trained
 from diffusion.plotting import image_grid
-from diffusion.utils.io import save_text
+from diffusion.runtime import preemption
+from diffusion.runtime.config import Run
+from diffusion.utils import io, logging
+from diffusion.utils.multihost import is_primary
+
+GRID_IMAGES = 100  # in the picture
 
 
-def run(
-    config: ConfigDict,
-    x: Experiment,
-    workdir: pathlib.Path,
-    step: int,
-    params: Any,
-    say: Callable[[str], None],
-) -> None:
-    """sample.num images from the averaged weights: npz, a grid and how they were made.
+def run(run: Run) -> None:
+    """Draws sample.num images into workdir/samples/STEP_WEIGHTS_SEED_SAMPLER_DIGEST/."""
+    with preemption.defer():
+        save_samples(_sampling.load_for_sampling(run, experiment.build(run.config)))
 
-    A set that was begun goes on; any other that is there is drawn anew. Raises Fatal.
+
+def save_samples(trained: Trained) -> None:
+    """Writes samples.npz, grid.png and how.json.
+
+    A set of the same setting is resumed or extended; a larger one is kept. Raises WorkdirError.
     """
-    c, first = config.sample, jax.process_index() == 0
-    chain = compile_sampler(config, x, min(c.num, c.batch_size))
-    setting = setting_of(config, step, "ema", c.seed)
-    name = f"{step:08d}_seed{c.seed}"
-    if config.sampler.name != "ancestral":
-        name += f"_{config.sampler.name}{len(chain.ts) - 1}"
-    if c.label >= 0:
-        name += f"_label{c.label}"
-    kept = SampleStore(workdir / "samples" / name, setting, x.image_shape)
-    if first and not is_partial(kept):
-        delete(kept)
-    say(f"sampling   {c.num:,} images of step {step:,}, {describe(config)}")
-    keep(kept, chain, params, c.num)
-    if first:
-        with np.load(kept.npz) as file:
-            image_grid.save_png(kept.folder / "grid.png", image_grid.image_grid(file["arr_0"][:100]))
-        how = {"step": step, "weights": "ema", "config": config.to_dict()}
-        save_text(kept.folder / "how.json", json.dumps(how, indent=2) + "\n")
-    shape = f"uint8 {[c.num, *x.image_shape]} in arr_0"
-    say(f"done       {kept.folder}/samples.npz ({shape}), grid.png, how.json")
+    config, c, exp = trained.config, trained.config.sample, trained.exp
+    setting = _sampling.sample_setting(config, trained.step, trained.weights, c.seed)
+    folder = trained.workdir / "samples" / f"{trained.step:08d}_{_sampling.sample_name(setting)}"
+    store = _sampling.SampleStore(folder, setting, exp.image_shape)
+    sampler = _sampling.compile_sampler(config, exp, min(c.num, c.batch_size))
+    what = f"{c.num:,} images of step {trained.step:,}, {_sampling.describe_sampler(config)}"
+    logging.info(f"sampling   {what}")
+    _sampling.fill(store, sampler, trained.params, c.num)
+    if not is_primary():
+        return
+    with np.load(store.npz) as file:
+        images = file["arr_0"]
+    image_grid.save_png(folder / "grid.png", image_grid.image_grid(images[:GRID_IMAGES]))
+    how = {"step": trained.step, "weights": trained.weights, "images": len(images)}
+    io.save_json(folder / "how.json", how | {"config": config})
+    shape = f"uint8 {list(images.shape)} in arr_0"
+    logging.info(f"done       {folder}/samples.npz ({shape}), grid.png, how.json")

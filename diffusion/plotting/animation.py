@@ -1,4 +1,4 @@
-"""animation."""
+"""Animated GIF and WebP files."""
 
 import io
 import os
@@ -7,53 +7,37 @@ import pathlib
 import numpy as np
 from PIL import Image
 
+from diffusion.plotting.image_grid import as_rgb
 from diffusion.utils.io import save_bytes
 
-COLOURS = 32  # of a GIF: it has 256 at most, and grows with every one that is used
+GIF_COLOURS = 32  # a GIF has at most 256, and its size grows with their number
+DURATION_S = 4.0
+PAUSE_MS = 2000  # on the last frame
 
 
-def save_animation(
-    path: str | os.PathLike, frames: np.ndarray, seconds: float = 4.0, hold: float = 2.0
-) -> None:
-    """Writes frames as an animation without end, atomically: a GIF or a WebP, as the name says.
+def save_animation(path: str | os.PathLike, frames: np.ndarray) -> None:
+    """Writes frames uint8[n, H, W, 1 or 3] atomically as an endless animation of about six seconds.
 
-    frames: uint8[n, H, W, 3], shown for `seconds` in all, the last one for `hold` more. A GIF has
-    32 colours, those of the last frame and of one halfway. Raises ValueError for other frames or
-    another name, OSError for a path that cannot be written.
+    The file format follows the name, which ends in .gif or .webp.
     """
-    frames, kind = np.asarray(frames), pathlib.Path(path).suffix[1:]
-    if frames.ndim != 4 or frames.dtype != np.uint8 or frames.shape[-1] != 3 or not frames.size:
-        found = f"{frames.dtype}{list(frames.shape)}"
-        raise ValueError(f"save_animation: expected uint8[n, H, W, 3], not empty, found {found}")
-    if kind not in ANIMATIONS:
-        wanted = " or ".join(f".{name}" for name in ANIMATIONS)
-        raise ValueError(f"save_animation: expected a name that ends in {wanted}, found {path}")
-    each = round(1000 * seconds / len(frames) / 10) * 10  # GIFs count hundredths of a second
-    durations = [max(each, 20)] * len(frames)
-    durations[-1] += round(1000 * hold)
-    prepare, options = ANIMATIONS[kind]
-    first, *rest = prepare(frames)
+    frames = as_rgb("save_animation", frames, "n, H, W")
+    suffix = pathlib.Path(path).suffix
+    if suffix not in (".gif", ".webp"):
+        raise ValueError(f"save_animation: expected a name in .gif or .webp, found {path}")
+    pictures = [Image.fromarray(frame) for frame in frames]
+    if suffix == ".gif":  # one palette for all frames and no dithering, so that nothing flickers
+        palette = Image.fromarray(np.concatenate([frames[len(frames) // 2], frames[-1]]))
+        palette, no_dither = palette.quantize(GIF_COLOURS), Image.Dither.NONE
+        pictures = [p.quantize(palette=palette, dither=no_dither) for p in pictures]
+    duration_ms = max(20, round(100 * DURATION_S / len(frames)) * 10)  # GIF counts in 10 ms
     content = io.BytesIO()
-    first.save(
-        content, kind, save_all=True, append_images=rest, duration=durations, loop=0, **options
+    pictures[0].save(
+        content,
+        suffix[1:],
+        save_all=True,
+        append_images=pictures[1:],
+        duration=[duration_ms] * (len(frames) - 1) + [duration_ms + PAUSE_MS],
+        loop=0,
+        optimize=False,
     )
     save_bytes(path, content.getvalue())
-
-
-def _true_colours(frames: np.ndarray) -> list[Image.Image]:
-    return [Image.fromarray(frame) for frame in frames]
-
-
-def _few_colours(frames: np.ndarray) -> list[Image.Image]:
-    """All frames in the same colours: nothing flickers."""
-    both = np.concatenate([frames[len(frames) // 2], frames[-1]])
-    palette = Image.fromarray(both).quantize(COLOURS)
-    none = Image.Dither.NONE
-    return [picture.quantize(palette=palette, dither=none) for picture in _true_colours(frames)]
-
-
-# What each kind of file takes: frames -> pictures, and how they are written.
-ANIMATIONS = {
-    "gif": (_few_colours, {"optimize": False}),
-    "webp": (_true_colours, {"quality": 80, "method": 4}),
-}

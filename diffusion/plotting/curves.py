@@ -1,22 +1,29 @@
-"""Curves of numbers, as pictures: losses, rate and distortion, quality against time and cost."""
+"""Line plots as PNG files: losses, rate and distortion, sample quality, quality against cost."""
 
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from diffusion.utils.io import atomic_write
 
-INK = ("#1f5fa8", "#c0392b", "#2e8b57", "#b8860b", "#7d3c98", "#17818e", "#8d5524", "#5a6270")
+PathLike = str | os.PathLike
+Point = tuple[int, float, float]  # (network evaluations, seconds, score)
+
+BLUE, RED, BLACK, GREY, GRID = "#1f5fa8", "#c0392b", "#20242b", "#5a6270", "#e3e6ea"
+TITLE = {"color": BLACK, "fontsize": 12, "fontweight": "bold"}
+REVERSE_STEPS = "reverse steps (T - t)"
+COLOURS = (BLUE, RED, "#2e8b57", "#b8860b", "#7d3c98", "#17818e", "#8d5524", GREY)
 
 
-def read_curve(path: str | os.PathLike, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps int[n], values float64[n]) of one metric in a metrics.jsonl, by rising step.
+def read_curve(path: PathLike, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Reads one metric of a metrics.jsonl as (steps int[n], rising; values float64[n]).
 
-    The last value of a step counts; a line that cannot be read (torn by a kill) is passed over; NaN
-    and infinities are kept. Raises ValueError if no line has the metric, naming those that are.
+    The last value of a step counts; lines that are not valid (torn by a kill) are skipped; NaN and
+    infinities are values. Raises ValueError if no line has the metric.
     """
     values, names = {}, set()
     for line in pathlib.Path(path).read_bytes().splitlines():
@@ -36,35 +43,38 @@ def read_curve(path: str | os.PathLike, name: str) -> tuple[np.ndarray, np.ndarr
 
 
 def smooth(x: np.ndarray, y: np.ndarray, width: float = 0.04) -> np.ndarray:
-    """The mean of the finite y [n] whose x [n, rising] is within `width` / 2 of the range of x.
+    """Returns the local linear regression of y [n] on x [n, rising] at each x, float[n].
 
-    At least two neighbours on each side count, at the ends as many as both sides have; NaN where
-    none is finite. In the coordinates of its axis, a curve is so smoothed alike everywhere.
+    A running mean would be biased at both ends, where its points lie on one side; a fitted line is
+    not. A window spans `width` of the range of x, and at least two points on each side (fewer near
+    an end).
     """
-    half = width / 2 * (x[-1] - x[0])
+    x = (x - x[0]) / max(x[-1] - x[0], 1e-9)
     i = np.arange(len(x))
-    near = np.minimum(2, np.minimum(i, i[::-1]))
-    low = np.minimum(np.searchsorted(x, x - half, "left"), i - near)
-    high = np.maximum(np.searchsorted(x, x + half, "right"), i + near + 1)
-    finite = np.isfinite(y)
-    total = np.append(0, np.cumsum(np.where(finite, y, 0)))
-    count = np.append(0, np.cumsum(finite))
-    with np.errstate(invalid="ignore"):
-        return (total[high] - total[low]) / (count[high] - count[low])
+    neighbours = np.minimum(2, np.minimum(i, i[::-1]))
+    centre = np.clip(x, width / 2, 1 - width / 2)
+    low = np.minimum(np.searchsorted(x, centre - width / 2, "left"), i - neighbours)
+    high = np.maximum(np.searchsorted(x, centre + width / 2, "right"), i + neighbours + 1)
+
+    bounds = np.stack([low, high], axis=1).ravel()
+
+    def window_mean(values):
+        return np.add.reduceat(np.append(values, 0), bounds)[::2] / (high - low)
+
+    mean_x, mean_y = window_mean(x), window_mean(y)
+    variance = window_mean(x * x) - mean_x**2
+    covariance = window_mean(x * y) - mean_x * mean_y
+    slope = covariance / np.where(variance > 1e-9, variance, np.inf)
+    return mean_y + slope * (x - mean_x)
 
 
-def loss_curve(
-    jsonl_path: str | os.PathLike, png_path: str | os.PathLike, name: str = "loss"
-) -> None:
-    """Draws a metric of metrics.jsonl against the step: as logged, faint, and smoothed.
+def loss_curve(jsonl_path: PathLike, png_path: PathLike, name: str = "loss") -> None:
+    """Plots a metric of a metrics.jsonl against the step: as logged, faint, and smoothed.
 
-    An axis is logarithmic where its numbers are positive and span a factor of 100 (steps) or 5
-    (values). Values that are not finite are counted, and marked in red at the step axis. Raises
-    ValueError if there is no finite value of that name, OSError if the file cannot be read.
+    An axis is logarithmic where its values are positive and span a factor of 100 (steps) or 5
+    (metric). Steps whose value is not finite are counted and marked in red at the step axis.
+    Raises ValueError if the metric has no finite value.
     """
-    from matplotlib.figure import Figure  # slow to import, and only needed here
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-
     steps, values = read_curve(jsonl_path, name)
     finite = np.isfinite(values)
     if not finite.any():
@@ -72,147 +82,117 @@ def loss_curve(
     log_x, log_y = _spans(steps[finite & (steps > 0)], 100), _spans(values[finite], 5)
     if log_x:
         values, finite, steps = values[steps > 0], finite[steps > 0], steps[steps > 0]
-    curve = smooth(np.log(steps) if log_x else steps, values)
+    x, y = steps[finite], values[finite]
+    curve = smooth(np.log(x) if log_x else x, y)
 
-    ink, grey, red = "#1f5fa8", "#5a6270", "#c0392b"
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(steps, np.where(finite, values, np.nan), color=ink, alpha=0.3, linewidth=0.8)
-    axes.plot(steps, curve, color=ink, linewidth=2.2, solid_capstyle="round")
-    end = np.flatnonzero(np.isfinite(curve))[-1]
-    axes.plot(steps[end], curve[end], "o", color=ink, markersize=5)
-    axes.annotate(
-        f"{curve[end]:.4g}",
-        (steps[end], curve[end]),
-        (8, 0),
-        textcoords="offset points",
-        verticalalignment="center",
-        color=ink,
-        fontweight="bold",
-    )
-    lost = steps[~finite]
-    at_the_axis = axes.get_xaxis_transform()
-    axes.plot(lost, np.zeros(len(lost)), "|", color=red, markersize=12, transform=at_the_axis)
+    with _panels(png_path, 1, (8, 4.5)) as (axes,):
+        axes.plot(steps, np.where(finite, values, np.nan), color=BLUE, alpha=0.3, linewidth=0.8)
+        axes.plot(x, curve, "o-", color=BLUE, linewidth=2.2, markersize=5, markevery=[-1])
+        _label_end(axes, x[-1], curve[-1])
+        bad = steps[~finite]
+        at_the_axis = axes.get_xaxis_transform()
+        axes.plot(bad, np.zeros(len(bad)), "|", color=RED, markersize=12, transform=at_the_axis)
+        _set_scale(axes.xaxis, log_x, ticks=(1,), integer=True)
+        _set_scale(axes.yaxis, log_y, ticks=(1,) if _spans(y, 1000) else (1, 2, 5))
+        axes.set_title(name, loc="left", **TITLE)
+        note = f"{len(bad):,} not finite" if len(bad) else "as logged, and smoothed"
+        axes.set_title(note, loc="right", color=RED if len(bad) else GREY, fontsize=9)
+        axes.set_xlabel("step", color=GREY)
 
-    for axis, log in [(axes.xaxis, log_x), (axes.yaxis, log_y)]:
-        if log:
-            axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-            wide = axis is axes.xaxis or _spans(values[finite], 1000)
-            axis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
-            axis.set_minor_locator(NullLocator())
-        else:
-            axis.set_major_locator(MaxNLocator("auto", integer=axis is axes.xaxis, min_n_ticks=1))
-        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
-    axes.set_title(name, loc="left", color="#20242b", fontsize=13, fontweight="bold")
-    note = f"{len(lost):,} not finite" if len(lost) else "as logged, and smoothed"
-    axes.set_title(note, loc="right", color=red if len(lost) else grey, fontsize=9)
-    axes.set_xlabel("step", color=grey)
-    axes.grid(True, color="#e3e6ea", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0, colors=grey)
+
+def rate_distortion(png_path: PathLike, rate: np.ndarray, rmse: np.ndarray) -> None:
+    """Plots the three panels of the paper's Figure 5.
+
+    rate: float[T], bits/dim to transmit x_t; rmse: float[T], distortion of the x_0 that is
+    predicted from x_t, on 0..255; both at index t - 1.
+    """
+    rate, rmse = rate[::-1], rmse[::-1]
+    steps = np.arange(1, len(rate) + 1)
+    rmse_over_steps = (REVERSE_STEPS, steps, "distortion (RMSE)", rmse)
+    rate_over_steps = (REVERSE_STEPS, steps, "rate (bits/dim)", rate)
+    rmse_over_rate = ("rate (bits/dim)", rate, "distortion (RMSE)", rmse)
+    _plot_panels(png_path, [rmse_over_steps, rate_over_steps, rmse_over_rate])
+
+
+def quality(png_path: PathLike, steps: np.ndarray, series: Mapping[str, np.ndarray]) -> None:
+    """Plots metrics of the predicted x_0 over the reverse process, a panel each (Figure 10).
+
+    steps: int[n], reverse steps done; series: name of a metric -> float[n].
+    """
+    _plot_panels(png_path, [(REVERSE_STEPS, steps, name, y) for name, y in series.items()])
+
+
+def frontier(png_path: PathLike, score: str, curves: Mapping[str, Sequence[Point]]) -> None:
+    """Plots a score (lower is better) against network evaluations and against seconds per image.
+
+    curves: name of a sampler -> its points. The points of the Pareto front are ringed.
+    """
+    costs = ("network evaluations per image", "seconds per image")
+    with _panels(png_path, 2, (11, 4.6), sharey=True) as grid:
+        for column, axes in enumerate(grid):
+            for i, (label, curve) in enumerate(curves.items()):
+                x, y = [point[column] for point in curve], [point[2] for point in curve]
+                style = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.8, "markersize": 4}
+                axes.plot(x, y, "o-" if i < len(COLOURS) else "o--", label=label, **style)
+            points = sorted((point[column], point[2]) for c in curves.values() for point in c)
+            front = [p for i, p in enumerate(points) if all(p[1] < q[1] for q in points[:i])]
+            axes.plot(*zip(*front, strict=True), "o", markersize=9, fillstyle="none", color=BLACK)
+            for axis in (axes.xaxis, axes.yaxis):
+                _set_scale(axis, log=True, ticks=(1, 2, 5))
+            axes.tick_params(labelsize=8)
+            axes.set_xlabel(costs[column], color=GREY)
+        left, right = grid
+        left.set_title(score, loc="left", **TITLE)
+        right.set_title("ringed: no better score at its cost", loc="right", color=GREY, fontsize=9)
+        right.legend(frameon=False, fontsize=8, labelcolor=BLACK)
+
+
+@contextlib.contextmanager
+def _panels(png_path: PathLike, n: int, size: tuple, sharey: bool = False) -> Iterator[list]:
+    """Yields n axes side by side in the common style; writes the figure, of size inches, after."""
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    grid = figure.subplots(1, n, sharey=sharey, squeeze=False)[0]
+    for axes in grid:
+        axes.grid(True, color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0, colors=GREY)
+    yield grid
     with atomic_write(png_path) as file:
         figure.savefig(file, format="png")
+
+
+def _plot_panels(png_path: PathLike, panels: Sequence[tuple]) -> None:
+    """Plots (name of x, x, name of y, y) of each panel."""
+    with _panels(png_path, len(panels), (max(6, 4 * len(panels)), 3.6)) as grid:
+        for axes, (x_name, x, y_name, y) in zip(grid, panels, strict=True):
+            marker = "o" if len(x) < 50 else None
+            axes.plot(x, y, color=BLUE, linewidth=2, marker=marker, markersize=3, clip_on=False)
+            _label_end(axes, x[-1], y[-1])
+            axes.set_ylim(min(0, np.min(y)), None)
+            axes.set_title(y_name, loc="left", **TITLE)
+            axes.set_xlabel(x_name, color=GREY)
+
+
+def _label_end(axes, x: float, y: float) -> None:
+    style = {"verticalalignment": "center", "color": BLUE, "fontweight": "bold"}
+    axes.annotate(f"{y:.4g}", (x, y), (8, 0), textcoords="offset points", **style)
+
+
+def _set_scale(axis, log: bool, ticks: tuple[int, ...], integer: bool = False) -> None:
+    """Sets a linear axis, or a logarithmic one with `ticks` in every decade, without 10^n."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    if log:
+        axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+        axis.set_major_locator(LogLocator(subs=ticks))
+        axis.set_minor_locator(NullLocator())
+    else:
+        axis.set_major_locator(MaxNLocator("auto", integer=integer, min_n_ticks=1))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
 
 
 def _spans(values: np.ndarray, factor: float) -> bool:
     return values.size > 1 and values.min() > 0 and values.max() >= factor * values.min()
-
-
-def rate_distortion(png_path: str | os.PathLike, rate: np.ndarray, rmse: np.ndarray) -> None:
-    """Draws the three panels of the paper's Figure 5.
-
-    rate: float[T], bits/dim sent until x_k is known, at k - 1; rmse: float[T], distortion there, on
-    0-255. Steps are counted as there, from x_T on. Raises OSError.
-    """
-    from matplotlib.figure import Figure
-
-    rate, rmse = rate[::-1], rmse[::-1]
-    steps = np.arange(1, len(rate) + 1)
-    panels = [
-        ("reverse steps (T - t)", steps, "distortion (RMSE)", rmse),
-        ("reverse steps (T - t)", steps, "rate (bits/dim)", rate),
-        ("rate (bits/dim)", rate, "distortion (RMSE)", rmse),
-    ]
-    figure = Figure(figsize=(12, 3.6), dpi=120, layout="constrained")
-    for axes, (x_name, x, y_name, y) in zip(figure.subplots(1, 3), panels, strict=True):
-        axes.plot(x, y, color="#1f5fa8", linewidth=2)
-        axes.set(xlabel=x_name, ylabel=y_name, ylim=(0, None))
-        axes.grid(True, color="#e3e6ea", linewidth=0.8)
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0, colors="#5a6270")
-    with atomic_write(png_path) as file:
-        figure.savefig(file, format="png")
-
-
-def quality(
-    png_path: str | os.PathLike, steps: np.ndarray, series: Mapping[str, np.ndarray]
-) -> None:
-    """Draws a panel for each measure of the predicted images over the reverse process (Fig. 10).
-
-    steps: int[n], reverse steps done; series: {name: float[n]}. Raises OSError.
-    """
-    from matplotlib.figure import Figure  # slow to import, and only needed here
-
-    n = len(series)
-    figure = Figure(figsize=(max(6, 4 * n), 3.6), dpi=120, layout="constrained")
-    for axes, (name, y) in zip(np.atleast_1d(figure.subplots(1, n)), series.items(), strict=True):
-        axes.plot(steps, y, clip_on=False, color="#1f5fa8", linewidth=2, marker="o", markersize=3)
-        axes.annotate(
-            f"{y[-1]:.4g}",
-            (steps[-1], y[-1]),
-            (8, 0),
-            textcoords="offset points",
-            verticalalignment="center",
-            color="#1f5fa8",
-            fontweight="bold",
-        )
-        axes.set(xlabel="reverse steps (T - t)", ylim=(min(0, np.min(y)), None))
-        axes.set_title(name, loc="left", color="#20242b", fontsize=11, fontweight="bold")
-        axes.xaxis.label.set_color("#5a6270")
-        axes.grid(True, color="#e3e6ea", linewidth=0.8)
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0, colors="#5a6270")
-    with atomic_write(png_path) as file:
-        figure.savefig(file, format="png")
-
-
-def frontier(
-    png_path: str | os.PathLike,
-    score: str,
-    curves: Mapping[str, Sequence[tuple[int, float, float]]],
-) -> None:
-    """Draws a score (less is better) against network evaluations, and against seconds an image.
-
-    curves: {way of drawing: (evaluations, seconds, score) of each, by rising evaluations}. What
-    nothing beats at its cost is ringed. All axes are logarithmic. Raises OSError.
-    """
-    from matplotlib.figure import Figure  # slow to import, and only needed here
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    figure = Figure(figsize=(11, 4.6), dpi=130, layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    names = ("evaluations of the network for an image", "seconds for an image")
-    for axes, place, name in ((left, 0, names[0]), (right, 1, names[1])):
-        for i, (label, points) in enumerate(curves.items()):
-            x, y = [p[place] for p in points], [p[2] for p in points]
-            style = "-" if i < len(INK) else "--"
-            ink = INK[i % len(INK)]
-            axes.plot(x, y, style, color=ink, marker="o", markersize=4, linewidth=1.8, label=label)
-        points = sorted((p[place], p[2]) for line in curves.values() for p in line)
-        best = [p for i, p in enumerate(points) if all(p[1] < q[1] for q in points[:i])]
-        axes.plot(*zip(*best, strict=True), "o", markersize=9, fillstyle="none", color="#20242b")
-        axes.set(xscale="log", yscale="log")
-        axes.set_xlabel(name, color="#5a6270")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_minor_locator(NullLocator())
-            axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
-        axes.grid(True, color="#e3e6ea", linewidth=0.8)
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0, colors="#5a6270", labelsize=8)
-    left.set_title(score, loc="left", color="#20242b", fontsize=12, fontweight="bold")
-    right.set_title("ringed: nothing is better at its cost", loc="right", color="#5a6270", size=9)
-    right.legend(frameon=False, fontsize=8, labelcolor="#20242b")
-    with atomic_write(png_path) as file:
-        figure.savefig(file, format="png")

@@ -1,4 +1,4 @@
-"""Pictures: grids and strips of samples; and saving them, or anything, whole or not at all."""
+"""Grids of images, and PNG files."""
 
 import math
 import os
@@ -8,83 +8,62 @@ from PIL import Image
 
 from diffusion.utils.io import atomic_write
 
-VISIBLE = 64  # pixels: small images are enlarged until their shorter side has these
+MIN_VISIBLE_SIDE = 64  # pixels: smaller images are enlarged until their shorter side has these
+PAD = 2  # white pixels around and between the images of a grid
 
 
-def image_grid(
-    images: np.ndarray, columns: int | None = None, scale: int | None = None, pad: int = 2
-) -> np.ndarray:
-    """Images row by row on white, with `pad` white pixels between and around them.
+def image_grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """Returns the images row by row on a white page, uint8[H, W, 3].
 
-    images: uint8[n, h, w, 1 or 3], n >= 1. columns: None: near-square, and full where that can be.
-    scale: how many times enlarged; None: the least that makes the shorter side 64 pixels. Returns
-    uint8[H, W, 3] with H = rows (scale h + pad) + pad, and W alike. Raises ValueError for other
-    images, and for columns, scale < 1 or pad < 0.
+    Args:
+      images: uint8[n, h, w, 1 or 3]; enlarged by `visible_scale(h, w)`.
+      columns: images per row; None: near-square, without a gap in the last row where possible.
     """
-    images = _checked("grid", images, 4, "uint8[n, h, w, 1 or 3]")
+    images = as_rgb("image_grid", images, "n, h, w")
     n, h, w, _ = images.shape
-    columns = _near_square(n) if columns is None else columns
-    scale = visible_scale(h, w) if scale is None else scale
-    for name, value, least in [("columns", columns, 1), ("scale", scale, 1), ("pad", pad, 0)]:
-        if value != int(value) or value < least:
-            raise ValueError(f"grid: expected {name} of at least {least}, found {value}")
+    columns = _near_square_columns(n) if columns is None else columns
+    scale = visible_scale(h, w)
     h, w, rows = h * scale, w * scale, -(-n // columns)
-    page = np.full([rows * (h + pad) + pad, columns * (w + pad) + pad, 3], 255, np.uint8)
+    page = np.full([rows * (h + PAD) + PAD, columns * (w + PAD) + PAD, 3], 255, np.uint8)
     for i, image in enumerate(images):
-        y, x = (pad + j * (size + pad) for j, size in zip(divmod(i, columns), (h, w), strict=True))
+        y, x = PAD + i // columns * (h + PAD), PAD + i % columns * (w + PAD)
         page[y : y + h, x : x + w] = enlarge(image, scale)
     return page
 
 
 def visible_scale(h: int, w: int) -> int:
-    """How many times enlarged, at the least, an image of h x w has a shorter side of 64 pixels."""
-    return math.ceil(VISIBLE / min(h, w))
+    """Returns the least integer factor that makes the shorter side of an h x w image 64 pixels."""
+    return math.ceil(MIN_VISIBLE_SIDE / min(h, w))
 
 
 def enlarge(image: np.ndarray, scale: int) -> np.ndarray:
-    """uint8[h, w, 1 or 3] -> uint8[scale h, scale w, same], by bicubic interpolation.
+    """Resizes uint8[h, w, 3] to uint8[scale h, scale w, 3] by bicubic interpolation.
 
-    Not as squares: an eye that sees their edges does not see the digit in 8x8 of them.
+    Nearest-neighbour interpolation would show the edges of 8x8 large squares instead of a digit.
     """
-    if scale == 1:
-        return image
-    h, w, c = image.shape
-    picture = Image.fromarray(image[..., 0] if c == 1 else image)
-    size = w * scale, h * scale
-    return np.asarray(picture.resize(size, Image.Resampling.BICUBIC)).reshape(*size[::-1], c)
+    h, w, _ = image.shape
+    picture = Image.fromarray(image)
+    return np.asarray(picture.resize((w * scale, h * scale), Image.Resampling.BICUBIC))
 
 
-def strip(images: np.ndarray, scale: int | None = None, pad: int = 2) -> np.ndarray:
-    """Sequences, such as x_T ... x_0 or an interpolation, one per row: a grid of known columns.
-
-    images: uint8[rows, columns, h, w, 1 or 3]. Returns uint8[H, W, 3]. Raises ValueError as `grid`.
-    """
-    images = _checked("strip", images, 5, "uint8[rows, columns, h, w, 1 or 3]")
-    return image_grid(images.reshape(-1, *images.shape[2:]), images.shape[1], scale, pad)
-
-
-def _checked(who: str, images: np.ndarray, ndim: int, expected: str) -> np.ndarray:
+def as_rgb(name: str, images: np.ndarray, dims: str) -> np.ndarray:
+    """Returns uint8[dims, 3]; raises ValueError unless images are uint8[dims, 1 or 3]."""
     images = np.asarray(images)
-    right = images.dtype == np.uint8 and images.ndim == ndim and images.shape[-1] in (1, 3)
-    if not right or not images.size:
+    valid = images.dtype == np.uint8 and images.ndim == len(dims.split(",")) + 1 and images.size
+    if not valid or images.shape[-1] not in (1, 3):
         found = f"{images.dtype}{list(images.shape)}"
-        raise ValueError(f"{who}: expected {expected}, not empty, found {found}")
-    return images
+        raise ValueError(f"{name}: expected uint8[{dims}, 1 or 3], not empty, found {found}")
+    return np.broadcast_to(images, (*images.shape[:-1], 3))
 
 
-def _near_square(n: int) -> int:
-    """Columns for n images: without a gap if the grid is then not much wider than high."""
+def _near_square_columns(n: int) -> int:
+    """Prefers a divisor of n, which leaves no gap, if the grid is not much wider than high."""
     root = math.ceil(math.sqrt(n))
     return next((c for c in range(root, int(1.6 * math.sqrt(n)) + 1) if n % c == 0), root)
 
 
 def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
-    """Writes uint8[h, w, 3], [h, w, 1] or [h, w] as PNG, atomically; folders are made.
-
-    Raises ValueError for another image, OSError for a path that cannot be written.
-    """
-    image = np.asarray(image)
-    three = image[..., None] if image.ndim == 2 else image
-    three = _checked("save_png", three, 3, "uint8[h, w, 1 or 3]")
+    """Writes uint8[h, w, 1 or 3] as an RGB file atomically, and makes missing folders."""
+    image = as_rgb("save_png", image, "h, w")
     with atomic_write(path) as file:
-        Image.fromarray(three[..., 0] if three.shape[-1] == 1 else three).save(file, "png")
+        Image.fromarray(image).save(file, "png")

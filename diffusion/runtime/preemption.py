@@ -1,47 +1,115 @@
-"""preemption."""
+"""Ends the process on SIGINT or SIGTERM: at once, or after the work in progress.
 
+A thread reads the signals from a pipe, because the main thread runs no Python handler while it is
+in XLA, for minutes at times. Nothing large is imported here: main.py installs it first.
+"""
+
+import contextlib
 import os
 import signal
 import threading
+import time
+from collections.abc import Iterator
 
-import jax
-from jax.experimental import multihost_utils
+from diffusion.utils.errors import STOPPED
 
-from diffusion.utils import logging
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+REPEAT_S = 2.0  # later signals within this time are the same request: some tools send several
 
 
-class PreemptionHandler:
-    """Ctrl-C and SIGTERM, remembered until the loop asks; the second one ends the program at once.
+class Stopped(BaseException):
+    """A request to stop was followed; the same command resumes. No Exception: it is no defect."""
 
-    A thread listens: the main one may wait for the device for minutes, deaf to both meanwhile.
-    Several processes must stop after the same step: there SIGTERM is left to JAX, which makes them
-    agree, and Ctrl-C becomes SIGTERM.
+    code = STOPPED
+
+
+_installed = False
+_deferred = False
+_requested = False
+_calls = 0  # of should_stop, equal in all processes
+
+
+def install() -> None:
+    """Makes SIGINT and SIGTERM end the process with one line and code 75, until `defer` is entered.
+
+    Called in the main thread, before large imports, and once more after jax.distributed.initialize
+    has joined a single process, since it takes SIGTERM for itself.
     """
+    global _installed
+    if not _installed:
+        receiver, sender = os.pipe()
+        os.set_blocking(sender, False)
+        signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
+        threading.Thread(target=_listen, args=(receiver,), daemon=True).start()
+        _installed = True
+    for signum in SIGNALS:
+        signal.signal(signum, lambda *_: None)  # the number goes to the pipe all the same
 
-    def __init__(self):
-        self.asked = False
-        heard, tell = os.pipe()
-        os.set_blocking(tell, False)
-        signal.set_wakeup_fd(tell)  # every signal's number goes there the moment it comes
-        alone = jax.process_count() == 1
-        for signum in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):
-            signal.signal(signum, lambda *_: None)
-        threading.Thread(target=self._listen, args=(heard, alone), daemon=True).start()
 
-    def _listen(self, heard: int, alone: bool) -> None:
-        signals = iter(lambda: os.read(heard, 1)[0], None)
-        stops = filter((signal.SIGINT, signal.SIGTERM).__contains__, signals)
-        next(stops)
-        if jax.process_index() == 0:
-            logging.info("stopping   after the step in work; once more: at once, and nothing is saved")
-        if alone:
-            self.asked = True
-        else:
-            os.kill(os.getpid(), signal.SIGTERM)
-        os._exit(128 + next(stops))
+@contextlib.contextmanager
+def defer() -> Iterator[None]:
+    """Remembers a signal for `should_stop` instead of ending; a later second one ends at once.
 
-    def at(self, step: int) -> bool:
-        """Whether to stop after this step; of several processes, all ask after every step."""
+    Entered by all processes of a run, around work that asks `should_stop`. Among several processes
+    SIGTERM is JAX's, which makes them agree on when to stop, and SIGINT is turned into it.
+    """
+    global _deferred
+    import jax
+
+    if _installed and jax.process_count() == 1:
+        install()
+    before, _deferred = _deferred, True
+    try:
+        yield
+    finally:
+        _deferred = before
+
+
+def should_stop() -> bool:
+    """Whether a stop was requested; asked by all processes at the same places.
+
+    Several processes get True at the same call, whichever of them received the signal.
+    """
+    global _requested, _calls
+    import jax
+
+    if jax.process_count() > 1 and not _requested:
+        from jax.experimental import multihost_utils
+
+        _calls += 1
+        _requested = bool(multihost_utils.reached_preemption_sync_point(_calls))
+    return _requested
+
+
+def raise_if_requested() -> None:
+    """Raises Stopped where `should_stop`: for work that resumes from what it has written."""
+    if should_stop():
+        raise Stopped("after the work in progress")
+
+
+def _listen(receiver: int) -> None:
+    """Acts upon signals, in a thread."""
+    global _requested
+    first_s = None
+    while True:
+        signum = os.read(receiver, 1)[0]
+        if signum not in SIGNALS:
+            continue
+        if first_s is not None:
+            if time.monotonic() - first_s > REPEAT_S:
+                os._exit(128 + signum)
+            continue
+        if not _deferred:
+            os.write(2, b"ddpm: stopped; the same command resumes\n")
+            os._exit(STOPPED)
+        import jax
+
+        from diffusion.utils import logging
+
+        first_s = time.monotonic()
+        with contextlib.suppress(OSError):  # a closed console must not end this thread
+            logging.info("stopping   after the step in progress; again to exit at once")
         if jax.process_count() > 1:
-            self.asked = multihost_utils.reached_preemption_sync_point(step)
-        return self.asked
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            _requested = True

@@ -1,22 +1,28 @@
-"""Samplers: ways from noise to images, each a line of SAMPLERS, all driven by `base.sample`."""
+"""Samplers, which turn noise into images, and grids of the timesteps that they visit.
 
-from diffusion.samplers.analytic import analytic_ddim
-from diffusion.samplers.ancestral import ancestral, ddim
+`SAMPLERS[name](p, **options)` builds a Sampler for `sample`; `GRIDS[name](p, steps)` its times.
+"""
+
+from diffusion.samplers import analytic, ancestral, dpm_solver, heun_langevin, timesteps
 from diffusion.samplers.base import Sampler, SamplerState, advance, sample, trajectory
-from diffusion.samplers.dpm_solver import dpmpp_2m, dpmpp_2s, dpmpp_3m, unipc
-from diffusion.samplers.heun_langevin import heun, predictor_corrector
-from diffusion.samplers.timesteps import GRIDS
 
 __all__ = ["GRIDS", "SAMPLERS", "Sampler", "SamplerState", "advance", "sample", "trajectory"]
 
 SAMPLERS = {
-    "ancestral": ancestral,
-    "ddim": ddim,
-    "analytic_ddim": analytic_ddim,
-    "dpmpp_2m": dpmpp_2m,
-    "dpmpp_3m": dpmpp_3m,
-    "dpmpp_2s": dpmpp_2s,
-    "unipc": unipc,
-    "heun": heun,
-    "predictor_corrector": predictor_corrector,
+    "ancestral": ancestral.ancestral,
+    "ddim": ancestral.ddim,
+    "analytic_ddim": analytic.analytic_ddim,
+    "dpmpp_2m": dpm_solver.dpmpp_2m,
+    "dpmpp_3m": dpm_solver.dpmpp_3m,
+    "dpmpp_2s": dpm_solver.dpmpp_2s,
+    "unipc": dpm_solver.unipc,
+    "heun": heun_langevin.heun,
+    "predictor_corrector": heun_langevin.predictor_corrector,
+}
+
+GRIDS = {
+    "uniform": timesteps.uniform,
+    "quadratic": timesteps.quadratic,
+    "logsnr": timesteps.logsnr,
+    "karras": timesteps.karras,
 }

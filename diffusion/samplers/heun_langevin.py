@@ -1,43 +1,40 @@
-"""heun_langevin."""
+"""Heun's method on the probability-flow ODE, and Langevin correctors."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax, random
 
-from diffusion.process import Process, beta_between, broadcast_right, gather, q_sample, sample_noise
+from diffusion import process
+from diffusion.process import Process, beta_between, broadcast_right, gather, q_sample
 from diffusion.samplers.ancestral import ancestral, ddim
 from diffusion.samplers.base import Sampler, SamplerState, initial_state
 from diffusion.targets import Predict
 
 
 def heun(p: Process) -> Sampler:
-    """Heun's second-order steps on the probability-flow ODE (EDM, arXiv 2206.00364, Algorithm 1).
+    """Takes Heun steps in x / alpha over sigma / alpha, where the ODE's slope is eps.
 
-    In the variables x / alpha and sigma / alpha the slope of the ODE is eps. Each step asks the
-    network at both ends, t and s; the last, to s = 0, is Euler's. Raises ValueError for a schedule
-    whose alpha_bar_T is 0: sigma / alpha is infinite there.
+    The last step, to s = 0, is Euler's. Karras et al. 2022 (arXiv:2206.00364), Algorithm 1. Raises
+    ValueError if alpha_bar_T = 0, where sigma / alpha is infinite.
     """
     if not p.alpha_bar[-1] > 0:
         raise ValueError("heun: this schedule ends in pure noise, alpha_bar_T = 0; use ddim")
-    level = np.sqrt((1 - p.alpha_bar) / p.alpha_bar)
+    noise_level = np.sqrt((1 - p.alpha_bar) / p.alpha_bar)
 
-    def step(predict: Predict, keys: Array, carry: SamplerState, t: Array, s: Array) -> SamplerState:
-        x_0, eps = predict(carry.x, t)[:2]
-        euler = q_sample(p, x_0, s, eps)
+    def step(predict: Predict, keys: Array, state: SamplerState, t: Array, s: Array):
+        prediction = predict(state.x, t)
+        euler = q_sample(p, prediction.x_0, s, prediction.eps)
 
         def corrected():
-            change = predict(euler, s).eps - eps
-            half = 0.5 * jnp.sqrt(gather(p.alpha_bar, s)) * (gather(level, s) - gather(level, t))
-            return euler + broadcast_right(half, euler) * change
+            change = predict(euler, s).eps - prediction.eps
+            half_step = 0.5 * (gather(noise_level, s) - gather(noise_level, t))
+            weight = jnp.sqrt(gather(p.alpha_bar, s)) * half_step
+            return euler + broadcast_right(weight, euler) * change
 
-        return SamplerState(lax.cond(s > 0, corrected, lambda: euler), x_0)
+        return SamplerState(lax.cond(s > 0, corrected, lambda: euler), prediction.x_0)
 
     return Sampler(initial_state, step, evaluations=lambda n: 2 * n - 1)
-
-
-def _norm(x: Array) -> Array:
-    return jnp.linalg.norm(x.reshape(len(x), -1), axis=1)
 
 
 PREDICTORS = {"ancestral": ancestral, "ddim": ddim}
@@ -46,14 +43,18 @@ PREDICTORS = {"ancestral": ancestral, "ddim": ddim}
 def predictor_corrector(
     p: Process, predictor: str = "ancestral", corrections: int = 1, snr: float = 0.1
 ) -> Sampler:
-    """A step of a predictor, then Langevin steps at its end (arXiv 2011.13456, Algorithms 3 and 5).
+    """Follows each predictor step by Langevin steps at its end, except at s = 0.
 
         x <- x + d score + sqrt(2 d) z,    d = 2 (1 - beta_s) (snr ||z|| / ||score||)^2
 
-    with the score -eps / sqrt(1 - alpha_bar_s): the link of Section 3.2 to score matching. Norms
-    are those of each image alone. No correction at s = 0, where there is no noise.
-    predictor: a key of PREDICTORS. corrections: Langevin steps after each. snr: r of the paper;
-    the stationary law is the marginal's for snr -> 0 only. Raises ValueError.
+    with score = -eps / sqrt(1 - alpha_bar_s) (Section 3.2), beta_s of the trained chain and norms
+    of each image alone. Song et al. 2021 (arXiv:2011.13456), Algorithms 3 and 5.
+
+    Args:
+        p: the process.
+        predictor: a key of PREDICTORS.
+        corrections: the number of Langevin steps after each predictor step.
+        snr: the paper's r; the stationary distribution is q(x_s) only as r -> 0.
     """
     if predictor not in PREDICTORS:
         known = ", ".join(PREDICTORS)
@@ -63,24 +64,27 @@ def predictor_corrector(
             f"corrections, snr: expected an integer of 1 or more and a number above 0, "
             f"found {corrections} and {snr}"
         )
-    walk = PREDICTORS[predictor](p)
-    # beta_s is that of the trained step, however long the steps that are taken.
-    shrink = np.append(1.0, p.alpha_bar[1:] / p.alpha_bar[:-1])
+    inner = PREDICTORS[predictor](p)
+    one_minus_beta = np.append(1.0, p.alpha_bar[1:] / p.alpha_bar[:-1])
 
-    def step(predict: Predict, keys: Array, carry: SamplerState, t: Array, s: Array) -> SamplerState:
-        carry = walk.step(predict, keys, carry, t, s)
+    def norm(x: Array) -> Array:
+        return jnp.linalg.norm(x.reshape(len(x), -1), axis=1)
+
+    def step(predict: Predict, keys: Array, state: SamplerState, t: Array, s: Array):
+        state = inner.step(predict, keys, state, t, s)
 
         def correct(x: Array, i: Array) -> tuple[Array, None]:
-            # A key of its own for each correction: those of the times 0..T are taken.
-            own = jax.vmap(random.fold_in, (0, None))(keys, p.T + 1 + i)
-            z = sample_noise(own, s, x)
+            # sample_noise folds times 0..T into keys, so i folded in above T gives fresh ones.
+            correction_keys = jax.vmap(random.fold_in, (0, None))(keys, p.T + 1 + i)
+            z = process.sample_noise(correction_keys, s, x)
             score = -predict(x, s).eps / jnp.sqrt(beta_between(p, 0, s)).astype(x.dtype)
-            d = broadcast_right(2 * gather(shrink, s) * (snr * _norm(z) / _norm(score)) ** 2, x)
+            d = 2 * gather(one_minus_beta, s) * (snr * norm(z) / norm(score)) ** 2
+            d = broadcast_right(d, x)
             return x + d * score + jnp.sqrt(2 * d) * z, None
 
         def corrected():
-            return lax.scan(correct, carry.x, jnp.arange(corrections))[0]
+            return lax.scan(correct, state.x, jnp.arange(corrections))[0]
 
-        return carry._replace(x=lax.cond(s > 0, corrected, lambda: carry.x))
+        return state._replace(x=lax.cond(s > 0, corrected, lambda: state.x))
 
-    return Sampler(walk.init, step, evaluations=lambda n: n + corrections * (n - 1))
+    return Sampler(inner.init, step, evaluations=lambda n: n + corrections * (n - 1))

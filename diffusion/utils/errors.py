@@ -51,6 +51,6 @@ STOPPED = 75  # exit code after SIGINT or SIGTERM: the same command resumes (EX_
 
 
 def one_line(text: object, limit: int = 300) -> str:
-    """Returns the text with white space folded, other control characters dropped, at most `limit`."""
+    """Returns the text on one line of printable characters, `limit` of them at most."""
     line = " ".join("".join(c if c.isprintable() else " " for c in f"{text}").split())
     return line if len(line) <= limit else f"{line[: limit - 4]} ..."

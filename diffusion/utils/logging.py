@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TextIO
 
 import absl.logging
-from absl import flags
 from tqdm import tqdm
 
 ORBAX = f"{os.sep}orbax{os.sep}"  # in the path of all of its files
@@ -40,13 +39,12 @@ def warning(message: str) -> None:
     info(f"ddpm: warning: {message}", sys.stderr)
 
 
-def quiet_libraries() -> None:
-    """Keeps INFO lines of libraries, and what orbax prints of errors it also raises, off the console.
+def quiet_libraries(verbosity: int = -1) -> None:
+    """Keeps the INFO lines of libraries, and what orbax prints of errors it also raises, away.
 
-    Called once inside absl's app.run; `--verbosity` brings the INFO lines back.
+    verbosity: of absl's log: -1 warnings, 0 info, 1 debug.
     """
-    if not flags.FLAGS["verbosity"].present:
-        absl.logging.set_verbosity(absl.logging.WARNING)
+    absl.logging.set_verbosity(verbosity)
     quiet_orbax()
 
 

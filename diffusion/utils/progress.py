@@ -1,4 +1,4 @@
-"""progress."""
+"""Progress of a loop on the console, and readable durations and sizes."""
 
 import contextlib
 import os
@@ -10,15 +10,15 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from diffusion.utils.logging import info
+from diffusion.utils import logging
 
 
 class _Bar(tqdm):
-    monitor_interval = 0  # no thread of its own: every report redraws the bar
+    monitor_interval = 0  # no thread: every report redraws the bar
 
 
-class Progress:
-    """How far a loop is: a live bar on a terminal, lines at a fixed pace elsewhere.
+class Progress(contextlib.AbstractContextManager):
+    """Shows a live bar on a terminal, and prints a line at a fixed pace elsewhere.
 
         with Progress(5000, start, batch_size) as progress:
             for step in range(start + 1, 5001):
@@ -26,13 +26,14 @@ class Progress:
 
         step 1,200/5,000  24%  ETA 1m32s  loss 0.0312  lr 0.0002  41.2 steps/s  5,274 images/s
 
-    Lines come after the first call, 2 s later, then every `every_s` seconds, and at the end. The
-    rate is of the last `every_s` seconds, without the first call, which compiles, and without what
-    is done under `paused()`.
+    Lines are printed after the first step, 2 s later, then every `every_s` seconds, and at the end.
+    The rate is that of the last `every_s` seconds; it excludes the first step, which compiles, and
+    the time inside `paused()`. Processes other than 0 show nothing.
 
-    total, start: units. batch_size: items per unit (None: no item rate). stream: None is stdout.
-    clock: seconds. unit, items: their names, `unit` in the singular. silent: for the processes
-    that are not the first. Raises ValueError unless 0 <= start <= total.
+    Args:
+      batch_size: items per step; None shows no items/s.
+      clock: returns seconds.
+      unit, items: the words for one step and for several items.
     """
 
     def __init__(
@@ -46,7 +47,6 @@ class Progress:
         *,
         unit: str = "step",
         items: str = "images",
-        silent: bool = False,
     ):
         if not 0 <= start <= total:
             raise ValueError(f"progress: expected 0 <= start <= total, found {start} and {total}")
@@ -54,60 +54,84 @@ class Progress:
         self._unit, self._items, self._every_s, self._clock = unit, items, every_s, clock
         self._stream = sys.stdout if stream is None else stream
         self._values: dict[str, float] = {}
-        self._first_s: float | None = None
-        self._marks: deque[tuple[float, int]] = deque()  # (time, step) of the recent reports
-        self._asked: tuple[float, int] | None = None  # the same, when `rate` was last called
-        self._open = not silent
+        self._paused_s = 0.0
+        # All marks are (active seconds, step).
+        self._first: tuple[float, int] | None = None
+        self._recent: deque[tuple[float, int]] = deque()
+        self._last_rate_call: tuple[float, int] | None = None
         self._began = self._due = clock()
+        self._open = not logging.is_silent()
         self._bar = None
-        if self._open and _is_screen(self._stream):
-            self._bar = _Bar(
-                desc=self._line(None),
-                total=total,
-                initial=start,
-                file=self._stream,
-                bar_format="{bar:10} {desc}",
-                dynamic_ncols=True,
-                leave=False,
-            )
+        if self._open and _is_terminal(self._stream):
+            style = {"bar_format": "{bar:10} {desc}", "dynamic_ncols": True, "leave": False}
+            desc, stream = self._line(None), self._stream
+            self._bar = _Bar(desc=desc, total=total, initial=start, file=stream, **style)
 
     def __call__(self, step: int, values: Mapping[str, float | None] | None = None) -> None:
-        """`step` units are done. values: the latest numbers, None for one not known yet."""
+        """Reports that `step` steps are done; values: the latest metrics, None if not known yet."""
         if not self._open:
             return
         self._step = step
         if values:
             self._values.update((name, x) for name, x in values.items() if x is not None)
-        now = self._clock()
-        if self._first_s is None:
-            self._first_s, self._first = now - self._began, (now, step)
+        now = self._active_s()
+        if self._first is None:
+            self._first = now, step
         if step >= self._total:
             self.close()
         elif now >= self._due:
             self._report(now)
 
     def rate(self) -> float | None:
-        """Units/s since this was last called, pauses left out; None where that is not known."""
-        now, before = self._clock(), self._asked
-        self._asked = now, self._step
-        return self._rate(before, now) if before else None
+        """Returns the steps/s since the last call of `rate`, pauses excluded; None at the first."""
+        now, before = self._active_s(), self._last_rate_call
+        self._last_rate_call = now, self._step
+        return self._rate_since(before, now) if before else None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Excludes the time inside from the rate, but not from the total time."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._paused_s += self._clock() - began
+
+    def close(self) -> None:
+        """Prints the total time and the mean rate after the first step, once."""
+        if not self._open:
+            return
+        self._open = False
+        if self._bar is not None:
+            self._bar.close()
+        if self._first is not None:
+            verb = "done in" if self._step >= self._total else "stopped after"
+            took = f"{verb} {human_time(self._clock() - self._began)}"
+            rate = self._rate_since(self._first, self._active_s())
+            logging.info(self._line(rate, took), self._stream)
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def _active_s(self) -> float:
+        return self._clock() - self._paused_s
+
+    def _rate_since(self, mark: tuple[float, int], now: float) -> float | None:
+        then, step = mark
+        return (self._step - step) / (now - then) if now > then and self._step > step else None
 
     def _report(self, now: float) -> None:
-        self._marks.append((now, self._step))
-        while len(self._marks) > 2 and self._marks[1][0] <= now - self._every_s:
-            self._marks.popleft()
-        line = self._line(self._rate(self._marks[0], now))
+        self._recent.append((now, self._step))
+        while len(self._recent) > 2 and self._recent[1][0] <= now - self._every_s:
+            self._recent.popleft()
+        line = self._line(self._rate_since(self._recent[0], now))
         if self._bar is None:
-            self._due = now + (self._every_s if len(self._marks) > 1 else min(2, self._every_s))
-            info(line, self._stream)
+            self._due = now + (self._every_s if len(self._recent) > 1 else min(2, self._every_s))
+            logging.info(line, self._stream)
         else:
             self._due = now + 0.2
             self._bar.n = self._step
             self._bar.set_description_str(line)
-
-    def _rate(self, mark: tuple[float, int], now: float) -> float | None:
-        then, step = mark
-        return (self._step - step) / (now - then) if now > then and self._step > step else None
 
     def _line(self, rate: float | None, took: str | None = None) -> str:
         done = f"{self._unit} {self._step:,}/{self._total:,}"
@@ -116,66 +140,32 @@ class Progress:
             parts.append(took)
         elif rate:
             parts.append(f"ETA {human_time((self._total - self._step) / rate)}")
-        elif self._first_s is not None:
-            parts.append(f"first {self._unit} took {human_time(self._first_s)}")
+        elif self._first is not None:
+            parts.append(f"first {self._unit} took {human_time(self._first[0] - self._began)}")
         parts += [f"{name} {x:.4g}" for name, x in self._values.items()]
         if rate:
             slow = f"{human_time(1 / rate)}/{self._unit}"
-            parts.append(f"{_number(rate)} {self._unit}s/s" if rate >= 1 else slow)
+            parts.append(f"{_three_digits(rate)} {self._unit}s/s" if rate >= 1 else slow)
             if self._batch_size:
-                parts.append(f"{_number(rate * self._batch_size)} {self._items}/s")
+                parts.append(f"{_three_digits(rate * self._batch_size)} {self._items}/s")
         return "  ".join(parts)
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """What is done inside (samples, evaluation) counts in the total time, not in the rate."""
-        then = self._clock()
-        try:
-            yield
-        finally:
-            pause = self._clock() - then
-            self._due += pause
-            self._marks = deque((t + pause, step) for t, step in self._marks)
-            if self._first_s is not None:
-                self._first = self._first[0] + pause, self._first[1]
-            if self._asked is not None:
-                self._asked = self._asked[0] + pause, self._asked[1]
 
-    def close(self) -> None:
-        """Says the total time, and the mean rate after the first call. May be called twice."""
-        if not self._open:
-            return
-        self._open = False
-        if self._bar is not None:
-            self._bar.close()
-        if self._first_s is not None:
-            now = self._clock()
-            how = "done in" if self._step >= self._total else "stopped after"
-            took = f"{how} {human_time(now - self._began)}"
-            info(self._line(self._rate(self._first, now), took), self._stream)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.close()
-
-
-def _is_screen(stream: TextIO) -> bool:
-    """A terminal that a bar fits in: some, in containers, say that they are none wide."""
+def _is_terminal(stream: TextIO) -> bool:
+    """Whether the stream is a terminal wide enough for a bar; in a container it may be 0 wide."""
     if not stream.isatty():
         return False
-    with contextlib.suppress(OSError):  # not the system's: then its width is whatever it says
+    with contextlib.suppress(OSError):  # not a terminal of the operating system
         return os.get_terminal_size(stream.fileno()).columns > 0
     return True
 
 
-def _number(x: float) -> str:
+def _three_digits(x: float) -> str:
     return f"{x:,.0f}" if x >= 99.95 else f"{x:.3g}"
 
 
 def human_time(seconds: float) -> str:
-    """'0.12s', '8.1s', '42s', '3m20s', '51h00m', '4d04h'; '?' for what is not a finite time."""
+    """Formats a duration: '0.12s', '8.1s', '42s', '3m20s', '51h00m', '4d04h'; '?' if not finite."""
     if not 0 <= seconds < float("inf"):
         return "?"
     if seconds < 9.95:
@@ -190,7 +180,7 @@ def human_time(seconds: float) -> str:
 
 
 def human_bytes(n: float) -> str:
-    """'512 B', '1.5 kB', '142.8 MB', in powers of 1000."""
+    """Formats a number of bytes in powers of 1000: '512 B', '1.5 kB', '142.8 MB'."""
     for unit in ("B", "kB", "MB", "GB"):
         if n < 999.95:
             return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
@@ -199,13 +189,14 @@ def human_bytes(n: float) -> str:
 
 
 class GoodputTimer:
-    """Where the time of a run went: everything that is not put under a name was training.
+    """Attributes the wall time of a run to named activities; the rest was training.
 
-    with shares("save"): ...
+    with timer("saving"): ...
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self._clock, self._began, self.seconds = clock, clock(), {}
+        self._clock, self._began = clock, clock()
+        self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -216,13 +207,20 @@ class GoodputTimer:
             self.seconds[name] = self.seconds.get(name, 0.0) + self._clock() - began
 
     def so_far(self, name: str) -> None:
-        """Puts all the time since the start under a name."""
-        self.seconds = {name: self._clock() - self._began}
+        """Attributes all of the time since the start to the name."""
+        self.seconds = {name: self._elapsed_s()}
 
     def of(self, name: str) -> float:
-        """The share of a name in all the time since the start, in [0, 1]."""
-        return self.seconds.get(name, 0.0) / max(self._clock() - self._began, 1e-9)
+        """Returns the name's share of the time since the start, in [0, 1]."""
+        return self.seconds.get(name, 0.0) / max(self._elapsed_s(), 1e-9)
+
+    def productive_seconds(self) -> float:
+        """Returns the seconds since the start that have no name."""
+        return self._elapsed_s() - sum(self.seconds.values())
 
     def goodput(self) -> float:
-        """The share of what was put under no name."""
-        return 1.0 - sum(map(self.of, self.seconds))
+        """Returns the share of the time since the start that has no name, in [0, 1]."""
+        return self.productive_seconds() / max(self._elapsed_s(), 1e-9)
+
+    def _elapsed_s(self) -> float:
+        return self._clock() - self._began

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from diffusion import experiment
-from diffusion.bench import hlo, parts, profile, pytorch, speed, tpu
+from diffusion.bench import hlo, profile, pytorch, speed, suite, tpu
 from diffusion.bench.timing import PEAKS, Measured, in_turn
 from diffusion.unet import UNet
-from diffusion.utils.errors import DDPMError
+from diffusion.utils.errors import ConfigError
 from tests.test_configs import config_of
 
 
@@ -96,11 +96,13 @@ def test_collectives_of_a_program():
 def test_the_step_s_only_collectives_are_the_gradient_s(optax_promotes):
     """On four devices: as many bytes as there are parameters, and a few metrics."""
     config = config_of("digits", "tiny")
-    x = experiment.build(config)
-    state = experiment.abstract_state(x)
+    exp = experiment.build(config)
+    state = experiment.abstract_state(exp)
+    index = jax.ShapeDtypeStruct((16,), jnp.int32)
     image = jax.ShapeDtypeStruct((100, 64), jnp.uint8)
     label = jax.ShapeDtypeStruct((100,), jnp.int32)
-    text = experiment.make_update(config, x).lower(state, image, label).compile().as_text()
+    update = experiment.make_update(config, exp, True)
+    text = update.lower(state, index, image, label).compile().as_text()
     ((kind, size),) = hlo.collectives(text).items()
     parameters = sum(a.size for a in jax.tree.leaves(state.params))
     assert kind == "all-reduce" and 4 * parameters <= size <= 4 * (parameters + 64)
@@ -126,11 +128,11 @@ def test_peaks_are_of_chips_of_today():
         assert 1e14 < peak.flops < 1e16 and 5e11 < peak.bytes < 1e13
 
 
-@pytest.mark.parametrize("part", ["train", "sample", "profile"])
+@pytest.mark.parametrize("part", ["train", "sample", "likelihood", "profile"])
 def test_a_part_runs(part, optax_promotes):
     config = config_of("digits", "tiny")
-    lines = list(parts.PARTS[part](config, experiment.build(config)))
-    assert len({line.what for line in lines}) >= 4
+    lines = list(suite.PARTS[part](config, experiment.build(config)))
+    assert len({line.what for line in lines}) >= 3
     assert all(np.isfinite(line.values).all() and line.unit is not None for line in lines)
 
 
@@ -173,7 +175,7 @@ def test_operations_know_where_they_come_from():
 def test_tpus_without_their_compiler_are_one_line():
     if importlib.util.find_spec("libtpu"):
         pytest.skip("libtpu is installed here")
-    with pytest.raises(DDPMError, match=r"--topology=v5e:2x2.*jax\[tpu\]") as error:
+    with pytest.raises(ConfigError, match=r"--topology=v5e:2x2.*jax\[tpu\]") as error:
         tpu.mesh_of("v5e:2x2")
     assert "\n" not in str(error.value)
 
@@ -190,12 +192,20 @@ def counted_calls(start):
 
 
 def test_what_is_compared_lives_in_a_process_of_its_own():
-    with pytorch._apart(("json",), counted_calls, 5) as runs:
+    with pytorch._remote(counted_calls, 5) as runs:
         (first, five), (second, six) = runs["a"](0), runs["b"](1)
         assert list(runs) == ["a", "b"] and first == second != os.getpid()
         assert (five, six) == (5, 6)
-    with pytorch._apart(("json", "no_such_library"), counted_calls, 5) as runs:
+
+
+def broken_installation():
+    raise OSError("libtorch.so: undefined symbol")
+
+
+def test_a_library_that_cannot_be_imported_is_not_compared(capsys):
+    with pytorch._remote(broken_installation) as runs:
         assert runs == {}
+    assert "nothing to compare with: libtorch.so: undefined symbol" in capsys.readouterr().out
 
 
 def test_a_network_that_diffusers_has_not_is_not_compared():

@@ -73,8 +73,6 @@ def test_the_table_has_a_column_for_each_reference():
     assert both.split() == ["fid", "1.25", "+-", "0.5", "1.25"]
 
 
-
-
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval") / "run"
@@ -245,6 +243,8 @@ def test_without_the_inception_weights_the_rest_is_done_first(workdir, tmp_path)
 
 
 def test_features_of_every_table_entry_have_a_name_of_their_own():
-    names = [metrics.metric_name("fd", kind, 10) for kind in (*features.FEATURES, "inception", "spatial")]
+    names = [
+        metrics.metric_name("fd", kind, 10) for kind in (*features.FEATURES, "inception", "spatial")
+    ]
     assert len(set(names)) == len(names)
     assert [n for n in names if "fid" in n] == ["fid@10", "sfid@10"]

@@ -1,13 +1,23 @@
-"""likelihoods.py: a pass gives every image once, and goes on where it was killed."""
+"""--mode=bpd, and passes over a split: every image counts once, an interrupted pass resumes."""
+
+import csv
+import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from diffusion import data, experiment
 from diffusion.data import loader
-from diffusion.modes import likelihood
-from diffusion.utils.errors import DDPMError
+from diffusion.modes import _split_pass
+from diffusion.modes._common import Trained
+from diffusion.utils import partial_results
+from diffusion.utils.errors import DataError
+from tests import tiny_tfds
+from tests.conftest import ROOT
+from tests.runs import run, run_process
 from tests.test_configs import config_of
 
 
@@ -24,27 +34,27 @@ def sums_of_pixels(batch):
 
 
 def make(setting, n=30, batch_size=8):
-    config, x = setting
+    config, exp = setting
     config = config.copy_and_resolve_references()
     config.bpd.batch_size = batch_size
-    return likelihood.make_pass(config, x, "test", n)
+    return _split_pass.make_pass(Trained(config, exp, None, 0, None), "test", n)
 
 
 def test_every_image_counts_once(setting, tmp_path):
     """30 images in batches of 8: the last batch is filled up, and what fills it is not counted."""
     work, told = make(setting), []
-    sums = likelihood.accumulate(work, sums_of_pixels, tmp_path / "kept.npz", told.append)
-    images = loader.load_dataset(data.open_dataset("digits", "test")).image[:30].astype(np.float64)
+    sums = _split_pass.accumulate(work, sums_of_pixels, tmp_path / "kept.npz", told.append)
+    images = loader.load_dataset(data.open_dataset("digits", "test"))[0][:30].astype(np.float64)
     values = np.stack([images.sum((1, 2, 3)), np.arange(30.0)], axis=1)
     assert sums.n == 30 and told == [8, 16, 24, 30]
-    average = sums.average()
+    average = sums.mean_and_stderr()
     np.testing.assert_allclose(average.mean, values.mean(0), rtol=1e-12)
     # The textbook's standard error; sums of squares of numbers up to 1e4 cancel to 1e-10.
     np.testing.assert_allclose(average.error, values.std(0, ddof=1) / np.sqrt(30), rtol=1e-8)
 
 
 def test_a_killed_pass_goes_on_and_another_config_starts_anew(setting, tmp_path, monkeypatch):
-    monkeypatch.setattr(likelihood, "KEEP_S", 0)
+    monkeypatch.setattr(partial_results, "SAVE_EVERY_S", 0)
     kept, seen = tmp_path / "folder" / "kept.npz", []
 
     def killed(batch):
@@ -54,29 +64,75 @@ def test_a_killed_pass_goes_on_and_another_config_starts_anew(setting, tmp_path,
         return sums_of_pixels(batch)
 
     with pytest.raises(KeyboardInterrupt):
-        likelihood.accumulate(make(setting), killed, kept, lambda n: None)
+        _split_pass.accumulate(make(setting), killed, kept, lambda n: None)
 
     def noted(batch):
         seen.append(int(batch.number[0]))
         return sums_of_pixels(batch)
 
     told = []
-    resumed = likelihood.accumulate(make(setting), noted, kept, told.append)
+    resumed = _split_pass.accumulate(make(setting), noted, kept, told.append)
     assert seen == [0, 8, 16, 24] and told == [16, 24, 30]
-    straight = likelihood.accumulate(make(setting), sums_of_pixels, tmp_path / "x.npz", told.append)
+    straight = _split_pass.accumulate(
+        make(setting), sums_of_pixels, tmp_path / "x.npz", told.append
+    )
     jax.tree.map(np.testing.assert_array_equal, resumed, straight)
     for other in (make(setting, n=20), make(setting, batch_size=4)):
         seen.clear()
-        assert likelihood.accumulate(other, noted, kept, lambda n: None).n == other.n
+        assert _split_pass.accumulate(other, noted, kept, lambda n: None).n == other.n
         assert seen[0] == 0 and len(seen) == -(-other.n // other.size)
     whole = kept.read_bytes()
     for damaged in (b"", b"cut short", whole[: len(whole) // 2]):
         kept.write_bytes(damaged)
         seen.clear()
-        assert likelihood.accumulate(make(setting), noted, kept, lambda n: None).n == 30
+        assert _split_pass.accumulate(make(setting), noted, kept, lambda n: None).n == 30
         assert seen == [0, 8, 16, 24]
 
 
 def test_more_images_than_there_are_is_an_error(setting):
-    with pytest.raises(DDPMError, match="expected at most 296 of test, found 300"):
+    with pytest.raises(DataError, match="expected at most the 296 images of test, found 300"):
         make(setting, n=300)
+
+
+@pytest.fixture
+def trained_copy(trained, tmp_path):
+    return shutil.copytree(trained[0], tmp_path / "run")
+
+
+def test_bits_per_dimension_add_up_whatever_the_batches_and_devices(trained_copy):
+    """The whole report of 24 images, on four devices and on one, in other batches."""
+    workdir = trained_copy
+    folder = workdir / "eval" / "00000008"
+    every = ("--mode=bpd", f"--workdir={workdir}", "--config.bpd.num=24")
+    more = ("--config.bpd.estimate=8", "--config.bpd.steps=(5,)", "--config.bpd.ode=4")
+    out, err = run(*every, *more)
+    assert err == "" and "Table 4" not in out  # these are no CIFAR-10 images
+    about = json.loads((folder / "bpd.json").read_text())
+    assert (about["step"], about["images"], about["split"]) == (8, 24, "test")
+    bits = list(about["bits_per_dim"].values())
+    assert len(bits) == 4 and all(np.isfinite(x["mean"]) and x["error"] > 0 for x in bits)
+    assert abs(about["rate"]["mean"] + about["L_0"]["mean"] - bits[0]["mean"]) < 1e-6
+    with open(folder / "rate_distortion.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["t"]) for row in rows] == list(range(20, 0, -1))
+    assert float(rows[-1]["rate"]) == pytest.approx(about["rate"]["mean"], rel=1e-5)
+    # An unweighted check of the columns: the rate grows by L_{t-1} from row to row.
+    grown = np.diff([float(row["rate"]) for row in rows])
+    np.testing.assert_allclose(grown, [float(row["L_t-1"]) for row in rows[:-1]], atol=2e-5)
+    with Image.open(folder / "rate_distortion.png") as image:
+        assert image.size[0] > 2 * image.size[1]
+    assert not list(folder.glob("*partial*"))
+    run_process(*every, "--config.bpd.batch_size=7", JAX_NUM_CPU_DEVICES=1)
+    again = json.loads((folder / "bpd.json").read_text())["bits_per_dim"]
+    # Float32 sums in another order, through 20 steps.
+    assert next(iter(again.values()))["mean"] == pytest.approx(bits[0]["mean"], rel=1e-5)
+
+
+def test_a_damaged_image_of_the_test_split_ends_in_one_line(tmp_path):
+    """Training does not read it; the bound does, and says which image it was."""
+    tiny = [f"--config={ROOT}/configs/cifar10.py:tiny", f"--workdir={tmp_path / 'run'}"]
+    tiny += [f"--config.data.data_dir={tmp_path}", "--config.train.sample_every=0"]
+    tiny_tfds.write(tmp_path, "cifar10", n=8, damaged=True)
+    run(*tiny, "--config.train.steps=2")
+    _, err = run(*tiny, "--mode=bpd", code=3)
+    assert err.count("\n") == 1 and "test image " in err and "cannot identify" in err

@@ -1,8 +1,7 @@
-"""Curves, as pictures that are read back."""
+"""diffusion.plotting.curves: the fit in closed form, and the pixels and data of the plots."""
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -10,17 +9,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion.plotting.curves import frontier, loss_curve, quality, read_curve, smooth
+from diffusion.plotting.curves import (
+    frontier,
+    loss_curve,
+    quality,
+    rate_distortion,
+    read_curve,
+    smooth,
+)
+from tests.conftest import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
 
-
-def log_file(path, rows):
+def write_log(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def test_read_curve_sorts_keeps_the_last_and_passes_over_what_is_torn(tmp_path):
+def test_read_curve_sorts_keeps_the_last_value_and_skips_torn_lines(tmp_path):
     rows = [
         {"step": 4, "time": 0, "loss": 4.0},
         {"step": 2, "loss": 9.0},
@@ -29,7 +34,7 @@ def test_read_curve_sorts_keeps_the_last_and_passes_over_what_is_torn(tmp_path):
         {"step": 6, "loss": "NaN"},
         {"step": 8, "loss": "-Infinity"},
     ]
-    path = log_file(tmp_path / "m.jsonl", rows)
+    path = write_log(tmp_path / "m.jsonl", rows)
     with open(path, "ab") as file:
         file.write(b'[1]\n\xff\n{"loss": 1}\n{"step": 9, "lo')
     steps, values = read_curve(path, "loss")
@@ -39,23 +44,41 @@ def test_read_curve_sorts_keeps_the_last_and_passes_over_what_is_torn(tmp_path):
         read_curve(path, "los")
 
 
-def test_smooth_in_closed_form():
+def test_smooth_reproduces_a_straight_line_also_at_its_ends():
+    rng = np.random.default_rng(0)
+    for x in (np.arange(101.0), np.sort(rng.uniform(5, 9, 300)), np.log(np.arange(1, 2000))):
+        for width in (0.0, 0.04, 0.3):
+            np.testing.assert_allclose(smooth(x, 3 - 2 * x, width), 3 - 2 * x, rtol=0, atol=1e-9)
+    assert smooth(np.array([7]), np.array([2.5])).tolist() == [2.5]
+
+
+def test_smooth_of_a_square_in_closed_form():
     x, y = np.arange(101.0), np.arange(101.0) ** 2
     # The mean of i^2 over i-2..i+2 is i^2 + 2; at the ends the window shrinks to i-1..i+1, to i.
     expected = y + 2
     expected[[1, -2]], expected[[0, -1]] = y[[1, -2]] + 2 / 3, y[[0, -1]]
-    # Sums of up to 3e5 in float64: rounding of 1e-10.
-    np.testing.assert_allclose(smooth(x, y, width=0.0), expected, atol=1e-9)
-    line = smooth(x, 3 * x, width=0.2)  # a window of 10 each side, cut off at the ends
-    np.testing.assert_allclose(line[10:-10], 3 * x[10:-10], atol=1e-9)
-    assert line[0] == pytest.approx(3 * 5) and line[-1] == pytest.approx(3 * 95)
-    y[50] = np.nan
-    assert smooth(x, y, width=0.0)[51] == pytest.approx((49**2 + 51**2 + 52**2 + 53**2) / 4)
-    assert np.isnan(smooth(x[:1], y[50:51])).all()
+    np.testing.assert_allclose(smooth(x, y, width=0.0), expected, rtol=1e-12, atol=1e-9)
 
 
-def columns_of(path, colour, tolerance=40):
-    """Where a colour stands in a picture: (lowest x, highest x, share of pixels)."""
+def test_smooth_of_a_falling_curve_does_not_lag():
+    """The error of a fitted line is below max|f''| width^2 / 8; a running mean's is 10 times it."""
+    x = np.linspace(0, 1, 1001)
+    y = np.exp(-5 * x)
+    assert np.abs(smooth(x, y, width=0.04) - y).max() < 25 * 0.04**2 / 8
+    y[500] = 1e30  # a diverged step stays in its own windows
+    far = np.abs(x - 0.5) > 0.05
+    assert np.abs(smooth(x, y, width=0.04) - y)[far].max() < 25 * 0.04**2 / 8
+
+
+def test_smooth_halves_noise():
+    """The variance of a mean of n is 1 / n; of a fitted line's end, 4 / n."""
+    noise = np.random.default_rng(0).standard_normal(2500)
+    error = smooth(np.arange(2500), noise, width=0.04)  # 100 values each
+    assert error.std() < 2 / 10 and abs(error[-1]) < 4 * 2 / 10
+
+
+def find_colour(path, colour, tolerance=40):
+    """Returns (lowest x, highest x, share of pixels) of a colour in a picture."""
     picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
     hit = (np.abs(picture - colour) < tolerance).all(-1)
     where = np.flatnonzero(hit.any(0))
@@ -67,12 +90,12 @@ INK, RED = (31, 95, 168), (192, 57, 43)
 
 def test_loss_curve_is_drawn_from_the_first_to_the_last_step(tmp_path):
     rows = [{"step": s, "loss": 1 / s} for s in range(1, 1001)]
-    loss_curve(log_file(tmp_path / "m.jsonl", rows), tmp_path / "loss.png")
+    loss_curve(write_log(tmp_path / "m.jsonl", rows), tmp_path / "loss.png")
     with Image.open(tmp_path / "loss.png") as picture:
         assert picture.size == (1200, 675)
-    low, high, share = columns_of(tmp_path / "loss.png", INK)
+    low, high, share = find_colour(tmp_path / "loss.png", INK)
     assert low < 200 and high > 1000 and 0.001 < share < 0.1
-    assert columns_of(tmp_path / "loss.png", RED)[2] == 0
+    assert find_colour(tmp_path / "loss.png", RED)[2] == 0
     assert sorted(os.listdir(tmp_path)) == ["loss.png", "m.jsonl"]
 
 
@@ -80,38 +103,34 @@ def test_loss_curve_is_drawn_from_the_first_to_the_last_step(tmp_path):
     "losses",
     [[0.3], [0.3, 0.3], [-1.0, 2.0, 0.5], [1e-9, 1e9], [0.0, 1.0], [1.0, "NaN", "Infinity", 2.0]],
 )
-def test_loss_curve_of_few_odd_or_missing_values(tmp_path, losses):
+def test_loss_curve_of_few_extreme_or_non_finite_values(tmp_path, losses):
     rows = [{"step": 200 * i, "loss": x} for i, x in enumerate(losses)]
-    loss_curve(log_file(tmp_path / "m.jsonl", rows), tmp_path / "loss.png")
-    assert columns_of(tmp_path / "loss.png", INK)[2] > 0
-    low, high, _ = columns_of(tmp_path / "loss.png", RED)
+    loss_curve(write_log(tmp_path / "m.jsonl", rows), tmp_path / "loss.png")
+    assert find_colour(tmp_path / "loss.png", INK)[2] > 0
+    low, high, _ = find_colour(tmp_path / "loss.png", RED)
     if "NaN" in losses:
-        assert (
-            low < 600 and high > 1000
-        )  # marks at steps 200 and 400 of 600; the count at the right
+        assert low < 600 and high > 1000  # the marks at steps 200 and 400 of 600, and the count
     else:
         assert low is None
 
 
 def test_loss_curve_whose_only_finite_value_is_at_step_0(tmp_path):
     rows = [{"step": s, "loss": "NaN" if s else 1.0} for s in range(0, 1001, 5)]
-    loss_curve(log_file(tmp_path / "m.jsonl", rows), tmp_path / "loss.png")
-    assert columns_of(tmp_path / "loss.png", INK)[2] > 0
+    loss_curve(write_log(tmp_path / "m.jsonl", rows), tmp_path / "loss.png")
+    assert find_colour(tmp_path / "loss.png", INK)[2] > 0
 
 
-def test_loss_curve_axes_are_logarithmic_where_it_makes_sense(tmp_path, monkeypatch):
-    from matplotlib.axes import Axes
+@pytest.fixture
+def drawn(monkeypatch):
+    """The axes of every figure that is saved, in order; no file has content."""
     from matplotlib.figure import Figure
 
-    scales, save = [], Figure.savefig
+    axes = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: axes.extend(figure.axes))
+    return axes
 
-    def watched(figure, *args, **kwargs):
-        (axes,) = figure.axes
-        assert isinstance(axes, Axes)
-        scales.append((axes.get_xscale(), axes.get_yscale()))
-        save(figure, *args, **kwargs)
 
-    monkeypatch.setattr(Figure, "savefig", watched)
+def test_loss_curve_has_logarithmic_axes_for_a_wide_range(tmp_path, drawn):
     for steps, losses in [
         ([1, 10, 100], [5.0, 2.0, 1.0]),
         ([0, 10, 1000], [5.0, 2.0, 1.0]),
@@ -119,12 +138,13 @@ def test_loss_curve_axes_are_logarithmic_where_it_makes_sense(tmp_path, monkeypa
         ([10, 500, 990], [5.0, 2.0, 1.01]),
     ]:
         rows = [{"step": s, "loss": x} for s, x in zip(steps, losses, strict=True)]
-        loss_curve(log_file(tmp_path / "m.jsonl", rows), tmp_path / "loss.png")
+        loss_curve(write_log(tmp_path / "m.jsonl", rows), tmp_path / "loss.png")
+    scales = [(axes.get_xscale(), axes.get_yscale()) for axes in drawn]
     assert scales == [("log", "log"), ("log", "log"), ("log", "linear"), ("linear", "linear")]
 
 
 def test_loss_curve_without_a_finite_value_is_an_error(tmp_path):
-    path = log_file(tmp_path / "m.jsonl", [{"step": 1, "loss": "NaN"}])
+    path = write_log(tmp_path / "m.jsonl", [{"step": 1, "loss": "NaN"}])
     with pytest.raises(ValueError, match="expected finite values of 'loss', found nan"):
         loss_curve(path, tmp_path / "loss.png")
     path.write_text("")
@@ -136,42 +156,44 @@ def test_loss_curve_without_a_finite_value_is_an_error(tmp_path):
 
 
 def test_import_takes_no_matplotlib():
-    code = "import sys; from diffusion import figures; assert 'matplotlib' not in sys.modules"
+    code = (
+        "import sys; from diffusion.plotting import animation, curves, image_grid, labelled_grid\n"
+        "assert 'matplotlib' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_quality_has_a_panel_for_each_measure(tmp_path, monkeypatch, n):
-    from matplotlib.figure import Figure
-
-    save, drawn = Figure.savefig, []
-
-    def watched(figure, *args, **kwargs):
-        drawn.extend(
-            (axes.get_title(loc="left"), axes.lines[0].get_xydata()) for axes in figure.axes
-        )
-        save(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", watched)
+def test_quality_has_a_panel_for_each_metric(tmp_path, drawn, n):
     steps = np.arange(0, 1001, 100)
-    series = {f"measure {i}": np.linspace(9, i - 1.0, 11) for i in range(n)}
+    series = {f"metric {i}": np.linspace(9, i - 1.0, 11) for i in range(n)}
     quality(tmp_path / "q.png", steps, series)
-    assert [title for title, _ in drawn] == list(series)
-    for (_, points), y in zip(drawn, series.values(), strict=True):
-        np.testing.assert_array_equal(points, np.stack([steps, y], 1))
-    with Image.open(tmp_path / "q.png") as picture:
-        assert picture.size == (max(720, 480 * n), 432)
-        page = np.asarray(picture.convert("RGB")).astype(int)
-    assert (np.abs(page - (31, 95, 168)) < 40).all(-1).any()
+    assert [axes.get_title(loc="left") for axes in drawn] == list(series)
+    for axes, y in zip(drawn, series.values(), strict=True):
+        np.testing.assert_array_equal(axes.lines[0].get_xydata(), np.stack([steps, y], 1))
     assert os.listdir(tmp_path) == ["q.png"]
 
 
-def test_what_nothing_beats_at_its_cost_is_ringed(tmp_path, monkeypatch):
-    """Of (10, 5), (20, 4), (20, 6), (40, 4.5): the first two, in evaluations as in seconds."""
-    from matplotlib.figure import Figure
+def test_rate_distortion_counts_reverse_steps(tmp_path, drawn):
+    rate, rmse = np.array([3.0, 2.0, 0.5]), np.array([1.0, 4.0, 9.0])  # of x_1, x_2, x_3
+    rate_distortion(tmp_path / "r.png", rate, rmse)
+    expected = [
+        [(1, 9), (2, 4), (3, 1)],
+        [(1, 0.5), (2, 2), (3, 3)],
+        [(0.5, 9), (2, 4), (3, 1)],
+    ]
+    np.testing.assert_array_equal([axes.lines[0].get_xydata() for axes in drawn], expected)
 
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.extend(figure.axes))
+
+def test_panels_are_drawn_in_ink(tmp_path):
+    quality(tmp_path / "q.png", np.arange(3), {"a": np.arange(3.0), "b": np.ones(3)})
+    with Image.open(tmp_path / "q.png") as picture:
+        assert picture.size == (1200, 540)
+    assert find_colour(tmp_path / "q.png", INK)[2] > 0
+
+
+def test_frontier_rings_the_pareto_front(tmp_path, drawn):
+    """Of (10, 5), (20, 4), (20, 6), (40, 4.5): the first two, in evaluations as in seconds."""
     curves = {"a": [(10, 0.1, 5.0), (20, 0.2, 4.0)], "b": [(20, 0.2, 6.0), (40, 0.4, 4.5)]}
     frontier(tmp_path / "f.png", "fd", curves)
     for axes, scale in zip(drawn, (1, 0.01), strict=True):

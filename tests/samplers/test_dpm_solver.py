@@ -1,8 +1,7 @@
-"""Solvers of the flow: the order at which each of them converges, and what its options do.
+"""Tests the orders of convergence of the ODE solvers, and what their options do.
 
-Data with two modes in one dimension have a flow in closed form: it keeps the order of the points
-and the share of the data below each, so it takes x_t to the x_s with the same value of the
-distribution function. No solver is compared with a solver.
+Data with two modes in one dimension have a flow in closed form: it keeps the fraction of the data
+below each point, so it takes x_t to the x_s with the same value of the distribution function.
 """
 
 import functools
@@ -16,25 +15,28 @@ from jax import random
 from scipy import integrate, stats
 
 from diffusion import process, schedules, targets
-from diffusion.samplers import SAMPLERS, ancestral, base, dpm_solver, heun_langevin
+from diffusion.samplers import SAMPLERS, ancestral, base, dpm_solver
 from diffusion.targets import Prediction
 from tests import oracle
 
 SHORT = process.from_betas(schedules.linear(20, 1e-3, 0.4))
+
 # 64 steps of one length in lambda = log(alpha / sigma), from -3 to 2, which is t = 1.
 STEPS = 64
-EVEN = process.at_levels(SHORT, 1 / (1 + np.exp(-2 * np.linspace(2, -3, STEPS + 1))))
+
+EVEN = oracle.at_noise_levels(SHORT, 1 / (1 + np.exp(-2 * np.linspace(2, -3, STEPS + 1))))
+
 MEANS, SIGMAS, SHARES = np.array([-0.6, 0.5]), np.array([0.2, 0.3]), np.array([0.4, 0.6])
 
 
 def mixture(p, t):
-    """Means and standard deviations of the modes of x_t."""
+    """Returns means and standard deviations of the modes of x_t."""
     a = p.alpha_bar[t]
     return np.sqrt(a) * MEANS, np.sqrt(a * SIGMAS**2 + 1 - a)
 
 
 def flow(p, x_t, t, s):
-    """The exact x_s, by bisection; all float64 [n]."""
+    """Returns the exact x_s, float64 [n], by bisection."""
 
     def below(x, t):
         return (SHARES * stats.norm.cdf(x[:, None], *mixture(p, t))).sum(1)
@@ -48,7 +50,7 @@ def flow(p, x_t, t, s):
 
 
 def exact_predict(p):
-    """The exact E[eps | x_t] and E[x_0 | x_t] of the two modes; x: [b, 1]."""
+    """Returns the exact model of the two modes, for x [b, 1]."""
 
     def predict(x, t):
         a = jnp.asarray(p.alpha_bar)[jnp.broadcast_to(t, x.shape[:1])][:, None]
@@ -82,7 +84,7 @@ ORDERS = {
 
 
 def errors(name, options, counts):
-    """The largest error at t = 1 after n steps from T, for each n of `counts`."""
+    """Returns the largest error at t = 1 after n steps from T, for each n of `counts`."""
     p = EVEN
     sampler, predict = SAMPLERS[name](p, **dict(options)), exact_predict(p)
     x_T = np.linspace(-2.5, 2.5, 41)
@@ -90,11 +92,11 @@ def errors(name, options, counts):
     step = jax.jit(functools.partial(sampler.step, predict, None))
     out = []
     for n in counts:
-        carry = sampler.init(jnp.asarray(x_T)[:, None])
+        state = sampler.init(jnp.asarray(x_T)[:, None])
         ts = np.arange(p.T, 0, -STEPS // n)
         for t, s in itertools.pairwise(ts):
-            carry = step(carry, t, s)
-        out.append(np.abs(np.asarray(carry.x)[:, 0] - exact).max())
+            state = step(state, t, s)
+        out.append(np.abs(np.asarray(state.x)[:, 0] - exact).max())
     return np.array(out)
 
 
@@ -106,7 +108,7 @@ def test_order_of_convergence(case, x64):
 
 
 def test_the_released_3m_is_of_second_order(x64):
-    """Its curvature counts half. It is better than 2M by a factor, the exact one by an order."""
+    """It counts the curvature half: better than 2M by a factor, worse than exact by an order."""
     coarse, fine = errors("dpmpp_3m", (), (32, 64))
     assert 1.6 < np.log2(coarse / fine) < 2.6
     assert errors("dpmpp_3m", (("solver", "exact"),), (64,)) < fine
@@ -115,10 +117,7 @@ def test_the_released_3m_is_of_second_order(x64):
 
 @pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
 def test_weights_are_the_integrals(double):
-    """Of u, u (u - r_1), ... against h exp(-h (1 - u)) on [0, 1], for short and long steps.
-
-    The integrand does not cancel; closed forms would, down to no digit for short steps.
-    """
+    """Of u, u (u - r_1), ... times h exp(-h (1 - u)) over [0, 1], for short and long steps."""
     with jax.enable_x64(double):
         h = np.array([1e-3, 0.02, 0.7, 4.0, 20.0])
         r = np.array([-1.3, -2.1, 1.0])
@@ -133,8 +132,8 @@ def test_weights_are_the_integrals(double):
                 np.testing.assert_allclose(weight, wanted, rtol=1e-11 if double else 1e-5)
 
 
-def test_unipc_without_its_parts_is_ddim():
-    """Order 1 and no corrector: one step of DDIM in other letters."""
+def test_unipc_of_order_1_without_corrector_is_ddim():
+    """Both are the exponential Euler method."""
     predict = targets.make_predict(
         SHORT, oracle.toy, targets.TARGETS["eps"], targets.VARIANCES["fixed_small"]
     )
@@ -144,29 +143,3 @@ def test_unipc_without_its_parts_is_ddim():
         for sampler in (dpm_solver.unipc(SHORT, order=1, corrector=False), ancestral.ddim(SHORT))
     )
     np.testing.assert_allclose(ours, theirs, atol=1e-5)  # float32
-
-
-PURE = process.from_betas(schedules.SCHEDULES["jsd"](8, 0, 0))  # alpha_bar_T = 0
-
-
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "heun"])
-def test_schedules_that_end_in_pure_noise(name):
-    """lambda_T is -inf: the first step forgets x_T, and all that follows is finite."""
-    image = random.uniform(random.key(0), (1, 2, 2, 1))
-
-    def predict(x, t):
-        x_0, t = jnp.broadcast_to(image, x.shape), jnp.broadcast_to(jnp.asarray(t), x.shape[:1])
-        nothing = jnp.zeros((len(x), 1, 1, 1))
-        return Prediction(x_0, targets.eps_from_x0(PURE, x_0, x, t), nothing, nothing)
-
-    x_T = random.normal(random.key(1), (2, 2, 2, 1))
-    way = base.trajectory(
-        SAMPLERS[name](PURE), predict, random.key(2), x_T, np.arange(8, -1, -1)
-    )
-    assert np.all(np.isfinite(way.x))
-    np.testing.assert_array_equal(way.x[-1], jnp.broadcast_to(image, x_T.shape))
-
-
-def test_heun_has_no_slope_at_pure_noise():
-    with pytest.raises(ValueError, match="heun: this schedule ends in pure noise"):
-        heun_langevin.heun(PURE)

@@ -1,4 +1,4 @@
-"""Classifier-free guidance and dynamic thresholding: what is done to a network's answer."""
+"""Tests classifier-free guidance and dynamic thresholding."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +19,7 @@ T = jnp.array([3, 11, 20])
 
 
 def network(target):
-    """(x, model_t, label) -> output, the exact one for the label's data."""
+    """Returns the perfect (x, model_t, label) -> output for the label's data."""
 
     def apply(x, model_t, label):
         each = [
@@ -32,13 +32,15 @@ def network(target):
 
 
 def predict(apply, target, clip=False):
-    predict = targets.make_predict(SHORT, apply, TARGETS[target], VARIANCES["fixed_small"], clip=clip)
+    predict = targets.make_predict(
+        SHORT, apply, TARGETS[target], VARIANCES["fixed_small"], clip=clip
+    )
     return predict(X, T)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_guidance_of_gaussian_data(target):
-    """eps is linear in the mean, so guidance is the exact denoiser of a mean further out."""
+    """eps is linear in the mean, so guidance is the perfect denoiser of an extrapolated mean."""
     w = jnp.array([0.0, 2.0, -1.0])
     ours = predict(classifier_free_guidance(network(target), LABEL, NULL, w), target)
     shifted = (1 + w) * MEANS[LABEL] - w * MEANS[NULL]
@@ -51,7 +53,7 @@ def test_guidance_of_gaussian_data(target):
 
 
 def test_guidance_comes_before_clipping():
-    """x_0 of the guided eps is clipped once; a mean of clipped ones would stay inside."""
+    """The x_0 of the guided eps is clipped once."""
     apply = classifier_free_guidance(network("eps"), LABEL, NULL, 9.0)
     free, clipped = predict(apply, "eps"), predict(apply, "eps", clip=True)
     assert np.abs(free.x_0).max() > 1.5
@@ -59,7 +61,7 @@ def test_guidance_comes_before_clipping():
 
 
 def test_guidance_leaves_the_variance():
-    """A learned log-variance is the labelled network's own, here the label's number."""
+    """A learned log-variance is that of the label, here the label's number."""
 
     def apply(x, model_t, label):
         number = jnp.broadcast_to(label.astype(x.dtype).reshape(-1, 1, 1, 1), x.shape)
@@ -73,7 +75,7 @@ def test_guidance_leaves_the_variance():
 
 
 def test_guidance_is_one_evaluation():
-    """Of a doubled batch, in which an example's two halves are neighbours."""
+    """Of a doubled batch, in which both outputs of an example are neighbours."""
     seen = []
 
     def apply(x, model_t, label):
@@ -101,7 +103,7 @@ def test_threshold():
 
 
 def test_threshold_in_place_of_clipping():
-    """x_0 is within [-1, 1], and eps follows from it; a maximum of 1 is clipping."""
+    """x_0 is within [-1, 1], and eps follows from it; with a maximum of 1 it is clipping."""
     apply = classifier_free_guidance(network("eps"), LABEL, NULL, 9.0)
     free = predict(apply, "eps")
     ours = predict(apply, "eps", clip=dynamic_threshold(0.5))
@@ -109,7 +111,10 @@ def test_threshold_in_place_of_clipping():
     np.testing.assert_allclose(ours.x_0, dynamic_threshold(0.5)(free.x_0), atol=1e-6)
     again = process.q_sample(SHORT, ours.x_0, T, ours.eps)
     np.testing.assert_allclose(again, X, atol=1e-5)
-    clipped, ours = predict(apply, "eps", clip=True), predict(apply, "eps", clip=dynamic_threshold(0.5, 1))
+    clipped, ours = (
+        predict(apply, "eps", clip=True),
+        predict(apply, "eps", clip=dynamic_threshold(0.5, 1)),
+    )
     np.testing.assert_array_equal(ours.x_0, clipped.x_0)
 
 

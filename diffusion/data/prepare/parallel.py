@@ -1,171 +1,131 @@
-"""A crew of processes: one function of many items, its results in order, in bounded memory.
-
-The pools of the standard library take in all items at once, run the program's main file again in
-every process, and know of a process that died only that one did. Here a few chunks are under way,
-counted in bytes; nothing of the program is imported but what the function needs; and a death is
-told with the item that was in work.
-"""
+"""Maps a function over items in a pool of processes, in order and in bounded memory."""
 
 import collections
 import contextlib
 import multiprocessing
 import os
-import queue
 import signal
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import resource_tracker
-from typing import Any, NamedTuple
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
 
-CHUNK_ITEMS = 256  # what a process is given at a time: enough of small ones to be worth the way,
-CHUNK_BYTES = 4 * 2**20  # and little of large ones
-AHEAD = 4  # chunks per process that are under way, if they take no more than AHEAD_BYTES
-AHEAD_BYTES = 8 * 2**20
-MOST = 16  # processes, by default; more would wait for the one that hands out and collects
+from diffusion.utils.errors import DataError
 
+CHUNK_ITEMS, CHUNK_BYTES = 256, 4 * 2**20  # sent to a process at a time, at most
+WINDOW_BYTES = 8 * 2**20  # under way, at most, for each process
+MAX_WORKERS = 16  # by default: more would wait for this process, which reads and writes
 
-class WorkerError(Exception):
-    """A process that ended by itself, or could not be started. One line.
-
-    item: the one that was in work; None if none was.
-    """
-
-    def __init__(self, message: str, item: Any = None):
-        super().__init__(message)
-        self.item = item
-
-
-class _Worker(NamedTuple):
-    """at: the place, in the chunk that it was given, of the item in work; -1: it has not begun."""
-
-    process: multiprocessing.Process
-    pipe: Any
-    at: Any
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 def parallel_map(
-    make: Callable[..., Callable[[Any], Any]],
-    args: tuple,
-    items: Iterable[Any],
-    size: Callable[[Any], int],
-    n: int,
-) -> Iterator[tuple[list, list]]:
-    """Chunks of the items, in order, each with what make(*args) makes of every one of its items.
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int = 0,
+    *,
+    nbytes: Callable[[Item], int],
+    name: Callable[[Item], str] = str,
+) -> Iterator[tuple[Item, Result]]:
+    """Yields (item, function(item)) in order. Closing the iterator ends the processes.
 
-    make: a function of a module, called once in each process. size: bytes that an item takes, its
-    result included: what is under way takes up to 8 MiB per process, or is one item. n: processes;
-    1: only this one. Close the iterator to end them early. Raises CrewError.
+    Args:
+      function: Picklable; called in the worker processes.
+      items: Read a bounded number of bytes ahead.
+      workers: Processes; 1 for this one alone, 0 for one a core.
+      nbytes: Bytes that an item takes, its result included.
+      name: Names an item in an error.
+
+    Raises:
+      DataError: A worker process died: out of memory, or a library crashed on an item.
     """
-    chunks = _chunks(items, size)
-    if n == 1:
-        function = make(*args)
-        yield from ((chunk, list(map(function, chunk))) for chunk, _ in chunks)
+    if workers == 1:
+        yield from ((item, function(item)) for item in items)
         return
-    waiting, under_way = collections.deque(), 0
-    with ThreadPoolExecutor(n) as threads, _crew(n, make, args) as ask:
-        for chunk, weight in chunks:
-            while waiting and (len(waiting) == AHEAD * n or under_way + weight > AHEAD_BYTES * n):
-                done, its_weight, results = waiting.popleft()
-                yield done, results.result()
-                under_way -= its_weight
-            waiting.append((chunk, weight, threads.submit(ask, chunk)))
-            under_way += weight
-        for done, _, results in waiting:
-            yield done, results.result()
+    workers = workers or min(MAX_WORKERS, _usable_cores())
+    window, total = collections.deque(), 0
+    pool = _make_pool(workers)
+    try:
+        for chunk, size in _chunks(items, nbytes):
+            while window and total + size > WINDOW_BYTES * workers:
+                done, done_size, results = window[0]
+                yield from zip(done, results.result(), strict=True)
+                window.popleft()
+                total -= done_size
+            with _bare_start():
+                window.append((chunk, size, pool.submit(_map_chunk, function, chunk)))
+            total += size
+        while window:
+            done, _, results = window[0]
+            yield from zip(done, results.result(), strict=True)
+            window.popleft()
+    except BrokenProcessPool as error:
+        raise _death(function, [item for chunk, *_ in window for item in chunk], name) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def cores() -> int:
-    """How many processes are worth while: the cores that this one may use, up to MOST."""
-    usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    return min(MOST, len(usable(0)))
+def _map_chunk(function: Callable, chunk: list) -> list:
+    return [function(item) for item in chunk]
 
 
-def _chunks(items: Iterable[Any], size: Callable[[Any], int]) -> Iterator[tuple[list, int]]:
-    """(some items, their bytes)"""
+def _usable_cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # absent on macOS
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _chunks(items: Iterable[Item], nbytes: Callable[[Item], int]) -> Iterator[tuple[list, int]]:
     chunk, total = [], 0
     for item in items:
-        more = size(item)
-        if chunk and (len(chunk) == CHUNK_ITEMS or total + more > CHUNK_BYTES):
+        size = nbytes(item)
+        if chunk and (len(chunk) == CHUNK_ITEMS or total + size > CHUNK_BYTES):
             yield chunk, total
             chunk, total = [], 0
         chunk.append(item)
-        total += more
+        total += size
     if chunk:
         yield chunk, total
 
 
+def _make_pool(workers: int) -> ProcessPoolExecutor:
+    spawn = multiprocessing.get_context("spawn")  # a fork copies the locks of threads as they are
+    return ProcessPoolExecutor(workers, spawn, initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when its parent is gone, even if that was killed."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @contextlib.contextmanager
-def _crew(n: int, make: Callable, args: tuple) -> Iterator[Callable[[list], list]]:
-    """ask(chunk) -> its results, from whichever process is idle; n threads may ask at a time."""
-    idle, crew = queue.SimpleQueue(), []
-
-    def ask(chunk: list) -> list:
-        worker = idle.get()
-        try:
-            worker.at.value = -1
-            worker.pipe.send(chunk)
-            return worker.pipe.recv()
-        except (EOFError, OSError):
-            raise _death(worker, chunk) from None
-        finally:
-            idle.put(worker)
-
-    try:
-        for _ in range(n):
-            crew.append(_start(make, args))
-            idle.put(crew[-1])
-        yield ask
-    finally:
-        for worker in crew:
-            worker.process.kill()
-        for worker in crew:
-            worker.process.join()
-
-
-def _start(make: Callable, args: tuple) -> _Worker:
-    """A new process, without the program's main file, and deaf to Ctrl-C.
-
-    multiprocessing runs the file of `__main__` in every process: JAX and all, for nothing. Signals
-    that are blocked stay so in what is started: Ctrl-C is heard by the parent, which ends all.
-    """
-    spawn = multiprocessing.get_context("spawn")  # a fork has the locks of threads, not the threads
-    resource_tracker.ensure_running()  # a helper of multiprocessing's, whose start unblocks Ctrl-C
+def _bare_start() -> Iterator[None]:
+    """Lets processes start deaf to Ctrl-C, which this one handles, and without the main file."""
     main, blocked = sys.modules["__main__"], signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    sys.modules["__main__"] = types.ModuleType("__main__")
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # children inherit it
+    sys.modules["__main__"] = types.ModuleType("__main__")  # spawn would import its file: JAX
     try:
-        (ours, theirs), at = spawn.Pipe(), spawn.RawValue("q", -1)
-        process = spawn.Process(target=_work, args=(theirs, at, make, args), daemon=True)
-        process.start()
-        theirs.close()  # now `ours` comes to an end when the process does
-        return _Worker(process, ours, at)
-    except OSError as error:
-        found = error.strerror or type(error).__name__
-        raise WorkerError(f"one more worker cannot be started: {found}; use fewer") from error
+        yield
     finally:
         sys.modules["__main__"] = main
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def _work(pipe, at, make: Callable, args: tuple) -> None:
-    """The life of a process: until it is killed, or the parent is gone."""
-    function = make(*args)
-    with contextlib.suppress(EOFError, ConnectionError):
-        while True:
-            results = []
-            for at.value, item in enumerate(pipe.recv()):
-                results.append(function(item))
-            pipe.send(results)
-
-
-def _death(worker: _Worker, chunk: list) -> WorkerError:
-    worker.process.join()
-    code, at = worker.process.exitcode, worker.at.value
-    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    if at < 0:
-        return WorkerError(f"a worker ended with {how}, idle; try with one worker")
-    out_of_memory = code == -signal.SIGKILL
-    advice = "memory may be short: use fewer workers" if out_of_memory else "leave it out"
-    return WorkerError(f"the worker that had it ended with {how}; {advice}", chunk[at])
+def _death(function: Callable, items: list, name: Callable[[Item], str]) -> DataError:
+    """Finds the item that ends a process, by trying each once more in a process of its own."""
+    with _make_pool(1) as pool:
+        for item in items:
+            try:
+                with _bare_start():
+                    result = pool.submit(_map_chunk, function, [item])
+                result.result()
+            except BrokenProcessPool:
+                return DataError(f"{name(item)}: it ends the process that reads it; leave it out")
+    return DataError("a worker process ended; memory may be short: use fewer data.workers")

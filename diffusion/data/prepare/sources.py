@@ -1,12 +1,10 @@
-"""Sources: where images come from: the known data sets as they are published, or a user's own.
+"""Opens the sources of images: known data sets as they are published, or a user's own files.
 
-Each gives its images one by one, as bytes of files or as pixels, in an order that is the same in
-every pass, with labels and splits where it has them. An image that cannot be had is given as the
-error that says why; what to do about it is for the caller to decide. No pickle is ever read.
+A source gives its images one by one, as bytes of files or as pixels, in an order that is the same
+in every pass, with labels and splits where it has them. No pickle is ever read.
 """
 
 import contextlib
-import difflib
 import functools
 import io
 import os
@@ -15,33 +13,18 @@ import posixpath
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
 
+from diffusion.data import escape, mismatch, nearest
 from diffusion.data.prepare import archives
-from diffusion.data.prepare.archives import (
-    Item,
-    Member,
-    Report,
-    Source,
-    SourceError,
-    reading,
-    shown,
-    some,
-)
-from diffusion.data.prepare.array_formats import CIFAR10, CIFAR100, check_count, cifar, idx, npz
-from diffusion.data.prepare.download import REMOTES, download
+from diffusion.data.prepare.archives import Item, Member, Report, Source, reading
+from diffusion.data.prepare.array_formats import CIFAR10, CIFAR100, check_count, cifar, idx
+from diffusion.data.prepare.download import download, published_files
+from diffusion.utils.errors import DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-SPLITS = {"train": "train", "test": "test", "val": "test"}  # folders
+SPLIT_FOLDERS = {"train": "train", "test": "test", "val": "test"}
 JUNK = ("__MACOSX", "Thumbs.db", "desktop.ini")
 IMAGES = "a folder, zip, tar or npz of images, or an LMDB of LSUN"
-
-
-class Origin(NamedTuple):
-    """open: (path, accept_incomplete, report) -> Source. wanted: what the path may lead to."""
-
-    open: Callable[[pathlib.Path, bool, Report], Source]
-    wanted: str
 
 
 def open_source(
@@ -51,20 +34,27 @@ def open_source(
     accept_incomplete: bool = False,
     report: Report = lambda what, done, total: None,
 ) -> Source:
-    """The source ORIGINS[name].
+    """Opens the source ORIGINS[name].
 
-    archive: the file or folder to take it from. '': it is downloaded into the folder `downloads`,
-    unless it is there. accept_incomplete: fewer images than were published will do. report: is
-    told what is being done, the bytes done, and the bytes in all. Raises SourceError.
+    Args:
+      name: A key of ORIGINS.
+      archive: The file or folder to read; '' downloads what is published.
+      downloads: The folder to download to; what is there already is not downloaded again.
+      accept_incomplete: Whether fewer images than were published will do.
+      report: Called with what is being done, the bytes done, and the total.
+
+    Raises:
+      DataError: The source is unknown, missing or unusable.
     """
     if name not in ORIGINS:
-        raise SourceError(f"source: nothing is called {name!r}; {_nearest(name, ORIGINS)}")
-    origin, remotes = ORIGINS[name], REMOTES.get(name, ())
+        raise DataError(f"data.source: {name!r} is not known; {nearest(name, ORIGINS)}")
+    remotes = published_files(name)
     if archive:
-        path = _existing(archive)
+        path = pathlib.Path(os.path.expanduser(archive))
+        _check_exists(path, archive)
     elif not remotes or not downloads:
-        trouble = "no folder to download to" if remotes else "cannot be downloaded"
-        raise SourceError(f"{name}: {trouble}; give data.archive=PATH of {origin.wanted}")
+        problem = "no folder to download to" if remotes else "cannot be downloaded"
+        raise DataError(f"data.archive: {name}: {problem}; give the path of a copy")
     else:
         path = pathlib.Path(downloads).expanduser()
         for remote in remotes:
@@ -72,46 +62,27 @@ def open_source(
         path /= os.path.dirname(remotes[0].file)
     if len(remotes) == 1 and (path / remotes[0].file).is_file():
         path /= remotes[0].file
-    return origin.open(path, accept_incomplete, report)
+    return ORIGINS[name](path, accept_incomplete, report)
 
 
-def _existing(archive: str) -> pathlib.Path:
-    path = pathlib.Path(os.path.expanduser(archive))
+def _check_exists(path: pathlib.Path, archive: str) -> None:
     if os.path.exists(path):
-        return path
-    there, parent = "", path.parent
+        return
+    there = ""
     with contextlib.suppress(OSError, ValueError):
-        names = sorted(os.listdir(parent))
-        there = f"; {_nearest(path.name, names, most=5)}" if names else f"; {parent} is empty"
-    raise SourceError(f"data.archive: no file or folder {archive!r}{there}")
+        names = sorted(os.listdir(path.parent))
+        there = f"; {nearest(path.name, names, 5)}" if names else f"; {path.parent} is empty"
+    raise DataError(f"data.archive: no file or folder {archive!r}{there}")
 
 
-def _nearest(name: str, names: Iterable[str], most: int = 20) -> str:
-    names = list(names)
-    close = difflib.get_close_matches(name, names, 3)
-    return f"nearest: {', '.join(close)}" if close else f"there are: {some(names, most)}"
-
-
-
-
-def _images(path: pathlib.Path, accept_incomplete: bool, report: Report) -> Source:
-    """Images of any origin: whatever is at this path."""
-    return _pictures(path, report)
-
-
-def _celebahq(path: pathlib.Path, accept_incomplete: bool, report: Report) -> Source:
-    """CelebA-HQ: 30,000 images with any names, 2.jpg before 10.jpg (in a tar: as they lie there).
-
-    Karras et al. 2018, Progressive Growing of GANs, appendix C. It has no classes.
-    """
-    source = _pictures(path, report, _natural_order)
-    check_count(str(path), source.count, 30_000, accept_incomplete)
-    return source._replace(items=lambda: (x._replace(label=0) for x in source.items()), classes=())
-
-
-def _pictures(path: pathlib.Path, report: Report, order: Callable = archives.byte_order) -> Source:
-    """Images, told apart by what is there."""
-    kind = archives.kind(path, IMAGES)
+def _images(
+    path: pathlib.Path,
+    accept_incomplete: bool,
+    report: Report,
+    order: Callable = archives.byte_order,
+) -> Source:
+    """Opens images of any origin, told apart by what is there."""
+    kind = archives.archive_kind(path, IMAGES)
     if kind == "tar":
         names = [m.name for m in archives.tar_members(path, report)]
         return _tree(path, names, lambda: archives.tar_members(path), strip=True)
@@ -127,54 +98,66 @@ def _pictures(path: pathlib.Path, report: Report, order: Callable = archives.byt
     return _tree(path, names, lambda: archives.folder_members(path, images), strip=False)
 
 
+def _celebahq(path: pathlib.Path, accept_incomplete: bool, report: Report) -> Source:
+    """Opens CelebA-HQ (Karras et al. 2018, arXiv:1710.10196, app. C): 30,000 images, no classes.
+
+    Any names will do; 2.jpg comes before 10.jpg, but in a tar, which is read as it lies.
+    """
+    source = _images(path, accept_incomplete, report, _natural_order)
+    check_count(str(path), source.count, 30_000, accept_incomplete)
+    return source._replace(items=lambda: (x._replace(label=0) for x in source.items()), classes=())
+
+
 def _tree(
     path: pathlib.Path, names: list[str], members: Callable[[], Iterator[Member]], strip: bool
 ) -> Source:
-    """Images among files in folders. strip: leave the folders that hold everything out of names."""
+    """Returns the images among files in folders. strip: drop the top folders from their names."""
     names = [name for name in names if not _is_junk(name)]
     images = list(filter(_is_image, names))
     if not images:
         lmdb = next((name for name in names if name.endswith("data.mdb")), None)
-        found = f"none among {len(names):,} files ({some(names)})" if names else "nothing"
+        some = ", ".join(names[:3]) + ", …" * (len(names) > 3)
+        found = f"none among {len(names):,} files ({some})" if names else "nothing"
         found = f"an LMDB: give the folder of {lmdb}, unpacked" if lmdb else found
-        raise SourceError(f"{path}: expected images ({', '.join(SUFFIXES)}), found {found}")
+        raise mismatch(path, f"images ({', '.join(SUFFIXES)})", found)
     if len(set(images)) < len(images):
         seen = set()
         twice = next(name for name in images if name in seen or seen.add(name))
-        raise SourceError(f"{path}: expected each name once, found {twice} again; pack it anew")
+        raise mismatch(path, "each name once", f"{twice} again", "pack it anew")
     top, classes, place = _layout([x for x in images if not archives.leads_outside(x)])
 
     def items():
         for member in members():
             if _is_image(member.name):
                 name = member.name.removeprefix(top)
-                content = archives.content(member)
-                yield Item(shown(name if strip else member.name), content, *place(name))
+                content = archives.read_member(member)
+                yield Item(escape(name if strip else member.name), content, *place(name))
 
     others = len(names) - len(images)
     passed = f"; files passed over: {others:,}" if others else ""
     about = f"{len(images):,} images from {path.resolve().name}{passed}."
-    return Source(items, tuple(map(shown, classes)), about, len(images))
+    return Source(items, tuple(map(escape, classes)), about, len(images))
 
 
 def _layout(names: list[str]) -> tuple[str, list[str], Callable[[str], tuple[int, str | None]]]:
-    """The folders that hold everything, the classes, and name without top -> (label, split).
+    """Returns the top folders, the classes, and a function from a name below top to (label, split).
 
-    Below the folders that hold everything: folders `train` and `test` or `val`, and nothing else,
-    are the splits; both of the latter are 'test'. Then, if there are several folders and no image
-    beside them, they are the classes. Folders below those mean nothing.
+    The top folders are those that hold everything. Below them, folders `train` and `test` or `val`,
+    and nothing else, are the splits. Then several folders without an image beside them are the
+    classes. Folders below those mean nothing.
     """
     ends = min(names, default=""), max(names, default="")  # what they share, all names share
     top = posixpath.join(posixpath.commonpath(map(posixpath.dirname, ends)), "")
     names = [name.removeprefix(top) for name in names]
-    folders, splits = _folders(names), {}
-    if {"train"} < folders <= set(SPLITS):
-        folders, splits = _folders(name.partition("/")[2] for name in names), SPLITS
+    folders, splits = _first_folders(names), {}
+    if {"train"} < folders <= set(SPLIT_FOLDERS):
+        splits = SPLIT_FOLDERS
+        folders = _first_folders(name.partition("/")[2] for name in names)
     several = len(folders) > 1 and "" not in folders
     classes = sorted(folders, key=archives.byte_order) if several else []
     label = {folder: k for k, folder in enumerate(classes)}
 
-    def place(name):
+    def place(name: str) -> tuple[int, str | None]:
         folder, _, rest = name.partition("/")
         split = splits.get(folder)
         return label.get(rest.partition("/")[0] if split else folder, 0), split
@@ -182,8 +165,8 @@ def _layout(names: list[str]) -> tuple[str, list[str], Callable[[str], tuple[int
     return top, classes, place
 
 
-def _folders(names: Iterable[str]) -> set[str]:
-    """The first folder of each name; '' for a file that lies in none."""
+def _first_folders(names: Iterable[str]) -> set[str]:
+    """Returns the first folder of each name; '' for a file that lies in none."""
     return {name.partition("/")[0] if "/" in name else "" for name in names}
 
 
@@ -192,62 +175,58 @@ def _is_image(name: str) -> bool:
 
 
 def _is_junk(name: str) -> bool:
-    """Is it hidden, or something that systems leave behind; '..' is neither."""
+    """Whether a path is hidden, or left behind by a system; '..' is neither."""
     parts = name.split("/")
     return any(x in JUNK or (x.startswith(".") and x not in (".", "..")) for x in parts)
 
 
 def _natural_order(name: str) -> tuple:
-    """Numbers in names by their values, of any length; then by bytes."""
+    """Returns a key that sorts numbers in names by value, of any length; then by bytes."""
     parts = re.split("([0-9]+)", name)
     digits = [part.lstrip("0") for part in parts[1::2]]
     parts[1::2] = [(len(x), x) for x in digits]
     return parts, archives.byte_order(name)
 
 
-
-
 def _lmdb(path: pathlib.Path) -> Source:
-    """LSUN as published (github.com/fyu/lsun): an LMDB whose values are files of images."""
+    """Opens LSUN as published (github.com/fyu/lsun): an LMDB whose values are files of images."""
 
     def items():
-        with reading(path), _environment(path).begin(buffers=True) as transaction:
+        with reading(path), _open_lmdb(path).begin(buffers=True) as transaction:
             for key, value in transaction.cursor():
-                name = shown(bytes(key).decode("latin-1"))
-                open_it = functools.partial(io.BytesIO, value)  # still where it lies in the file
-                content = archives.content(Member(name, len(value), "", open_it))
-                yield Item(name, content, 0, None)
+                name = bytes(key).decode("latin-1")
+                member = Member(name, len(value), "", functools.partial(io.BytesIO, value))
+                yield Item(escape(name), archives.read_member(member), 0, None)
 
     with reading(path):
-        n = _environment(path).stat()["entries"]
+        n = _open_lmdb(path).stat()["entries"]
     if not n:
-        raise SourceError(f"{path}: expected images, found an empty LMDB")
+        raise mismatch(path, "images", "an empty LMDB")
     return Source(items, (), f"{n:,} images from {path.resolve().name}.", n)
 
 
-def _environment(path: pathlib.Path):
-    """The LMDB in a folder, only to be read. One process may open it only once at a time."""
+def _open_lmdb(path: pathlib.Path):
+    """Opens the LMDB in a folder for reading, once at a time in a process, as LMDB demands."""
     try:
         import lmdb
     except ImportError as error:
-        raise SourceError(f"{path}: an LMDB is read with lmdb: pip install lmdb") from error
+        raise DataError(f"{path}: an LMDB is read with lmdb: pip install lmdb") from error
     file = path / "data.mdb"
     if not file.is_file():
-        raise SourceError(f"{file}: expected a regular file")
+        raise DataError(f"{file}: expected a regular file")
     real = os.path.realpath(path)
-    environment = _environments.get(real)
+    environment = _open_environments.get(real)
     if environment is None:
         environment = lmdb.open(real, readonly=True, lock=False, create=False, readahead=False)
         expected = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
         if (found := file.stat().st_size) < expected:
             environment.close()  # to read beyond the end of a mapped file ends the process
-            raise SourceError(f"{file}: expected {expected:,} bytes, found {found:,}; get it anew")
-        _environments[real] = environment
+            raise mismatch(file, f"{expected:,} bytes", f"{found:,}", "get it anew")
+        _open_environments[real] = environment
     return environment
 
 
-_environments = weakref.WeakValueDictionary()  # those that a pass is going through
-
+_open_environments = weakref.WeakValueDictionary()
 
 
 DIGITS = tuple("0123456789")
@@ -256,17 +235,12 @@ CLOTHES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
-FOUR = "the folder of its four files, train-images-idx3-ubyte.gz and so on"
 
-ORIGINS: dict[str, Origin] = {
-    "cifar10": Origin(functools.partial(cifar, CIFAR10), "cifar-10-binary.tar.gz"),
-    "cifar100": Origin(functools.partial(cifar, CIFAR100), "cifar-100-binary.tar.gz"),
-    "mnist": Origin(functools.partial(idx, "MNIST", DIGITS), FOUR),
-    "fashion_mnist": Origin(functools.partial(idx, "Fashion-MNIST", CLOTHES), FOUR),
-    "folder": Origin(_images, IMAGES),
-    "zip": Origin(_images, IMAGES),
-    "tar": Origin(_images, IMAGES),
-    "npz": Origin(_images, IMAGES),
-    "lsun": Origin(_images, IMAGES),
-    "celebahq": Origin(_celebahq, IMAGES),
+ORIGINS: dict[str, Callable[[pathlib.Path, bool, Report], Source]] = {
+    "cifar10": functools.partial(cifar, CIFAR10),
+    "cifar100": functools.partial(cifar, CIFAR100),
+    "mnist": functools.partial(idx, "MNIST", DIGITS),
+    "fashion_mnist": functools.partial(idx, "Fashion-MNIST", CLOTHES),
+    **dict.fromkeys(("folder", "zip", "tar", "npz", "lsun"), _images),
+    "celebahq": _celebahq,
 }

@@ -89,9 +89,9 @@ def test_files_that_cannot_be_read_or_change_meanwhile(tmp_path):
     if os.geteuid():  # for root, all files can be read
         assert "1.png: cannot be read: Permission denied" in str(next(items).content)
     member = archives.Member("a", 3, "", lambda: io.BytesIO(b"1234"))
-    assert str(archives.content(member)) == "a: expected 3 bytes, found more"
-    assert str(archives.content(member._replace(size=5))) == "a: expected 5 bytes, found 4"
-    assert archives.content(member._replace(size=4)) == b"1234"
+    assert str(archives.read_member(member)) == "a: expected 3 bytes, found more"
+    assert str(archives.read_member(member._replace(size=5))) == "a: expected 5 bytes, found 4"
+    assert archives.read_member(member._replace(size=4)) == b"1234"
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar", "tar.gz"])
@@ -130,7 +130,6 @@ def test_a_zip_of_windows_has_folders(tmp_path):
     path = write_zip(tmp_path / "x", {"s\\b\\1.png": b"1", "s\\a\\2.png": b"2"})
     expected = [("a/2.png", b"2", "a", None), ("b/1.png", b"1", "b", None)]
     assert described(open_source("folder", str(path))) == expected
-
 
 
 PNG = b"\x89PNG" + bytes(range(200))

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from diffusion.data.prepare import array_formats
-from diffusion.data.prepare.sources import SourceError, open_source
+from diffusion.data.prepare.sources import open_source
+from diffusion.utils.errors import DataError
 from tests.conftest import ROOT
 from tests.data.prepare.test_sources import noise, refused, write_tar, write_zip
 
@@ -19,7 +20,6 @@ SUBSET = pathlib.Path(
     os.environ.get("DDPM_CIFAR10_SUBSET")
     or ROOT.parent / "shared" / "cifar10_subset" / "cifar-10-binary.tar.gz"
 )
-
 
 
 CLASSES = [f"class{k}" for k in range(10)]
@@ -77,7 +77,7 @@ def test_counts_as_published():
     array_formats.check_count("x", 10, 10, False)
     array_formats.check_count("x", 9, 10, True)
     for found, accept_incomplete in [(9, False), (11, False), (11, True)]:
-        with pytest.raises(SourceError, match=f"x: expected 10 images, found {found}; "):
+        with pytest.raises(DataError, match=f"x: expected 10 images, found {found}; "):
             array_formats.check_count("x", found, 10, accept_incomplete)
 
 
@@ -164,8 +164,6 @@ def test_the_real_cifar10_archive_equals_its_bytes():
     assert n == 6_102 and next(items, None) is None
 
 
-
-
 def idx_bytes(array):
     head = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
     return head + array.tobytes()
@@ -233,16 +231,14 @@ def test_mnist_that_is_not_as_published(tmp_path):
     assert "expected 60,000 images, found 4; get it whole" in refused("mnist", str(tmp_path))
     labels.write_bytes(idx_bytes(np.array([0, 9, 10, 255], np.uint8)))
     items = list(open_source("mnist", str(tmp_path), accept_incomplete=True).items())
-    assert [isinstance(x.content, SourceError) for x in items[:4]] == [False, False, True, True]
+    assert [isinstance(x.content, DataError) for x in items[:4]] == [False, False, True, True]
     source = open_source("mnist", str(tmp_path), accept_incomplete=True)
     os.truncate(images, 16 + 2 * 784 + 100)
-    with pytest.raises(SourceError, match="ubyte: expected 4 records of 784 bytes, found 2"):
+    with pytest.raises(DataError, match="ubyte: expected 4 records of 784 bytes, found 2"):
         list(source.items())
     labels.unlink()
     alone = refused("mnist", str(tmp_path), accept_incomplete=True)
     assert "train-images-idx3-ubyte alone" in alone
-
-
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

@@ -3,13 +3,13 @@
 import hashlib
 import http.server
 import os
-import pathlib
 import threading
 
 import pytest
 
 from diffusion.data.prepare import download, sources
-from diffusion.data.prepare.sources import SourceError, open_source
+from diffusion.data.prepare.sources import open_source
+from diffusion.utils.errors import DataError
 from tests.data.prepare.test_array_formats import cifar10, cifar_files, mnist
 from tests.data.prepare.test_sources import noise
 
@@ -71,7 +71,7 @@ def quiet(*args):
 
 
 def failed(remote, path):
-    with pytest.raises(SourceError) as caught:
+    with pytest.raises(DataError) as caught:
         download.download(remote, path, quiet)
     text = str(caught.value)
     assert "\n" not in text and remote.url in text and "give data.archive=PATH of a copy" in text
@@ -207,7 +207,7 @@ def test_open_source_downloads_what_is_not_there(tmp_path, serve, monkeypatch):
     archive = cifar10(tmp_path / "c", cifar_files()).read_bytes()
     remote, requests = serve(archive)
     known = {"mnist": tuple(remotes), "cifar10": (remote,)}
-    monkeypatch.setattr(sources, "REMOTES", known)
+    monkeypatch.setattr(sources, "published_files", known.__getitem__)
     for _ in range(2):
         source = open_source("mnist", downloads=str(tmp_path / "d"), accept_incomplete=True)
         assert [x.label for x in source.items()][:4] == made["train"][1].tolist()
@@ -217,16 +217,32 @@ def test_open_source_downloads_what_is_not_there(tmp_path, serve, monkeypatch):
     assert sorted(os.listdir(tmp_path / "d")) == ["mnist", "x.tar.gz"]
 
 
-def test_what_is_known_of_the_published_files_is_what_tfds_knows():
-    tfds = pytest.importorskip("tensorflow_datasets")
-    folder = pathlib.Path(tfds.__file__).parent / "url_checksums"
-    for name, remotes in download.REMOTES.items():
-        lines = (folder / f"{name}.txt").read_text().splitlines()
-        known = {tuple(line.split("\t")) for line in lines}
-        for file, url, size, sha256 in remotes:
-            assert (url, str(size), sha256, os.path.basename(file)) in known
-    assert {k: len(v) for k, v in download.REMOTES.items()} == {
-        "cifar10": 1, "cifar100": 1, "mnist": 4, "fashion_mnist": 4
-    }  # fmt: skip
-    files = [x.file for remotes in download.REMOTES.values() for x in remotes]
-    assert len(set(files)) == 10  # those of mnist and fashion_mnist have the same names
+# Of the published files, as TensorFlow Datasets 4.9.10 and other loaders list them.
+SHA256 = {
+    "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd": "cifar-10-binary.tar.gz",
+    "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec": "cifar-100-binary.tar.gz",
+    "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609":
+        "mnist/train-images-idx3-ubyte.gz",
+    "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c":
+        "mnist/train-labels-idx1-ubyte.gz",
+    "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6":
+        "mnist/t10k-images-idx3-ubyte.gz",
+    "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6":
+        "mnist/t10k-labels-idx1-ubyte.gz",
+    "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84":
+        "fashion_mnist/train-images-idx3-ubyte.gz",
+    "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845":
+        "fashion_mnist/train-labels-idx1-ubyte.gz",
+    "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073":
+        "fashion_mnist/t10k-images-idx3-ubyte.gz",
+    "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5":
+        "fashion_mnist/t10k-labels-idx1-ubyte.gz",
+}  # fmt: skip
+
+
+def test_published_files():
+    files = [x for name in download.DOWNLOADS for x in download.published_files(name)]
+    assert {x.sha256: x.file for x in files} == SHA256 and len(files) == 10
+    assert all(os.path.basename(x.url) == os.path.basename(x.file) for x in files)
+    assert sum(x.size for x in files) == 381_039_271
+    assert download.published_files("folder") == ()

@@ -100,11 +100,10 @@ def with_segment(jpeg, marker, data):
     return jpeg[:2] + struct.pack(">BBH", 255, marker, len(data) + 2) + data + jpeg[2:]
 
 
-
 MALFORMED = {
     "empty": (b"", "found no bytes at all"),
     "web page": (b"<!DOCTYPE html><html>", "found bytes that begin with b'<!DOCTYPE html><'"),
-    "PDF": (b"%PDF-1.7\n", r"expected a picture \(PNG, JPEG, WEBP, BMP, GIF, TIFF, PPM\)"),
+    "PDF": (b"%PDF-1.7\n", r"expected an image \(PNG, JPEG, WEBP, BMP, GIF, TIFF, PPM\)"),
     "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "found bytes that begin with b'%!PS"),
     "zip": (b"PK\3\4" + bytes(60), "found bytes that begin with b'PK"),
     "zeros": (bytes(1000), "found bytes that begin with"),
@@ -185,7 +184,7 @@ def peak_of_malformed():
 def test_what_is_refused_takes_little_memory():
     """PNG's "all there is" asks for 2^64 bytes; the largest frame of a GIF is laid out before a
     look at it can be had: 81 MB. 16 MiB are those that the comment and the profile unpack to."""
-    code = "from tests.test_pictures import peak_of_malformed as f; f()"
+    code = "from tests.data.prepare.test_image_decoding import peak_of_malformed as f; f()"
     run = [sys.executable, "-W", "error", "-c", code]
     out = subprocess.run(run, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert int(out) < 160
@@ -208,7 +207,9 @@ def test_what_is_refused_takes_little_memory():
 )
 def test_broken_metadata_takes_nothing_from_the_picture(content):
     sound = JPEG if content[:2] == JPEG[:2] else file(COLOUR)
-    np.testing.assert_array_equal(normalize_image(content, OF_SIZE).pixels, normalize_image(sound, OF_SIZE).pixels)
+    np.testing.assert_array_equal(
+        normalize_image(content, OF_SIZE).pixels, normalize_image(sound, OF_SIZE).pixels
+    )
 
 
 def raising(error):
@@ -227,7 +228,7 @@ def test_any_error_is_one_line_of_the_picture(monkeypatch):
     with pytest.raises(ImageError, match=r"whole PNG file, found .*MemoryError"):
         normalize_image(content, ImageSpec(4, 4, 3))
     monkeypatch.setattr(Image.Image, "load", raising(ValueError("a\n \x1b[31mb" + 999 * "c")))
-    with pytest.raises(ImageError, match=r"decoded: a \?\[31mbc{100,200}; copy it anew"):
+    with pytest.raises(ImageError, match=r"decoded: a \[31mbc{100,200} \.\.\.; copy it anew"):
         normalize_image(content, ImageSpec(4, 4, 3))
 
 
@@ -244,7 +245,7 @@ def test_ctrl_c_is_not_an_error_of_the_picture(monkeypatch):
      ImageSpec(8, 8, 3, (0, 0)), ImageSpec(8, 8, 3, (0, 0, 256))],
 )  # fmt: skip
 def test_a_rule_that_cannot_be_followed(rule):
-    with pytest.raises(ImageError, match=r"^rule: expected height x width of 1 to .*, found \("):
+    with pytest.raises(ImageError, match=r"^image size: expected height x .*, found \("):
         normalize_image(COLOUR, rule)
 
 
@@ -279,7 +280,6 @@ def test_threads_get_what_one_gets():
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(outcome, contents)) == [*map(outcome, contents)]
-
 
 
 RED = (200, 40, 20)
@@ -447,7 +447,9 @@ def test_16_bits_to_the_nearest_level(kind):
     assert picture.mode.startswith("I") and picture.size == (256, 256)
     # As colour, and on its way through the crop and the filters.
     grey = normalize_image(content, ImageSpec(64, 32, 3)).pixels
-    np.testing.assert_array_equal(grey, normalize_image(expected.astype(np.uint8), ImageSpec(64, 32, 3)).pixels)
+    np.testing.assert_array_equal(
+        grey, normalize_image(expected.astype(np.uint8), ImageSpec(64, 32, 3)).pixels
+    )
 
 
 @pytest.mark.parametrize("width, height", [(1, 10**6), (10**6, 1)])
@@ -466,7 +468,9 @@ def test_12_bits_and_other_ranges():
     data = np.stack(
         [pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], -1
     )
-    picture = normalize_image(tiff(4096, 1, 12, data.astype(np.uint8).tobytes()), ImageSpec(1, 4096, 1))
+    picture = normalize_image(
+        tiff(4096, 1, 12, data.astype(np.uint8).tobytes()), ImageSpec(1, 4096, 1)
+    )
     np.testing.assert_array_equal(picture.pixels[0, :, 0], np.rint(levels * 255 / 4095))
     levels = np.arange(1001)
     content = b"P5 1001 1 1000\n" + levels.astype(">u2").tobytes()
@@ -476,7 +480,9 @@ def test_12_bits_and_other_ranges():
 
 def test_16_bits_of_colour_keep_the_upper_8():
     values = np.array([[0, 255, 256], [32767, 32768, 65535]])
-    picture = normalize_image(png(2, 1, 16, 2, [values.astype(">u2").tobytes()]), ImageSpec(1, 2, 3))
+    picture = normalize_image(
+        png(2, 1, 16, 2, [values.astype(">u2").tobytes()]), ImageSpec(1, 2, 3)
+    )
     np.testing.assert_array_equal(picture.pixels[0], values >> 8)
     assert picture.changed  # other decoders round another way
 
@@ -510,7 +516,9 @@ def test_luma():
     grey = normalize_image(image, ImageSpec(32, 32, 1)).pixels
     assert grey.shape == (32, 32, 1) and np.abs(grey[..., 0] - expected).max() <= 0.5 + 1e-2
     colour = normalize_image(GREY, ImageSpec(5, 4, 3)).pixels
-    np.testing.assert_array_equal(colour, normalize_image(GREY, ImageSpec(5, 4, 1)).pixels.repeat(3, 2))
+    np.testing.assert_array_equal(
+        colour, normalize_image(GREY, ImageSpec(5, 4, 1)).pixels.repeat(3, 2)
+    )
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
@@ -521,8 +529,6 @@ def test_the_first_frame(kind):
     picture = normalize_image(content, ImageSpec(8, 8, 3))
     assert (picture.pixels == (255, 0, 0)).all() and picture.changed
     assert getattr(Image.open(io.BytesIO(picture.encoded)), "n_frames", 1) == 1
-
-
 
 
 @pytest.mark.parametrize(
@@ -564,7 +570,9 @@ def test_crop_alone_does_not_resample():
 @pytest.mark.parametrize("size", [(1, 1), (3, 7), (8, 8), (9, 8), (40, 41), (64, 64), (201, 77)])
 @pytest.mark.parametrize("level", [0, 1, 128, 254, 255])
 def test_a_constant_stays(size, level):
-    for shape, rule in itertools.product([size, (*size, 3)], [ImageSpec(8, 8, 3), ImageSpec(5, 9, 1)]):
+    for shape, rule in itertools.product(
+        [size, (*size, 3)], [ImageSpec(8, 8, 3), ImageSpec(5, 9, 1)]
+    ):
         assert (normalize_image(np.full(shape, level, np.uint8), rule).pixels == level).all()
 
 
@@ -575,7 +583,9 @@ def test_a_ramp_stays_one_inside(n):
     centres = (np.arange(64) + 0.5) * n / 64 - 0.5  # of the new pixels, in the old ones
     inside = slice(3, -3) if n > 64 else slice(8, -8)
     image = np.rint(ramp)[None].repeat(n, 0).astype(np.uint8)
-    across, down = (normalize_image(x, ImageSpec(64, 64, 1)).pixels[..., 0] for x in (image, image.T))
+    across, down = (
+        normalize_image(x, ImageSpec(64, 64, 1)).pixels[..., 0] for x in (image, image.T)
+    )
     for pixels in (across, down.T):
         error = pixels - np.interp(centres, np.arange(n), ramp)
         # The ramp is rounded, and so is the result, once or, after boxes, twice.
@@ -602,7 +612,9 @@ def test_boxes_then_lanczos(n, box):
     means = Image.fromarray(means).resize(
         (24, 24), Image.Resampling.LANCZOS, [0, 0, n / box, n / box]
     )
-    error = normalize_image(image, ImageSpec(24, 24, 1)).pixels[..., 0].astype(int) - np.asarray(means)
+    error = normalize_image(image, ImageSpec(24, 24, 1)).pixels[..., 0].astype(int) - np.asarray(
+        means
+    )
     assert np.abs(error).max() <= 1  # where a mean lies between two levels
 
 
@@ -634,7 +646,6 @@ def test_hidden_colours_leave_no_fringe(n, kind):
     assert (pixels[..., 0] == 255).all()
     np.testing.assert_array_equal(pixels[..., 1], pixels[..., 2])
     assert len(np.unique(pixels[..., 1])) >= 2
-
 
 
 KEPT = {
@@ -673,7 +684,11 @@ NOT_KEPT = {
 @pytest.mark.parametrize("name", [*KEPT, *NOT_KEPT])
 def test_bytes_are_kept_where_nothing_changes(name):
     content, channels = (KEPT | NOT_KEPT)[name]
-    for rule in (ImageSpec(9, 11, channels), ImageSpec(8, 11, channels), ImageSpec(18, 22, channels)):
+    for rule in (
+        ImageSpec(9, 11, channels),
+        ImageSpec(8, 11, channels),
+        ImageSpec(18, 22, channels),
+    ):
         picture = normalize_image(content, rule)
         kept = name in KEPT and rule[:2] == (9, 11)
         assert (picture.encoded == content) == kept and picture.changed == (not kept)
@@ -710,7 +725,6 @@ def test_an_array_and_its_files_give_the_same():
             options = {"lossless": True} if kind == "WEBP" else {}
             content = file(image, kind, **options)
             np.testing.assert_array_equal(normalize_image(content, rule).pixels, expected)
-
 
 
 SMALL = {

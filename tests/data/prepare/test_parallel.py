@@ -1,8 +1,7 @@
-"""crew.py: order, bounds, and deaths. What processes are to do stands in this file, by name."""
+"""parallel_map: order, bounds, and processes that die. The workers import this file by name."""
 
 import multiprocessing
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -10,57 +9,52 @@ import sys
 import pytest
 
 from diffusion.data.prepare import parallel
-
-ROOT = pathlib.Path(__file__).parent.parent  # not conftest's: that would import JAX
-
-
-def squares(offset):
-    return lambda x: x * x + offset
+from diffusion.data.prepare.parallel import parallel_map
+from diffusion.utils.errors import DataError
 
 
-def mortal(how):
-    def live(x):
-        if x == 7:
-            os.kill(os.getpid(), how)
-        return x
-
-    return live
+def square(x):
+    return x * x
 
 
-def stillborn():
+def die_at_7(x):
+    if x == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return x
+
+
+def die(x):
     os._exit(3)
 
 
-def surroundings():
+def surroundings(x):
     deaf = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    return lambda x: (deaf, "jax" in sys.modules)
+    return deaf, "jax" in sys.modules
 
 
-class Bomb:
-    """Ends the process that receives it."""
-
-    def __reduce__(self):
-        return os._exit, (4,)
-
-
-def flat(chunks):
-    items, results = [], []
-    for some, theirs in chunks:
-        items += some
-        results += theirs
-    return items, results
+def die_in_a_worker(x):
+    """Ends the process that runs it beside others, and not one that runs it alone."""
+    if multiprocessing.parent_process() and not os.path.exists(x):
+        open(x, "w").close()
+        os._exit(4)
+    return x
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_everything_once_and_in_order(n):
-    items, results = flat(parallel.parallel_map(squares, (3,), range(1000), lambda x: 1, n))
-    assert items == list(range(1000)) and results == [x * x + 3 for x in items]
+def weigh(nbytes):
+    return lambda item: nbytes
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_everything_once_and_in_order(workers):
+    results = list(parallel_map(square, range(1000), workers, nbytes=weigh(1)))
+    assert results == [(x, x * x) for x in range(1000)]
+    assert list(parallel_map(square, [], workers, nbytes=weigh(1))) == []
     assert not multiprocessing.active_children()
 
 
 def test_chunks_are_bounded_in_number_and_in_bytes():
     def lengths(sizes):
-        return [len(chunk) for chunk, _ in parallel.parallel_map(squares, (0,), sizes, int, 1)]
+        return [len(chunk) for chunk, _ in parallel._chunks(sizes, int)]
 
     mib = 2**20
     assert lengths([1] * 600) == [256, 256, 88]
@@ -69,43 +63,38 @@ def test_chunks_are_bounded_in_number_and_in_bytes():
     assert lengths([]) == []
 
 
-@pytest.mark.parametrize("size, under_way, chunk", [(2**20, 16, 4), (1, 8 * 256, 256)])
-def test_what_is_under_way_is_bounded(size, under_way, chunk):
-    """Of 2 processes: 16 MiB, 8 chunks; besides, there are the next chunk and the item after it."""
-    drawn, given, ahead = 0, 0, set()
+def test_items_under_way_are_bounded_in_bytes():
+    """16 MiB for 2 processes; besides, there are the next chunk and the item after it."""
+    drawn, taken, ahead = 0, 0, set()
 
     def items():
         nonlocal drawn
-        for x in range(10 * under_way):
+        for x in range(160):
             drawn += 1
             yield x
 
-    for some, _ in parallel.parallel_map(squares, (0,), items(), lambda x: size, 2):
-        if drawn < 10 * under_way:
-            ahead.add(drawn - given)
-        given += len(some)
-    assert given == drawn and ahead == {under_way + chunk + 1}  # no less: processes would wait
+    results = parallel_map(square, items(), 2, nbytes=weigh(2**20))
+    for taken, _ in enumerate(results):
+        if drawn < 160 and taken % 4 == 0:
+            ahead.add(drawn - taken)
+    assert drawn == 160 and taken == 159 and ahead == {16 + 4 + 1}  # no less: processes would wait
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV])
-def test_a_death_is_told_with_the_item(how):
-    with pytest.raises(parallel.WorkerError, match=f"ended with {how.name}") as error:
-        flat(parallel.parallel_map(mortal, (how,), range(20), lambda x: 2**20, 2))
-    assert error.value.item == 7 and "\n" not in str(error.value)
-    assert ("memory" in str(error.value)) == (how == signal.SIGKILL)
+def test_an_item_that_kills_its_process_is_named():
+    def name(x):
+        return f"item {x}"
+
+    with pytest.raises(DataError, match=r"^item 7: it ends the process .*; leave it out$"):
+        list(parallel_map(die_at_7, range(20), 2, nbytes=weigh(2**20), name=name))
     assert not multiprocessing.active_children()
 
 
-def test_a_death_before_the_first_item():
-    with pytest.raises(parallel.WorkerError, match="exit code 3") as error:
-        flat(parallel.parallel_map(stillborn, (), range(20), lambda x: 1, 2))
-    assert error.value.item is None
-
-
-def test_a_death_between_two_chunks_is_of_no_item():
-    with pytest.raises(parallel.WorkerError, match="exit code 4") as error:
-        flat(parallel.parallel_map(squares, (0,), [*range(9), Bomb()], lambda x: 2**22, 2))
-    assert error.value.item is None
+def test_a_process_that_dies_once_is_one_line(tmp_path):
+    """As the system's killer of processes does when memory is short: no item is to blame."""
+    item = str(tmp_path / "died")
+    with pytest.raises(DataError, match=r"memory may be short: use fewer data\.workers") as error:
+        list(parallel_map(die_in_a_worker, [item], 2, nbytes=weigh(1)))
+    assert "\n" not in str(error.value) and not multiprocessing.active_children()
 
 
 def test_an_error_of_the_items_ends_the_processes():
@@ -114,42 +103,50 @@ def test_an_error_of_the_items_ends_the_processes():
         raise KeyError("the source")
 
     with pytest.raises(KeyError, match="the source"):
-        flat(parallel.parallel_map(squares, (0,), items(), lambda x: 1, 2))
+        list(parallel_map(square, items(), 2, nbytes=weigh(1)))
     assert not multiprocessing.active_children()
 
 
 def test_closing_ends_the_processes():
-    chunks = parallel.parallel_map(squares, (0,), iter(int, 1), lambda x: 1, 2)
-    next(chunks)
+    results = parallel_map(square, iter(int, 1), 2, nbytes=weigh(2**20))
+    next(results)
     assert len(multiprocessing.active_children()) == 2
-    chunks.close()
+    results.close()
     assert not multiprocessing.active_children()
 
 
-BARE = """
+SCRIPT = """
 import signal, sys
-from diffusion.ingest import crew
-from tests.test_crew import flat, surroundings
+from diffusion.data.prepare.parallel import parallel_map
+from tests.data.prepare.test_parallel import surroundings, weigh
 
 if __name__ != "__main__":
-    sys.exit("run again")
-_, results = flat(crew.in_order(surroundings, (), range(60), lambda x: 2**21, 2))
+    sys.exit("imported again")
+results = parallel_map(surroundings, range(60), 2, nbytes=weigh(2**21))
+print({result for _, result in results}, sys.modules["__main__"].__file__ == __file__)
 assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
-print(sorted(set(results)), sys.modules["__main__"].__file__ == __file__)
 """
 
 
 def test_processes_start_bare(tmp_path):
-    """Without the main file; deaf to Ctrl-C, the first one too; the parent is what it was."""
-    (tmp_path / "main.py").write_text(BARE)
+    """Without the main file, and deaf to Ctrl-C; the parent is what it was."""
+    from tests.conftest import ROOT  # not above: the workers would import JAX
+
+    (tmp_path / "main.py").write_text(SCRIPT)
     done = subprocess.run(
         [sys.executable, tmp_path / "main.py"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
-    assert done.stderr == "" and done.stdout == "[(True, False)] True\n"
+    assert done.stderr == "" and done.stdout == "{(True, False)} True\n"
 
 
-def test_cores():
-    assert 1 <= parallel.cores() <= parallel.MOST
+def test_as_many_processes_as_cores(monkeypatch):
+    started = []
+    monkeypatch.setattr(parallel, "_make_pool", lambda n: started.append(n) or 1 / 0)
+    for cores, workers in ((3, 3), (64, parallel.MAX_WORKERS)):
+        monkeypatch.setattr(parallel, "_usable_cores", lambda cores=cores: cores)
+        with pytest.raises(ZeroDivisionError):
+            next(parallel_map(square, [1], 0, nbytes=weigh(1)))
+        assert started.pop() == workers

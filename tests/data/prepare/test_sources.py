@@ -3,7 +3,6 @@
 import hashlib
 import io
 import os
-import pathlib
 import subprocess
 import sys
 import tarfile
@@ -13,14 +12,15 @@ import numpy as np
 import pytest
 
 from diffusion.data.prepare import archives, sources
-from diffusion.data.prepare.sources import Item, SourceError, open_source
-
-ROOT = pathlib.Path(__file__).parent.parent
+from diffusion.data.prepare.archives import Item
+from diffusion.data.prepare.sources import open_source
+from diffusion.utils.errors import DataError
+from tests.conftest import ROOT
 
 
 def refused(*args, **kwargs):
     """The one line that a source ends in: when it is opened, or while its items come."""
-    with pytest.raises(SourceError) as caught:
+    with pytest.raises(DataError) as caught:
         list(open_source(*args, **kwargs).items())
     text = str(caught.value)
     assert "\n" not in text and len(text) < 500
@@ -31,7 +31,7 @@ def described(source):
     """[(name, bytes or the error's words, name of the class, split)]"""
     items = []
     for name, content, label, split in source.items():
-        if isinstance(content, SourceError):
+        if isinstance(content, DataError):
             content = str(content)
             assert name in content and "\n" not in content
         items.append((name, content, source.classes[label] if source.classes else None, split))
@@ -80,7 +80,6 @@ def noise(n, seed=0):
 
 def listing(folder):
     return sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*"))
-
 
 
 FILES = {
@@ -226,10 +225,8 @@ def test_the_count_is_that_of_the_items(tmp_path, kind):
     assert source.count == len(list(source.items())) == (5 if kind == "npz" else 3)
 
 
-
-
 def test_what_is_asked_for_wrongly_gets_the_nearest(tmp_path):
-    assert refused("cifar") == "source: nothing is called 'cifar'; nearest: cifar10, cifar100"
+    assert refused("cifar") == "data.source: 'cifar' is not known; nearest: cifar10, cifar100"
     assert "there are: cifar10, cifar100, mnist" in refused("???")
     write_folder(tmp_path, {"photos.zip": b"", "other.txt": b""})
     text = refused("zip", str(tmp_path / "photo.zip"))
@@ -239,8 +236,8 @@ def test_what_is_asked_for_wrongly_gets_the_nearest(tmp_path):
     (tmp_path / "two\nlines").write_bytes(b"")
     assert "two\\nlines: expected a folder" in refused("zip", str(tmp_path / "two\nlines"))
     assert "no file or folder" in refused("zip", "nul\0byte") and "\\x00" in refused("zip", "\0")
-    assert refused("zip").startswith("zip: cannot be downloaded; give data.archive=PATH of a fold")
-    assert refused("mnist").startswith("mnist: no folder to download to; give data.archive=PATH")
+    assert refused("zip") == "data.archive: zip: cannot be downloaded; give the path of a copy"
+    assert refused("mnist").startswith("data.archive: mnist: no folder to download to; give the")
 
 
 def test_home_is_expanded(tmp_path, monkeypatch):
@@ -275,8 +272,6 @@ def test_the_wrong_kind_of_file(tmp_path, name):
         assert text.startswith(f"{tmp_path}/x.zip: expected ") and text.endswith(found)
     os.mkfifo(tmp_path / "pipe")
     assert refused(name, str(tmp_path / "pipe")).endswith("that is neither a file nor a folder")
-
-
 
 
 def lsun(folder, n=50, **more):
@@ -339,6 +334,7 @@ def test_the_table_and_light_imports():
         *("folder", "zip", "tar", "npz", "lsun", "celebahq"),
     ]
     heavy = "lmdb", "PIL", "jax", "tensorflow_datasets"
-    code = f"import sys, diffusion.ingest.sources; print([x for x in {heavy} if x in sys.modules])"
+    code = f"print([x for x in {heavy} if x in sys.modules])"
+    code = f"import sys, diffusion.data.prepare.sources; {code}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

@@ -14,6 +14,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from diffusion.data.prepare import tfds_writer
+from diffusion.utils.errors import DataError
 from tests.conftest import ROOT
 
 SHAPE = (4, 5, 3)
@@ -29,15 +30,15 @@ def images(n):
     return np.random.default_rng(0).integers(0, 256, (n, *SHAPE), np.uint8)
 
 
-def write(folder, n=5, classes=("a", "b"), shard_bytes=10**6, version="1.0.0"):
+def write(folder, n=5, classes=("a", "b"), shard_bytes=10**6):
     """Image i is of class i % 2, and the fourth and every fourth after it is in test."""
-    encode = tfds_writer.encoder(SHAPE, classes)
-    with tfds_writer.whole(folder, "tiny", version) as new:
+    encode = tfds_writer.make_encoder(SHAPE, classes)
+    with tfds_writer.create_folder(folder, "tiny") as new:
         writer = tfds_writer.Writer(new, shard_bytes)
         for i, x in enumerate(images(n)):
             writer.write("test" if i % 4 == 3 else "train", encode(png(x), i % 2))
-        writer.finish("tiny", version, SHAPE, classes, "Tiny.\nOf two lines.")
-    return folder / "tiny" / version
+        writer.finish("tiny", SHAPE, classes, "Tiny.\nOf two lines.")
+    return folder / "tiny" / "1.0.0"
 
 
 def names(folder):
@@ -51,8 +52,6 @@ def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 
 
 @pytest.mark.parametrize("shard_bytes, shards", [(10**6, 1), (1000, 3), (1, 15)])
@@ -102,7 +101,7 @@ def test_shards_are_filled_up(tmp_path):
     for _ in range(5):
         writer.write("train", record)
     writer.write("train", bytes(300))  # larger than a shard: alone in one
-    writer.finish("tiny", "1.0.0", SHAPE, (), "")
+    writer.finish("tiny", SHAPE, (), "")
     info = json.loads((tmp_path / "dataset_info.json").read_text())["splits"][0]
     assert info["shardLengths"] == ["2", "2", "1", "1"] and info["numBytes"] == "800"
 
@@ -115,10 +114,11 @@ def test_without_classes_there_are_no_labels(tmp_path):
 def test_a_record_gives_its_image_back_and_is_the_same_everywhere():
     image = png(images(1)[0])
     code = (
-        "import sys; from diffusion.ingest import records; image = sys.stdin.buffer.read(); "
-        "print(records.encoder((4, 5, 3), ['a'])(image, 0).hex())"
+        "import sys; from diffusion.data.prepare import tfds_writer; "
+        "image = sys.stdin.buffer.read(); "
+        "print(tfds_writer.make_encoder((4, 5, 3), ('a',))(image, 0).hex())"
     )
-    record = tfds_writer.encoder(SHAPE, ["a"])(image, 0)
+    record = tfds_writer.make_encoder(SHAPE, ("a",))(image, 0)
     assert tfds_writer.image_of(record) == image
     for _ in range(5):  # two orders of two features: by chance alike once in 32 times
         done = subprocess.run(
@@ -131,7 +131,7 @@ def test_a_record_gives_its_image_back_and_is_the_same_everywhere():
     "classes", [("a", "b", "a"), ("",), (" a",), ("a\nb",), ("a", "b\r"), ("\udcff",)]
 )
 def test_names_of_classes_that_tfds_would_not_give_back(classes):
-    with pytest.raises(tfds_writer.RecordsError, match=r"classes: expected .* found .*; rename it"):
+    with pytest.raises(DataError, match=r"classes: expected .* found .*; rename it"):
         tfds_writer.check_classes(classes)
 
 
@@ -142,23 +142,19 @@ def test_names_of_classes_are_kept(tmp_path):
     assert tuple(builder.info.features["label"].names) == classes
 
 
-
-
-@pytest.mark.parametrize(
-    "name, version, key",
-    [("Tiny", "1.0.0", "name"), ("a/b", "1.0.0", "name"), ("a-b", "1.0.0", "name"),
-     ("", "1.0.0", "name"), ("..", "1.0.0", "name"), ("2d", "1.0.0", "name"),
-     ("a\n", "1.0.0", "name"), ("a", "1.0", "version"), ("a", "01.0.0", "version")],
-)  # fmt: skip
-def test_names_that_tfds_does_not_know(tmp_path, name, version, key):
-    with pytest.raises(tfds_writer.RecordsError, match=f"{key}: expected .*, found "):
-        with tfds_writer.whole(tmp_path, name, version):
+@pytest.mark.parametrize("name", ["Tiny", "a/b", "a-b", "", "..", "2d", "a\n"])
+def test_names_that_tfds_does_not_know(tmp_path, name):
+    with pytest.raises(DataError, match=r"data\.name: expected .*, found "):
+        with tfds_writer.create_folder(tmp_path, name):
             raise AssertionError("entered")
     assert not names(tmp_path)
 
 
 def test_an_error_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt), tfds_writer.whole(tmp_path, "tiny", "1.0.0") as new:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        tfds_writer.create_folder(tmp_path, "tiny") as new,
+    ):
         tfds_writer.Writer(new, 100).write("train", b"x" * 50)
         assert (new / "train-0").exists()
         raise KeyboardInterrupt
@@ -166,26 +162,26 @@ def test_an_error_leaves_nothing(tmp_path):
 
 
 def test_other_versions_are_left_alone(tmp_path):
-    write(tmp_path)
+    write(tmp_path).rename(tmp_path / "tiny" / "0.9.0")
     before = names(tmp_path)
-    with pytest.raises(KeyError), tfds_writer.whole(tmp_path, "tiny", "1.0.1"):
+    with pytest.raises(KeyError), tfds_writer.create_folder(tmp_path, "tiny"):
         raise KeyError
     assert names(tmp_path) == before
-    write(tmp_path, version="2.0.0")
-    assert [path.name for path in sorted((tmp_path / "tiny").iterdir())] == ["1.0.0", "2.0.0"]
+    write(tmp_path)
+    assert [path.name for path in sorted((tmp_path / "tiny").iterdir())] == ["0.9.0", "1.0.0"]
 
 
 def test_an_existing_set_is_not_touched(tmp_path):
     write(tmp_path)
     before = names(tmp_path)
-    with pytest.raises(tfds_writer.RecordsError, match=r"tiny/1.0.0: expected no such .* another name"):
+    with pytest.raises(DataError, match=r"tiny/1.0.0: expected no such .* another data.name"):
         write(tmp_path)
     assert names(tmp_path) == before
 
 
 def test_a_set_that_came_meanwhile_is_not_touched(tmp_path):
-    with pytest.raises(tfds_writer.RecordsError, match="not empty"):
-        with tfds_writer.whole(tmp_path, "tiny", "1.0.0") as new:
+    with pytest.raises(DataError, match="not empty"):
+        with tfds_writer.create_folder(tmp_path, "tiny") as new:
             (new / "mine").touch()
             (tmp_path / "tiny" / "1.0.0").mkdir()
             (tmp_path / "tiny" / "1.0.0" / "theirs").touch()
@@ -194,8 +190,8 @@ def test_a_set_that_came_meanwhile_is_not_touched(tmp_path):
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
     code = (
-        "import sys, os, signal; from diffusion.ingest import records\n"
-        "with records.whole(sys.argv[1], 'tiny', '1.0.0') as new:\n"
+        "import sys, os, signal; from diffusion.data.prepare import tfds_writer\n"
+        "with tfds_writer.create_folder(sys.argv[1], 'tiny') as new:\n"
         "    (new / 'dataset_info.json').write_text('{}')\n"
         "    (new / 'train-7').touch()\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -211,9 +207,9 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
 
 
 def test_two_at_once(tmp_path):
-    with tfds_writer.whole(tmp_path, "tiny", "1.0.0") as new:
+    with tfds_writer.create_folder(tmp_path, "tiny") as new:
         (new / "mine").touch()
-        with pytest.raises(tfds_writer.RecordsError, match="another process is making this data set"):
+        with pytest.raises(DataError, match="another process is making this data set"):
             write(tmp_path)
         assert (new / "mine").exists()
     assert names(tmp_path / "tiny") == ["1.0.0", "1.0.0/mine"]
@@ -228,30 +224,30 @@ def test_a_lock_of_a_set_that_is_finished_is_none(tmp_path, monkeypatch):
         flock(lock, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with pytest.raises(tfds_writer.RecordsError, match="another process is making this data set"):
+    with pytest.raises(DataError, match="another process is making this data set"):
         write(tmp_path)
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, small_files):
-    encode = tfds_writer.encoder(SHAPE, ())
-    with pytest.raises(tfds_writer.RecordsError, match=r"cannot be written: .*File too large") as error:
-        with tfds_writer.whole(tmp_path, "tiny", "1.0.0") as new:
+    encode = tfds_writer.make_encoder(SHAPE, ())
+    with pytest.raises(DataError, match=r"cannot be written: .*File too large") as error:
+        with tfds_writer.create_folder(tmp_path, "tiny") as new:
             writer = tfds_writer.Writer(new, 10**9)
             for _ in range(100):
                 writer.write("train", encode(bytes(10**3), 0))
-            writer.finish("tiny", "1.0.0", SHAPE, (), "")
+            writer.finish("tiny", SHAPE, (), "")
     assert "\n" not in str(error.value) and "make room" in str(error.value)
     assert not names(tmp_path)
 
 
 def test_a_full_disk_is_noticed_at_the_end_of_a_shard(tmp_path, small_files):
     writer = tfds_writer.Writer(tmp_path, 10**5)
-    with pytest.raises(tfds_writer.RecordsError, match="cannot be written"):
+    with pytest.raises(DataError, match="cannot be written"):
         for _ in range(101):
             writer.write("train", bytes(10**3))
 
 
 def test_a_place_that_is_none(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(tfds_writer.RecordsError, match=r"cannot be written: Not a directory; .*folder"):
+    with pytest.raises(DataError, match=r"cannot be written: Not a directory; .*data_dir"):
         write(tmp_path / "file")

@@ -1,0 +1,194 @@
+"""Every configuration key once, with its meaning; the values are the paper's CIFAR-10 experiment.
+
+The other files of this folder write only what differs. `python main.py --help` prints this page.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns the default configuration."""
+    return ConfigDict(
+        {
+            "seed": 0,  # of the initial weights, the order of the data and every training step
+            "model": {
+                "ch": 128,  # channels of the first level
+                "ch_mult": (1, 2, 2, 2),  # level i has ch * ch_mult[i] channels
+                "num_res_blocks": 2,  # per level; one more on the way up
+                "attn_resolutions": (16,),  # longer sides of the levels with attention
+                "dropout": 0.1,
+                "num_classes": 0,  # 0: unconditional
+                "dtype": "float32",  # of the convolutions and products; or bfloat16
+                "remat": False,  # recompute every block in the backward pass, to save memory
+            },
+            "process": {
+                "schedule": "linear",  # a key of schedules.SCHEDULES
+                "T": 1000,
+                "beta_start": 1e-4,
+                "beta_end": 0.02,
+            },
+            "target": "eps",  # what the network predicts: a key of targets.TARGETS
+            "variance": "fixed_large",  # of the reverse steps: a key of targets.VARIANCES
+            "loss": {"name": "simple"},  # a key of losses.LOSSES, and that function's own arguments
+            "optim": {
+                "lr": 2e-4,
+                "warmup": 5000,  # steps of linear warm-up
+                "clip": 1.0,  # largest norm of the gradient
+                "clip_groups": 1,  # clip this many parts of the batch separately (official: 8)
+                "accumulate": 1,  # take the batch in this many parts, to save memory
+                "ema": 0.9999,  # decay of the averaged weights
+            },
+            "train": {
+                "batch_size": 128,
+                "steps": 800_000,
+                "label_dropout": 0.0,  # share of the labels hidden, for classifier-free guidance
+                "log_every": 100,
+                "save_every": 5_000,
+                "keep": 3,  # newest checkpoints that stay
+                "keep_every": 0,  # multiples of this step stay too; 0: none
+                "keep_best": 0,  # checkpoints with the fewest bits/dim that stay too
+                "sample_every": 20_000,  # preview pictures; 0: none
+                "preview": {"sampler": "dpmpp_2m", "steps": 20, "num": 64},
+                "eval_every": 10_000,  # a quick reading of bits/dim and distances; 0: none
+                "on_nonfinite": "halt",  # or skip, or rollback
+                "hang_s": 1800.0,  # abort if no step ends for so many seconds; 0: never
+                "heartbeat_s": 30.0,  # abort if another process is silent for so many seconds
+            },
+            "data": {
+                "source": "cifar10",  # a key of data.SOURCES or of data.prepare.sources.ORIGINS
+                "name": "cifar10",  # of the TFDS data set in data_dir
+                "data_dir": "data",
+                "image_size": 32,  # height
+                "image_width": 0,  # 0: as wide as high
+                "channels": 3,
+                "flip": True,  # mirror a random half of the images
+                "on_device_gib": 4.0,  # larger sets are streamed from the host
+                "workers": 0,  # processes that decode streamed images; 0: threads
+                # Of --mode=prepare:
+                "archive": "",  # file or folder to prepare from; "": download
+                "accept_incomplete": False,
+                "on_error": "skip",  # an image that cannot be used: skip or fail
+                "holdout": 0.0,  # fraction of the images for the split `test`
+                "holdout_names": "",  # or a file with their names
+                "background": (255, 255, 255),  # under transparent images
+            },
+            "sampler": {
+                "name": "ancestral",  # a key of samplers.SAMPLERS
+                "grid": "uniform",  # a key of samplers.GRIDS
+                "steps": 1000,
+                "times": (),  # explicit times instead of grid and steps
+                "clip": True,  # clip x_0 to [-1, 1]
+                "threshold": 0.0,  # quantile of dynamic thresholding instead; 0: none
+                "variance": "",  # "": as trained; a key of targets.VARIANCES; or analytic
+                "estimate": 256,  # training images that `analytic` is measured on
+                "guidance": 0.0,  # weight w of classifier-free guidance; 0: none
+                # Read by some samplers only; "" is the sampler's own default.
+                "eta": 0.0,
+                "order": 2,
+                "variant": "bh2",
+                "corrector": True,
+                "solver": "",
+                "predictor": "ancestral",
+                "corrections": 1,
+                "snr": 0.1,
+            },
+            "sample": {"num": 64, "batch_size": 64, "seed": 0, "label": -1},  # -1: every class
+            "bpd": {
+                "split": "test",
+                "num": 0,  # images; 0: all
+                "quick": 200,  # images of the reading during training
+                "batch_size": 100,
+                "seed": 0,
+                "estimate": 0,  # training images for optimal variances (Analytic-DPM); 0: none
+                "steps": (),  # also the bound on so many least-cost steps
+                "ode": 0,  # images for the probability-flow ODE; 0: none
+            },
+            "eval": {
+                "num": 50_000,  # samples
+                "batch_size": 250,
+                "seeds": (0,),
+                "weights": ("ema",),  # ema, raw or both
+                "features": ("inception", "random", "pixels"),
+                "inception": "",  # file of the Inception weights; "": download
+                "references": ("train", "test"),  # splits, statistics (npz) or folders of images
+                "reference_num": 0,  # images of a reference; 0: all
+                "keep": 10_000,  # features kept for precision, recall, KID
+                "quick": 500,  # samples of the reading during training; 0: none
+            },
+            "figures": {
+                "names": (
+                    *("samples", "progressive", "denoising", "shared", "interpolation"),
+                    *("coarse_to_fine", "quality", "nearest", "inpainting", "animation"),
+                ),
+                "seed": 0,
+                "num": 64,  # samples in a grid
+                "rows": 8,
+                "split": "test",  # real images are taken from here
+                "scored": 1_000,  # samples of the figure `quality`
+                "mask": "right",  # inpainted part: left, right, centre or a picture
+                "jump": 10,  # RePaint's jump length and number of resamplings
+                "repeats": 10,
+                "animation": "webp",  # or gif
+            },
+            "frontier": {
+                "samplers": ("ancestral", "ddim", "dpmpp_2m", "unipc", "heun"),
+                "grids": ("uniform", "logsnr"),
+                "steps": (5, 10, 20, 50),
+                "num": 1_000,
+            },
+        }
+    )
+
+
+# Seconds instead of days, for tests: an overlay of every config.
+TINY = {
+    "model.ch": 8,
+    "model.ch_mult": (1, 2),
+    "model.num_res_blocks": 1,
+    "process.T": 20,
+    "process.beta_end": 0.4,
+    "optim.warmup": 2,
+    "train.batch_size": 16,
+    "train.steps": 8,
+    "train.log_every": 2,
+    "train.sample_every": 8,
+    "train.preview.num": 4,
+    "train.save_every": 4,
+    "train.eval_every": 0,
+    "sampler.steps": 20,
+    "sample.num": 6,
+    "sample.batch_size": 4,
+    "bpd.batch_size": 4,
+    "bpd.quick": 8,
+    "eval.num": 6,
+    "eval.batch_size": 4,
+    "eval.features": ("random", "pixels"),
+    "eval.quick": 4,
+    "figures.num": 4,
+    "figures.rows": 2,
+    "figures.scored": 4,
+    "figures.jump": 4,
+    "figures.repeats": 2,
+    "frontier.steps": (4, 20),
+    "frontier.grids": ("uniform",),
+    "frontier.num": 6,
+}
+
+BFLOAT16 = {"model.dtype": "bfloat16"}
+
+
+def make_config(
+    changes: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]], variant: str
+) -> ConfigDict:
+    """Returns the default with `changes` and the named variants ("tiny,bfloat16") applied in order.
+
+    Raises KeyError for a variant that is not in `variants`.
+    """
+    config = get_config()
+    config.update_from_flattened_dict(changes)
+    for name in filter(None, variant.split(",")):
+        config.update_from_flattened_dict(variants[name])
+    return config

@@ -1,0 +1,73 @@
+"""What several modes share: a trained model, and lines of the console."""
+
+import contextlib
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from diffusion import data, experiment
+from diffusion.checkpoint import Checkpoints
+from diffusion.experiment import Experiment
+from diffusion.runtime.config import Run
+from diffusion.train_step import TrainState
+from diffusion.utils.errors import WorkdirError
+
+
+class Trained(NamedTuple):
+    """A trained model: the weights of a checkpoint and what they belong to.
+
+    params: the averaged weights, or the raw ones, as `weights` ("ema", "raw") says.
+    """
+
+    config: ConfigDict
+    exp: Experiment
+    workdir: pathlib.Path
+    step: int
+    params: Any
+    weights: str = "ema"
+
+
+def load_trained(run: Run, exp: Experiment) -> Trained:
+    """Restores the averaged weights of the newest good checkpoint. Raises WorkdirError."""
+    with contextlib.closing(_trained_checkpoints(run)) as checkpoints:
+        step, ema = checkpoints.restore_ema(experiment.abstract_state(exp).ema)
+    return Trained(run.config, exp, run.workdir, step, ema)
+
+
+def load_state(run: Run, exp: Experiment) -> TrainState:
+    """Restores the newest good checkpoint. Raises WorkdirError."""
+    with contextlib.closing(_trained_checkpoints(run)) as checkpoints:
+        return checkpoints.restore(experiment.abstract_state(exp))
+
+
+def _trained_checkpoints(run: Run) -> Checkpoints:
+    if not (run.workdir / "checkpoints").is_dir():
+        raise WorkdirError(
+            f"{run.workdir}: expected a trained work directory, found none; "
+            "train first, or name it with --workdir"
+        )
+    return open_checkpoints(run.workdir, read_only=True)
+
+
+def open_checkpoints(workdir: pathlib.Path, **options) -> Checkpoints:
+    """Opens the checkpoints of a work directory; options: of checkpoint.Checkpoints."""
+    return Checkpoints(workdir / "checkpoints", **options)
+
+
+def describe_devices() -> str:
+    """Returns the devices in words, `4 x TPU v4 in 2 processes`."""
+    n, kind, processes = jax.device_count(), jax.devices()[0].device_kind, jax.process_count()
+    return f"{n} x {kind}" + (f" in {processes} processes" if processes > 1 else "")
+
+
+def describe_data(config: ConfigDict, images: data.ImageDataset) -> str:
+    """Returns a data set in words, `digits: 1,501 images of 8x8x1`."""
+    shape = "x".join(map(str, images.shape))
+    return f"{config.data.name or config.data.source}: {images.n:,} images of {shape}"
+
+
+def batch_size(exp: Experiment, most: int, n: int) -> int:
+    """Returns min(most, n), rounded up to a multiple of the devices."""
+    return -(-min(most, n) // exp.mesh.size) * exp.mesh.size

@@ -1,0 +1,114 @@
+"""Training steps that were not finite: the policy, the crash file, and the step taken again.
+
+A step is a function of the weights, the batch and its number; the crash file holds all three.
+"""
+
+import pathlib
+
+import jax
+import numpy as np
+from jax import random
+
+from diffusion import data, experiment, nonfinite, train_step
+from diffusion.data import augment, loader
+from diffusion.experiment import Experiment
+from diffusion.runtime.config import Run
+from diffusion.train_step import TrainState
+from diffusion.utils import digests
+from diffusion.utils.errors import ConfigError, NonFiniteError, one_line
+from diffusion.utils.io import save_npz
+from diffusion.utils.multihost import is_primary
+
+MAX_IN_A_ROW = {"halt": 0, "skip": 100, "rollback": 10}  # more are no accident
+
+
+class NonFiniteHandler:
+    """Treats the bad steps of a training as train.on_nonfinite says.
+
+    halt: the run ends. skip: a bad step changes nothing. rollback: the last checkpoint's weights go
+    on with the batches to come; `rolling_back` is true until the loop has done that. The last two
+    halt as well after MAX_IN_A_ROW.
+    """
+
+    def __init__(self, run: Run, exp: Experiment, images: data.ImageDataset):
+        self._run, self._exp, self._images = run, exp, images
+        self.count = self._in_a_row = 0
+        self.rolling_back = False
+
+    def reset(self) -> None:
+        """Ends a row of bad steps: after a good step when skipping, after a save in any case."""
+        self._in_a_row = 0
+
+    def handle(self, step: int, values: dict[str, float], state: TrainState) -> str:
+        """Returns the warning for a bad step, or raises NonFiniteError to halt.
+
+        values: the step's metrics; state: the present one, left as it was by guard_update.
+        """
+        policy = self._run.config.train.on_nonfinite
+        self.count, self._in_a_row = self.count + 1, self._in_a_row + 1
+        name = next(k for k, v in values.items() if not np.isfinite(v))
+        what = f"{name} is {values[name]} at step {step:,}"
+        if self._in_a_row < MAX_IN_A_ROW[policy]:
+            self.rolling_back = policy == "rollback"
+            return f"{what}; {'skipped' if policy == 'skip' else 'back to the last checkpoint'}"
+        if policy != "halt":
+            what += f", the {self._in_a_row}th in a row"
+        path = save_crash_step(self._run, self._images, step, state)
+        if jax.process_count() == 1:  # a step of several processes cannot be taken by one of them
+            where = replay_step(self._run, self._exp, path)[1]
+            what += f", first in {where}" if where else ""
+        command = f"python main.py --mode=check --workdir={self._run.workdir} --replay={path}"
+        raise NonFiniteError(f"{what}; it is not saved; lower optim.lr; to replay it: {command}")
+
+
+def save_crash_step(
+    run: Run, images: data.ImageDataset, step: int, state: TrainState
+) -> pathlib.Path:
+    """Writes workdir/crash/step_N.npz: the weights before step N, their norms, batch and key."""
+    path = run.workdir / "crash" / f"step_{step}.npz"
+    if is_primary():
+        key = random.fold_in(train_step.training_keys(run.config.seed).steps, step - 1)
+        steps = range(step - 1, step)  # counted from 0, as the data and the keys are
+        args = images, run.config.seed, steps, run.config.train.batch_size
+        image, label = next(loader.iterate_shuffled(*args))
+        params = {f"params/{k}": np.asarray(v) for k, v in digests.named(state.params).items()}
+        norms = {f"norm/{k}": v for k, v in nonfinite.norms(state.params).items()}
+        about = {"step": step, "key": random.key_data(key), "image": image, "label": label}
+        save_npz(path, **about, **norms, **params)
+    return path
+
+
+def replay_step(
+    run: Run, exp: Experiment, path: pathlib.Path
+) -> tuple[dict[str, float], str | None, dict[str, float]]:
+    """Takes the step of a crash file again, on one device, with the training's keys and flips.
+
+    Returns (metrics, where the first number is not finite or None, norms of the gradient). Raises
+    ConfigError for another file.
+    """
+    step, image, label, key, params = _load(exp, path)
+    if name := nonfinite.first_non_finite(params):
+        return {}, f"the weights before it, {name}", {}
+    c, flips = run.config, train_step.training_keys(run.config.seed).augment
+    x_0 = augment.augment(image, flips, step - 1, c.data.flip)
+    label = train_step.drop_labels(key, label, c.model.num_classes, c.train.label_dropout)
+    gradients, metrics = jax.jit(experiment.make_grad_fn(c, exp))(params, key, (x_0, label))
+    name = nonfinite.first_non_finite(gradients)
+    found = {k: float(v) for k, v in metrics.items()}
+    return found, f"the gradient of {name}" if name else None, nonfinite.norms(gradients)
+
+
+def _load(exp: Experiment, path: pathlib.Path):
+    shapes = experiment.abstract_state(exp).params
+    try:
+        with np.load(path) as file:
+            leaves = [file[f"params/{name}"] for name in digests.named(shapes)]
+            step, image, label = int(file["step"]), file["image"], file["label"]
+            key = random.wrap_key_data(file["key"])
+    except Exception as error:  # NumPy raises anything for a file that is no npz
+        what = f"expected a file of crash/, found {path}: {one_line(error)}"
+        raise ConfigError(f"--replay: {what}") from error
+    params = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    if digests.types(params) != digests.types(shapes):
+        raise ConfigError(f"--replay: {path} is of another network; give its --workdir")
+    return step, image, label, key, params

@@ -1,0 +1,90 @@
+"""What the steps of a training are recorded with: log, progress, watchdog, bad steps."""
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffusion import data, train_step
+from diffusion.experiment import Experiment
+from diffusion.modes._nonfinite import NonFiniteHandler
+from diffusion.runtime.config import Run
+from diffusion.runtime.watchdog import Watchdog
+from diffusion.train_step import TrainState
+from diffusion.utils import logging, metric_writer
+from diffusion.utils.multihost import is_primary
+from diffusion.utils.progress import GoodputTimer, Progress
+
+READINGS = "readings and pictures"  # their share of the time is reported under this name
+
+
+class Session:
+    """Records the steps of one process's training; a context manager.
+
+    Metrics are read one step late, so that the device has work meanwhile.
+    """
+
+    def __init__(
+        self, run: Run, exp: Experiment, images: data.ImageDataset, start: int, timer: GoodputTimer
+    ):
+        self.run, self.exp, self.timer = run, exp, timer
+        self.bad_steps = NonFiniteHandler(run, exp, images)
+        self.writer = metric_writer.open_writer(run.workdir if is_primary() else None, start or -1)
+        c = run.config.train
+        self._progress = Progress(c.steps, start, c.batch_size)
+        self._watchdog = Watchdog(run.workdir, c.hang_s)
+        self._lr: Callable = train_step.warmup_schedule(
+            run.config.optim.lr, run.config.optim.warmup
+        )
+        self._pending: deque[tuple[int, dict]] = deque()
+        self._window: list[dict[str, float]] = []
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._progress.close()
+        self.writer.close()
+
+    def record(self, step: int, metrics: dict, state: TrainState, wait: bool) -> None:
+        """Takes a step's metrics and logs the previous step's; with `wait` this step's too.
+
+        Raises NonFiniteError as train.on_nonfinite says.
+        """
+        self._pending.append((step, metrics))
+        while len(self._pending) > (0 if wait else 1):
+            self._log(*self._pending.popleft(), state)
+
+    def discard(self) -> None:
+        """Forgets the steps that are not logged yet."""
+        self._pending.clear()
+
+    def _log(self, step: int, metrics: dict, state: TrainState) -> None:
+        c = self.run.config.train
+        values = {name: float(v) for name, v in jax.device_get(metrics).items()}
+        values = {"loss": values.pop("loss"), **values}
+        self._watchdog.beat(step)
+        if not all(map(np.isfinite, values.values())):
+            logging.warning(self.bad_steps.handle(step, values, state))
+            return
+        if c.on_nonfinite == "skip":
+            self.bad_steps.reset()
+        self._window.append(values)
+        self._progress(step, values)
+        if step % c.log_every == 0 or step == c.steps:
+            scalars = {f"train/{k}": np.mean([v[k] for v in self._window]) for k in values}
+            scalars["train/lr"] = float(self._lr(step - 1))
+            scalars["train/steps_per_s"] = self._progress.rate()
+            scalars["train/goodput"] = self.timer.goodput()
+            scalars["train/not_finite"] = self.bad_steps.count
+            self.writer.write_scalars(step, {k: v for k, v in scalars.items() if v is not None})
+            self._window.clear()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps what is no training step out of the rate, the watchdog and the goodput."""
+        with self._progress.paused(), self._watchdog.asleep(), self.timer(READINGS):
+            yield

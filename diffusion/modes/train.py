@@ -1,0 +1,163 @@
+"""--mode=train: trains from the newest checkpoint, or from nothing, to train.steps.
+
+`run` reads from top to bottom in the order in which things happen.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from diffusion import experiment, nonfinite
+from diffusion.checkpoint import Checkpoints
+from diffusion.modes import _preview
+from diffusion.modes._common import describe_data, describe_devices, open_checkpoints
+from diffusion.modes._session import Session
+from diffusion.plotting import curves
+from diffusion.runtime import preemption, workdir
+from diffusion.runtime.config import Run
+from diffusion.sharding import replicated
+from diffusion.train_step import TrainState
+from diffusion.utils import logging, metric_writer
+from diffusion.utils.errors import NonFiniteError
+from diffusion.utils.multihost import is_primary
+from diffusion.utils.progress import GoodputTimer, human_time
+
+
+def run(run: Run) -> None:
+    """Trains; writes checkpoints/, metrics.jsonl, event files, samples/ and figures/loss.png."""
+    config, c, timer = run.config, run.config.train, GoodputTimer()
+    exp = experiment.build(config)
+    images = experiment.load_split(config, exp)
+    update, make_inputs = experiment.make_input_pipeline(config, exp, images)
+    evaluate = _preview.make_evaluate(run, exp)
+    workdir.open_workdir(run.workdir, config)
+    workdir.check_dataset(run.workdir, images)
+    workdir.check_disk_space(run.workdir, experiment.abstract_state(exp), c.keep)
+    keep = {"keep": c.keep, "keep_every": c.keep_every or None, "keep_best": c.keep_best}
+    checkpoints = open_checkpoints(run.workdir, **keep)
+    state = restore_or_init(run, exp, checkpoints)
+    start = int(state.step)
+    parameters = sum(a.size for a in jax.tree.leaves(state.params))
+    where = "on every device" if experiment.fits_on_device(config, images) else "streamed"
+    logging.info(f"data       {describe_data(config, images)}, {where}")
+    logging.info(f"network    {parameters:,} parameters on {describe_devices()}")
+    logging.info(f"workdir    {run.workdir}; watch with: tensorboard --logdir={run.workdir}")
+    if start >= c.steps:
+        logging.info(f"nothing to do: trained for {start:,} steps already; raise train.steps")
+        return
+
+    inputs = make_inputs(start)
+    batch, halted = next(inputs), not_halted(exp)
+    update = compile_update(update, c.on_nonfinite, state, halted, batch)
+    logging.info(f"training   from step {start:,}")
+    timer.so_far("starting")
+    with (
+        preemption.defer(),
+        contextlib.closing(checkpoints),
+        Session(run, exp, images, start, timer) as session,
+    ):
+        if not start:
+            metric_writer.write_config(session.writer, config.to_dict(), state.params)
+        for step in range(start + 1, c.steps + 1):
+            state, halted, metrics = update(state, halted, *batch)
+            last, stop = step == c.steps, preemption.should_stop()
+            save = last or stop or step % c.save_every == 0
+            session.record(step, metrics, state, wait=save or is_preview_due(run, step))
+            if session.bad_steps.rolling_back:
+                state, halted = roll_back(session, checkpoints, step), not_halted(exp)
+            if save:
+                save_state(session, checkpoints, step, state)
+            if stop:
+                break
+            if evaluate and step % c.eval_every == 0:
+                evaluate_state(session, checkpoints, evaluate, step, state)
+            if is_preview_due(run, step):
+                preview(session, step, state, step - start)
+            batch = batch if last else next(inputs)
+    shares = ", ".join(f"{timer.of(name):.1%} {name}" for name in timer.seconds)
+    logging.info(f"time       {timer.goodput():.1%} training, {shares}")
+    if stop:
+        raise preemption.Stopped(f"at step {step:,}, saved")
+    logging.info(
+        f"done       look at {run.workdir}/samples and {run.workdir}/figures; more samples:"
+    )
+    logging.info(f"           python main.py --mode=sample --workdir={run.workdir}")
+
+
+def restore_or_init(run: Run, exp: experiment.Experiment, checkpoints: Checkpoints) -> TrainState:
+    """Returns the newest good checkpoint's state; where there is none at all, the initial one."""
+    if checkpoints.latest() is None:
+        return experiment.make_initial_state(run.config, exp)
+    return checkpoints.restore(experiment.abstract_state(exp))
+
+
+def not_halted(exp: experiment.Experiment) -> Array:
+    """Returns nonfinite.guard_update's flag of a training that goes on, on every device."""
+    return jax.device_put(jnp.zeros((), bool), replicated(exp.mesh))
+
+
+def compile_update(
+    update: Callable, on_nonfinite: str, state: TrainState, halted: Array, batch: tuple
+) -> Callable:
+    """Compiles the training step together with its guard against NaN and infinity."""
+    logging.info("compiling  the training step; the next start finds it compiled")
+    began = time.monotonic()
+    guarded = jax.jit(nonfinite.guard_update(update, on_nonfinite), donate_argnums=(0, 1))
+    compiled = guarded.lower(state, halted, *batch).compile()
+    logging.info(f"compiled   in {human_time(time.monotonic() - began)}")
+    return compiled
+
+
+def roll_back(session: Session, checkpoints: Checkpoints, step: int) -> TrainState:
+    """Returns the last checkpoint's state, to go on with the batches after `step`."""
+    session.bad_steps.rolling_back = False
+    session.discard()
+    checkpoints.wait()
+    state = restore_or_init(session.run, session.exp, checkpoints)
+    logging.warning(f"the weights of step {int(state.step):,} go on with step {step + 1:,}")
+    return state._replace(step=jax.device_put(np.int32(step), replicated(session.exp.mesh)))
+
+
+def save_state(session: Session, checkpoints: Checkpoints, step: int, state: TrainState) -> None:
+    """Saves a finite state. Raises NonFiniteError, WorkdirError."""
+    with session.timer("saving"):
+        session.writer.flush()  # what is logged of a saved step must not be lost
+        if name := nonfinite.first_non_finite(state._asdict()):
+            raise NonFiniteError(f"{name}: not finite after step {step}, not saved; lower optim.lr")
+        checkpoints.save_or_warn(step, state)
+    session.bad_steps.reset()
+
+
+def evaluate_state(
+    session: Session, checkpoints: Checkpoints, evaluate: Callable, step: int, state: TrainState
+) -> None:
+    """Logs bits/dim and distances of the averaged weights; scores the checkpoint of this step."""
+    with session.paused():
+        scalars = evaluate(state.ema)
+    if session.run.config.train.keep_best and step % session.run.config.train.save_every == 0:
+        checkpoints.score(step, scalars["bpd"])
+    session.writer.write_scalars(step, {f"eval/{k}": v for k, v in scalars.items()})
+
+
+def is_preview_due(run: Run, step: int) -> bool:
+    """Whether pictures follow this step: every train.sample_every steps and at the end."""
+    c = run.config.train
+    return bool(c.sample_every) and (step % c.sample_every == 0 or step == c.steps)
+
+
+def preview(session: Session, step: int, state: TrainState, done: int) -> None:
+    """Draws sample grids and the loss curve; done: steps of this run."""
+    run, trained_s = session.run, session.timer.productive_seconds()
+    with session.paused():
+        grids = _preview.draw(run, session.exp, state, step, trained_s, done)
+        if grids:
+            session.writer.write_images(step, {f"samples/{k}": v[None] for k, v in grids.items()})
+        session.writer.flush()
+        if is_primary() and step >= run.config.train.log_every:
+            log, path = run.workdir / "metrics.jsonl", run.workdir / "figures" / "loss.png"
+            curves.loss_curve(log, path, "train/loss")

@@ -1,0 +1,171 @@
+"""From a command line to an exit code: JAX is started, a mode is run, errors become one line."""
+
+import contextlib
+import importlib
+import os
+import sys
+import time
+from collections.abc import Mapping
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from diffusion.runtime import config as config_
+from diffusion.runtime import preemption
+from diffusion.runtime.config import Run
+from diffusion.utils import logging
+from diffusion.utils.errors import STOPPED, ConfigError, DDPMError, one_line
+
+DEFERRING_MODES = ("sample", "eval", "bpd", "figures", "frontier")
+READING_MODES = (*DEFERRING_MODES, "export")
+FLAG_MODES = {  # what a flag is for; typed elsewhere it would do nothing
+    "input": ("eval", "import"),
+    "output": ("export",),
+    "replay": ("check", "replay"),
+    "dry_run": ("prepare",),
+    "part": ("bench",),
+    "topology": ("bench",),
+}
+CLUSTER = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+# CPU devices wait for each other at the end of a step, for as long as a busy machine takes.
+XLA_FLAG = "--xla_cpu_collective_call_terminate_timeout_seconds=86400"
+GRACE_S = 3.0  # the coordinator's process outlives the others' farewell by this
+
+
+def main(
+    argv: list[str], flag_values: flags.FlagValues, modes: Mapping[str, str], usage: str
+) -> int:
+    """Runs the mode that the command line names; returns the exit code of errors.py.
+
+    Args:
+      argv: the command line, argv[0] the program.
+      flag_values: the flags, besides --config.
+      modes: {mode: module with a function run(run: Run)}.
+      usage: printed by --help, above the flags and every configuration key.
+    """
+    if {"--help", "-h", "-help", "--helpfull"} & set(argv):
+        print(_help(flag_values, usage))
+        return 0
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA raises what matters
+    if XLA_FLAG not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{XLA_FLAG} {os.environ.get('XLA_FLAGS', '')}"
+    from diffusion.runtime import workdir  # imports JAX, which reads the environment
+
+    run = None
+    try:
+        run = config_.resolve(flag_values, argv, workdir.load_config)
+        check_flags(run)
+        config_.validate(run.config)
+        logging.quiet_libraries(flag_values.verbosity)
+        if run.mode != "prepare":  # which takes no accelerator
+            start_jax(run.config)
+        if run.mode in READING_MODES and not run.flags.input:
+            workdir.check_owner(run.workdir, run.config)
+        name = "replay" if run.mode == "check" and run.flags.replay else run.mode
+        mode = importlib.import_module(modes[name])
+        # A training defers once it has compiled: until then a stop takes effect at once.
+        with preemption.defer() if run.mode in DEFERRING_MODES else contextlib.nullcontext():
+            mode.run(run)
+        return 0
+    except preemption.Stopped as stopped:
+        logging.info(f"stopped    {stopped}; the same command resumes")
+        return STOPPED
+    except DDPMError as error:
+        if run and error.__cause__:
+            workdir.write_traceback(run.workdir, error)
+        return _end(error)
+    except KeyboardInterrupt:
+        return _end(preemption.Stopped("interrupted"))
+    except Exception as error:  # a defect of this program or of a library
+        trace = run and workdir.write_traceback(run.workdir, error)
+        if not trace:
+            raise
+        what = f"{type(error).__name__}: {one_line(error)}; the traceback: {trace}"
+        return _end(DDPMError(what))
+
+
+def _help(flag_values: flags.FlagValues, usage: str) -> str:
+    keys = (config_.ROOT / "configs" / "default.py").read_text()
+    first, last = keys.index("ConfigDict(\n"), keys.index("\n    )\n")
+    lines = [
+        f"  --{name}: {flag_values[name].help} (default {flag_values[name].default})"
+        for name in flag_values
+    ]
+    return "\n".join([usage, *lines, "", "Keys, --config.a.b=value:", keys[first + 12 : last]])
+
+
+def check_flags(run: Run) -> None:
+    """Raises ConfigError for a typed flag, or sampler option, that would do nothing."""
+    for name, modes in FLAG_MODES.items():
+        if run.flags[name].present and run.mode not in modes:
+            where = " and ".join(f"--mode={mode}" for mode in modes)
+            raise ConfigError(f"--{name}: not used by --mode={run.mode}; it is for {where}")
+    if run.mode in ("sample", "eval", "figures"):
+        config_.check_sampler_options(run)
+
+
+def start_jax(config: ConfigDict) -> None:
+    """Chooses devices and the compilation cache, and joins the other processes of the run."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(config_.cache_dir()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    use_cpu_cores(config)
+    start_distributed(config)
+    logging.silence(jax.process_index() > 0)
+    config_.validate(config, jax.device_count())
+
+
+def use_cpu_cores(config: ConfigDict) -> None:
+    """Makes each of a few CPU cores a JAX device, so that they share every batch.
+
+    JAX_NUM_CPU_DEVICES has precedence; the processes of a cluster keep one device each.
+    """
+    import jax
+
+    from diffusion import experiment
+
+    if not {"JAX_NUM_CPU_DEVICES", "JAX_COORDINATOR_ADDRESS"} & set(os.environ):
+        jax.config.update("jax_num_cpu_devices", experiment.cpu_devices(config))
+
+
+def start_distributed(config: ConfigDict) -> None:
+    """Joins the other processes where the environment names them; otherwise there is one.
+
+    TPU pods, SLURM, Open MPI and Kubernetes are recognised by JAX; elsewhere the three variables of
+    CLUSTER are read. A process that is silent for train.heartbeat_s seconds ends the others.
+    """
+    import jax
+
+    address, n, i = map(os.environ.get, CLUSTER)
+    options = {"heartbeat_timeout_seconds": round(config.train.heartbeat_s)}
+    if address and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
+        options["coordinator_bind_address"] = address  # JAX would listen on every interface
+    try:
+        if address and n and i:
+            jax.distributed.initialize(address, int(n), int(i), **options)
+        else:
+            jax.distributed.initialize(**options)
+    except ValueError:
+        if address:
+            missing = ", ".join(name for name in CLUSTER if not os.environ.get(name))
+            raise ConfigError(
+                f"{CLUSTER[0]}: expected {CLUSTER[1]} and {CLUSTER[2]} beside it, "
+                f"found no {missing}; set all three"
+            ) from None
+
+
+def _end(error: BaseException) -> int:
+    """Prints the one line of an error and returns its exit code.
+
+    Of several processes it exits here: JAX's own exit would wait for all of them.
+    """
+    code = getattr(error, "code", STOPPED)
+    print(f"ddpm: error[{code}]: {error}", file=sys.stderr, flush=True)
+    jax = sys.modules.get("jax")
+    if jax and jax.distributed.is_initialized():
+        time.sleep(GRACE_S if jax.process_index() == 0 else 0)
+        os._exit(code)
+    return code

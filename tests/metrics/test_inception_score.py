@@ -1,0 +1,68 @@
+"""Tests the Inception Score against other programs, closed forms and slices of its logits."""
+
+import numpy as np
+import pytest
+
+from diffusion.metrics.inception_score import (
+    ClassStats,
+    add_class_stats,
+    empty_class_stats,
+    inception_score,
+)
+from tests.oracle import official
+
+
+def class_stats_of(logits, splits=10):
+    return add_class_stats(empty_class_stats(logits.shape[1], splits), logits, 0, len(logits))
+
+
+@official("metrics", "isc.splits*")
+def test_score_equals_torch_fidelity(official):
+    """Ten splits in order with their population deviation, and one split."""
+    logits = official["isc.logits"]
+    splits = inception_score(class_stats_of(logits))
+    official.close("isc.splits10.mean", splits.mean(), rtol=1e-12)
+    official.close("isc.splits10.std", splits.std(), rtol=1e-12)
+    official.close("isc.splits1", inception_score(class_stats_of(logits, 1))[0], rtol=1e-12)
+
+
+@official("inception_math", "is", "is_f32in", "is_1008")
+def test_score_of_merged_splits_equals_tfgan(official):
+    """The function that the official code calls."""
+
+    def unsplit_score(logits):
+        merged = ClassStats(*(x.sum(0, keepdims=True) for x in class_stats_of(logits)))
+        return inception_score(merged)[0]
+
+    official.close("is", unsplit_score(official["logits"]), rtol=1e-12)
+    official.close("is_f32in", unsplit_score(official["logits"].astype(np.float32)), rtol=1e-6)
+    official.close("is_1008", unsplit_score(np.random.RandomState(10).randn(64, 1008)), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "logits, truth",
+    [
+        (np.zeros((60, 6)), 1),
+        (1e4 * np.eye(6)[np.arange(60) % 6], 6),
+        (1e4 * np.eye(6)[np.zeros(60, int)], 1),
+    ],
+    ids=["uniform", "each class surely", "one class only"],
+)
+def test_score_of_known_classes(logits, truth):
+    np.testing.assert_allclose(inception_score(class_stats_of(logits)), truth, rtol=1e-12)
+    # A constant changes no probability, and overflows nothing.
+    np.testing.assert_allclose(inception_score(class_stats_of(logits + 1e6)), truth, rtol=1e-9)
+
+
+@pytest.mark.parametrize("n", [10, 17, 99])
+def test_splits_are_slices(n):
+    """Image r is in the slice [n i // 10, n (i + 1) // 10) of the published code."""
+    logits = np.random.RandomState(n).randn(n, 3)
+    slices = [logits[n * i // 10 : n * (i + 1) // 10] for i in range(10)]
+    each = [inception_score(class_stats_of(part, 1))[0] for part in slices]
+    np.testing.assert_allclose(inception_score(class_stats_of(logits)), each, rtol=1e-12)
+
+
+def test_empty_split_raises():
+    with pytest.raises(ValueError, match="an image or more per split of 10, found 7"):
+        inception_score(class_stats_of(np.zeros((7, 3))))

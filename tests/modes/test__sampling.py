@@ -1,0 +1,258 @@
+"""Drawing: one program for every seed, class and part; images independent of batches; stores."""
+
+import jax
+import numpy as np
+import pytest
+
+from configs import digits
+from diffusion import experiment
+from diffusion.modes import _sampling
+from diffusion.runtime import preemption
+from diffusion.runtime.config import validate, with_overrides
+from diffusion.utils.errors import ConfigError, WorkdirError
+
+SMALL = {"model.ch": 4, "process.T": 6, "sampler.steps": 6, "sample.batch_size": 4}
+
+
+def config_with(**keys):
+    changes = {key.replace("__", "."): value for key, value in keys.items()}
+    return with_overrides(digits.get_config("tiny,conditional"), SMALL | changes)
+
+
+@pytest.fixture(scope="module")
+def exp():
+    return experiment.build(config_with())
+
+
+@pytest.fixture(scope="module")
+def params(exp):
+    """Initial weights plus noise: the last layer is not 0, so that the output depends on labels."""
+    params = experiment.make_initial_state(config_with(), exp).params
+    rng = np.random.RandomState(0)
+    return jax.tree.map(lambda a: a + 0.1 * rng.standard_normal(a.shape).astype(a.dtype), params)
+
+
+@pytest.fixture(scope="module")
+def sampler(exp):
+    return _sampling.compile_sampler(config_with(), exp, 4)
+
+
+def draw(sampler, params, n, seed=0, **options):
+    return np.concatenate(list(_sampling.draw(sampler, params, seed, n, **options)))
+
+
+def test_another_seed_class_or_part_compiles_nothing(sampler, params):
+    """And no step calls back to the host."""
+    compiled = []
+    images = [draw(sampler, params, 6)]
+
+    def listen(name, *_, **__):
+        compiled.extend([name] * name.endswith("backend_compile_duration"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    for label, seed in ((-1, 1), (3, 0), (4, 0)):
+        images.append(draw(sampler._replace(label=label), params, 6, seed))
+    start = sampler.start(np.uint32(0), np.int32(-1), np.arange(4, dtype=np.int32))
+    list(_sampling.iterate_states(sampler, params, start, (1, 4, 6)))
+    assert not compiled
+    jax.jit(lambda a: a + 7.25)(np.float32(1)).block_until_ready()
+    assert compiled  # the listener hears
+    assert all((a != b).any() for i, a in enumerate(images) for b in images[:i])
+    start = sampler.start(np.uint32(0), np.int32(-1), np.arange(4, dtype=np.int32))
+    text = sampler.advance.lower(params, *start, np.int32(0), np.int32(6)).as_text()
+    assert "callback" not in text and "outfeed" not in text
+
+
+def test_all_classes_in_turn_or_a_single_one(sampler, params):
+    """Only the label of an image differs: image 3 of all classes is image 3 of class 3."""
+    in_turn, threes = (draw(sampler._replace(label=k), params, 8) for k in (-1, 3))
+    equal = [(a == b).all() for a, b in zip(in_turn, threes, strict=True)]
+    assert equal == [i == 3 for i in range(8)]
+
+
+def test_drawing_starts_at_any_image(sampler, params):
+    """Other batches round differently: a value may fall on the neighbouring level."""
+    images = draw(sampler, params, 9).astype(int)
+    assert np.abs(draw(sampler, params, 9, first=3) - images[3:]).max() <= 1
+
+
+def test_a_report_for_each_part_and_a_stop_after_one(sampler, params, monkeypatch):
+    reports = []
+    draw(sampler, params, 6, report=reports.append)
+    assert reports == list(range(1, _sampling.num_steps(sampler, 6) + 1))  # 6 steps: parts of one
+    monkeypatch.setattr(preemption, "should_stop", lambda: len(reports) == 14)
+    with pytest.raises(preemption.Stopped):
+        draw(sampler, params, 6, report=reports.append)
+    assert len(reports) == 14
+
+
+def test_guidance_extrapolates_from_the_unlabelled_network(exp, sampler, params):
+    """Weight 0 gives the labelled network, -1 the one without a label, as each draws by itself."""
+
+    def guided(weight, *labels):
+        guided = _sampling.compile_sampler(config_with(sampler__guidance=weight), exp, 4)
+        return [draw(guided._replace(label=k), params, 4).astype(int) for k in labels]
+
+    labelled = draw(sampler._replace(label=3), params, 4).astype(int)
+    np.testing.assert_allclose(*guided(1e-12, 3), labelled, atol=1)
+    np.testing.assert_allclose(*guided(-1.0, 3, 5), atol=1)
+    [strong] = guided(5.0, 3)
+    assert np.abs(strong - labelled).mean() > 5
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "dpmpp_2s", "unipc", "heun"])
+def test_every_sampler_gets_its_options(exp, params, name):
+    config = config_with(sampler__name=name, sampler__steps=4, sampler__eta=0.5, sampler__order=3)
+    sampler = _sampling.compile_sampler(config, exp, 4)
+    assert draw(sampler, params, 4).shape == (4, 8, 8, 1)
+    assert sampler.evaluations == (7 if name == "heun" else 4)
+
+
+def test_explicit_times(exp):
+    sampler = _sampling.compile_sampler(config_with(sampler__times=(6, 2, 5)), exp, 4)
+    np.testing.assert_array_equal(sampler.ts, [6, 5, 2, 0])
+
+
+def test_an_estimate_is_of_all_batches(sampler, params):
+    few, many = (_sampling.estimate_seconds(sampler, params, n) for n in (4, 4000))
+    assert 0 < few < many
+
+
+WRONG = {
+    "sampler.times: sampler times": {"sampler.times": (7,)},
+    "sampler.steps: sampler steps": {"sampler.steps": 7},
+    "sampler.name: 'ddmp'": {"sampler.name": "ddmp"},
+    "sampler: .*eta": {"sampler.name": "ddim", "sampler.eta": 2.0},
+    "sampler.variance: 'learned'": {"sampler.variance": "learned"},
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_a_wrong_sampler_is_refused_in_one_line(words):
+    config = with_overrides(config_with(), WRONG[words])
+    with pytest.raises(ConfigError, match="^" + words) as error:
+        _sampling.compile_sampler(config, experiment.build(config), 4)
+    assert "\n" not in str(error.value)
+
+
+def test_guidance_needs_classes():
+    config = with_overrides(digits.get_config("tiny"), {"sampler.guidance": 1.0})
+    message = r"sampler\.guidance: expected 0 for a model without classes"
+    with pytest.raises(ConfigError, match=message):
+        validate(config, devices=1)
+
+
+# Stores
+
+
+class Killed(Exception):
+    pass
+
+
+def store_in(folder, exp, config, step=1):
+    setting = _sampling.sample_setting(config, step, "ema", config.sample.seed)
+    return _sampling.SampleStore(folder, setting, exp.image_shape)
+
+
+def fill(store, sampler, params, n, kill_at=None):
+    """Fills a store and returns its images. kill_at: the npz whose writing is prevented."""
+    save, count = _sampling.io.save_npz, iter(range(99 if kill_at is None else kill_at))
+
+    def save_or_die(*args, **arrays):
+        if next(count, None) is None:
+            raise Killed
+        save(*args, **arrays)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_sampling.io, "save_npz", save_or_die)
+        _sampling.fill(store, sampler, params, n)
+    with np.load(store.npz) as file:
+        return file["arr_0"]
+
+
+@pytest.mark.parametrize("kill_at", [0, 1, 2, 3])
+def test_a_killed_set_is_completed(tmp_path, exp, sampler, params, kill_at):
+    """Killed before one of the three batches is written, or before all are put together."""
+    store = store_in(tmp_path / "a", exp, config_with())
+    with pytest.raises(Killed):
+        fill(store, sampler, params, 12, kill_at)
+    assert not store.npz.exists()
+    np.testing.assert_array_equal(fill(store, sampler, params, 12), draw(sampler, params, 12))
+    assert sorted(p.name for p in store.folder.iterdir()) == ["samples.json", "samples.npz"]
+
+
+def test_what_is_on_disk_is_not_drawn_again(tmp_path, exp, sampler, params, monkeypatch):
+    store, firsts, draw_ = store_in(tmp_path / "a", exp, config_with()), [], _sampling.draw
+
+    def watched(*args, first):
+        firsts.append(first)
+        return draw_(*args, first=first)
+
+    monkeypatch.setattr(_sampling, "draw", watched)
+    with pytest.raises(Killed):
+        fill(store, sampler, params, 12, 2)
+    for n in (12, 12, 16):
+        fill(store, sampler, params, n)
+    assert firsts == [0, 8, 12]
+
+
+def test_a_complete_set_can_be_extended_even_after_a_kill(tmp_path, exp, sampler, params):
+    store = store_in(tmp_path / "a", exp, config_with())
+    few = fill(store, sampler, params, 4)
+    with pytest.raises(Killed):
+        fill(store, sampler, params, 12, 1)
+    more = fill(store, sampler, params, 12)
+    np.testing.assert_array_equal(more[:4], few)
+    np.testing.assert_array_equal(more, draw(sampler, params, 12))
+    assert len(fill(store, sampler, params, 4)) == 12  # a larger set stays
+
+
+def test_a_set_of_another_setting_is_refused(tmp_path, exp, sampler, params):
+    store = store_in(tmp_path / "a", exp, config_with())
+    with pytest.raises(Killed):
+        fill(store, sampler, params, 12, 2)
+    other = store._replace(setting=store.setting | {"sampler.eta": 1.0, "step": 2})
+    message = r"another setting: sampler\.eta: was 0\.0, now 1\.0; step: was 1"
+    with pytest.raises(WorkdirError, match=message):
+        fill(other, sampler, params, 12)
+
+
+def test_damaged_samples_are_never_used(tmp_path, exp, sampler, params):
+    """A damaged batch is drawn again; a damaged complete set, or its note, is refused."""
+    store = store_in(tmp_path / "a", exp, config_with())
+    images = draw(sampler, params, 12)
+    with pytest.raises(Killed):
+        fill(store, sampler, params, 12, 3)
+    for damage in (lambda content: b"", flip_a_bit_of(images[5])):
+        part = store.folder / "part_00000004.npz"
+        content = part.read_bytes()
+        part.write_bytes(damage(content))
+        with pytest.raises(Killed):
+            fill(store, sampler, params, 12, 2)
+        assert part.read_bytes() != damage(content)
+    np.testing.assert_array_equal(fill(store, sampler, params, 12), images)
+    store.npz.write_bytes(flip_a_bit_of(images[5])(store.npz.read_bytes()))
+    with pytest.raises(WorkdirError, match=r"cannot be read: Bad CRC.*; delete it"):
+        fill(store, sampler, params, 12)
+    (store.folder / "samples.json").write_text("torn")
+    with pytest.raises(WorkdirError, match=r"cannot be read: .*; delete it"):
+        fill(store, sampler, params, 12)
+
+
+def flip_a_bit_of(image):
+    def flip(content):
+        at = content.index(image.tobytes())
+        return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+    return flip
+
+
+def test_another_setting_has_another_name(exp):
+    names = {
+        _sampling.sample_name(store_in(None, exp, config_with(**keys), step).setting)
+        for keys in ({}, {"sampler__eta": 0.5}, {"sample__seed": 3}, {"sample__label": 2})
+        for step in (1, 2)
+    }
+    assert len(names) == 8 and all(name.startswith("ema_seed") for name in names)
+    irrelevant = config_with(eval__num=9, train__steps=99, sample__num=7, figures__seed=5)
+    assert _sampling.sample_name(store_in(None, exp, irrelevant).setting) in names

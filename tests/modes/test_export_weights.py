@@ -1,0 +1,238 @@
+"""Exports of weights: imported again they are the same, and diffusers reads them."""
+
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion import convert, experiment, train_step
+from diffusion.convert import safetensors_file
+from diffusion.convert.diffusers_config import from_diffusers_config
+from diffusion.modes import import_weights
+from diffusion.modes.export_weights import export_weights
+from diffusion.runtime.config import with_overrides
+from diffusion.samplers import ancestral, base
+from diffusion.utils.errors import DDPMError
+from tests.convert.test_diffusers import recipe, unet_json
+from tests.convert.test_diffusers_config import SCHEDULER
+from tests.modes.test_import_weights import (
+    WEIGHTS,
+    assert_equal,
+    import_and_restore,
+    output,
+    saved_states,  # noqa: F401
+    stored_config,
+)
+from tests.runs import run
+from tests.test_configs import config_of
+from tests.test_unet import ROUNDING
+
+
+def random_state(config, step=6):
+    """A state with other numbers in every array."""
+    exp = experiment.build(config)
+    random = np.random.RandomState(0)
+
+    def some(tree):
+        return jax.tree.map(lambda a: jnp.asarray(random.randn(*a.shape), a.dtype), tree)
+
+    abstract = experiment.abstract_state(exp).params
+    params, ema = some(abstract), some(abstract)
+    return train_step.TrainState(jnp.int32(step), params, ema, exp.tx.init(params))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """(config, state, folder) of an export that has scores, and no form in diffusers."""
+    tmp_path, config = tmp_path_factory.mktemp("export"), config_of("digits", "tiny")
+    folder = tmp_path / "w" / "eval" / "00000006"
+    folder.mkdir(parents=True)
+    scores = {"ema": {"train": {"fid": {"value": 3.17, "error": None}}}}
+    sampler = {"name": "ddim", "steps": 50, "times": []}
+    (folder / "metrics.json").write_text(
+        json.dumps({"step": 6, "samples": 50_000, "scores": scores, "sampler": sampler})
+    )
+    bits = {"bound on test": {"mean": 3.75, "error": 0.01}}
+    (folder / "bpd.json").write_text(json.dumps({"step": 6, "images": 100, "bits_per_dim": bits}))
+    (folder.parent / "7").mkdir()
+    (folder.parent / "7" / "bpd.json").write_text("{")  # unfinished: left out
+    state = random_state(config)
+    export_weights(config, tmp_path / "w", state, tmp_path / "out")
+    return config, state, tmp_path / "out"
+
+
+def test_an_export_is_imported_bit_for_bit(exported, tmp_path):
+    """Raw and averaged weights, the step and every key of the config."""
+    config, state, folder = exported
+    assert {p.name for p in folder.iterdir()} == {"README.md", "ddpm.json", "flax.safetensors"}
+    made, found = import_and_restore(folder, tmp_path / "runs" / "x")
+    assert made.to_dict() == config.to_dict()
+    assert_equal(found._replace(opt_state=()), state._replace(opt_state=()))
+
+
+def test_an_export_never_replaces_a_folder(exported, tmp_path):
+    config, state, folder = exported
+    with pytest.raises(DDPMError, match="expected a new or empty folder"):
+        export_weights(config, tmp_path, state, folder)
+
+
+def test_an_interrupted_export_leaves_nothing(exported, tmp_path, monkeypatch):
+    config, state, _ = exported
+
+    def disk_full(path, arrays):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors_file, "write", disk_full)
+    with pytest.raises(DDPMError, match="out: cannot be written: No space left on device"):
+        export_weights(config, tmp_path, state, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_training_and_sampling_continue_from_an_import(exported, tmp_path):
+    """main.py itself, from step 6 to step 8."""
+    workdir = tmp_path / "runs" / "x"
+    run("--mode=import", "--input", exported[2], "--workdir", workdir)
+    out, _ = run("--workdir", workdir)
+    assert "from step 6" in out
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["6", "8"]
+    run("--workdir", workdir, "--mode=sample")
+    run("--workdir", workdir, "--mode=export", "--output", tmp_path / "again")
+    arrays = safetensors_file.read(tmp_path / "again" / "flax.safetensors")
+    assert arrays["step"].tolist() == [8]
+
+
+def test_the_card_lists_what_was_measured(exported):
+    card = (exported[2] / "README.md").read_text()
+    sampled = "50,000 samples of ema weights by ddim in 50 steps"
+    assert f"| 6 | fid, {sampled} against train | 3.17 |" in card
+    assert "| 6 | bits/dim, bound on test, 100 images | 3.75 ± 0.01 |" in card
+    assert "`digits`" in card and "after 6 steps" in card and "| model.ch | `8` |" in card
+
+
+def test_the_names_in_a_file_for_flax(exported):
+    _, state, folder = exported
+    arrays = safetensors_file.read(folder / "flax.safetensors")
+    for part, tree in (("params", state.params), ("ema", state.ema)):
+        np.testing.assert_array_equal(
+            arrays[f"{part}/down_0/block_0/conv1/kernel"],
+            tree["down_0"]["block_0"]["conv1"]["kernel"],
+        )
+    assert arrays["step"].tolist() == [6]
+
+
+def for_diffusers(**changes):
+    """A config that diffusers can express, with the small network of its vectors."""
+    flat = from_diffusers_config(unet_json("tiny"), SCHEDULER)
+    return with_overrides(config_of("digits"), flat | changes)
+
+
+def export_for_diffusers(tmp_path, config):
+    """(folder, averaged weights) of an export for diffusers."""
+    state = random_state(config)
+    arrays = convert.to_diffusers(state.ema)
+    ema = convert.from_diffusers({name: recipe(name, a.shape) for name, a in arrays.items()})
+    state = state._replace(ema=jax.tree.map(jnp.asarray, ema))
+    export_weights(config, tmp_path, state, tmp_path / "out")
+    return tmp_path / "out", state.ema
+
+
+def test_the_averaged_weights_go_to_diffusers(tmp_path):
+    folder, ema = export_for_diffusers(tmp_path, for_diffusers())
+    assert_equal(convert.from_diffusers(safetensors_file.read(folder / "unet" / WEIGHTS)), ema)
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == "DDPMPipeline"
+    assert index["unet"] == ["diffusers", "UNet2DModel"]
+    assert "from_pretrained" in (folder / "README.md").read_text()
+
+
+@pytest.fixture
+def diffusers():
+    """(torch, diffusers), or a skip: neither is needed by this program."""
+    why = "pip install torch diffusers, to see diffusers itself read what is exported"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of other people's imports
+        torch = pytest.importorskip("torch", reason=why)
+        return torch, pytest.importorskip("diffusers", reason=why)
+
+
+def noise(shape):
+    return np.random.RandomState(1).randn(*shape).astype(np.float32)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_diffusers_reads_the_same_network(tmp_path, diffusers):
+    torch, library = diffusers
+    config = for_diffusers(**{"variance": "fixed_small"})
+    folder, ema = export_for_diffusers(tmp_path, config)
+    pipeline = library.DDPMPipeline.from_pretrained(folder)
+    assert pipeline.scheduler.config.variance_type == "fixed_small"
+    x, t = noise((2, 16, 16, 3)), np.array([7, 993], np.int32)
+    with torch.no_grad():
+        theirs = pipeline.unet(torch.tensor(x.transpose(0, 3, 1, 2)), torch.tensor(t)).sample
+    ours = output(ema, config, x, t)
+    np.testing.assert_allclose(theirs.numpy().transpose(0, 2, 3, 1), ours, **ROUNDING)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_diffusers_draws_the_same_images(tmp_path, diffusers):
+    """Ten steps of DDIM from the same noise."""
+    torch, library = diffusers
+    config = for_diffusers()
+    folder, ema = export_for_diffusers(tmp_path, config)
+    x_T = noise((2, 16, 16, 3))
+    unet = library.UNet2DModel.from_pretrained(folder, subfolder="unet")
+    ddim = library.DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    ddim.set_timesteps(10)
+    image = torch.tensor(x_T.transpose(0, 3, 1, 2))
+    with torch.no_grad():
+        for t in ddim.timesteps:
+            # Ours derives eps from the clipped x_0; theirs does so where it is told to.
+            out = ddim.step(unet(image, t).sample, t, image, use_clipped_model_output=True)
+            image = out.prev_sample
+    exp = experiment.build(config)
+    predict = experiment.make_predictor(config, exp)(ema, jnp.zeros(2, jnp.int32))
+    ts = np.append(np.arange(901, 0, -100), 0)  # theirs count from 0: 900, 800, ..., 0
+    ours = jax.jit(
+        lambda x_T: base.sample(ancestral.ddim(exp.process), predict, jax.random.key(0), x_T, ts)
+    )(x_T)
+    # Their table is a product in float32, 1e-6 off; at t = 901 x_0 is x_T times 60.
+    np.testing.assert_allclose(image.numpy().transpose(0, 2, 3, 1), ours, rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_diffusers_reads_the_classes(tmp_path, diffusers):
+    torch, library = diffusers
+    config = for_diffusers(**{"model.num_classes": 4})
+    folder, ema = export_for_diffusers(tmp_path, config)
+    unet = library.UNet2DModel.from_pretrained(folder, subfolder="unet")
+    x, t, y = noise((2, 16, 16, 3)), np.array([7, 993], np.int32), np.array([1, 4], np.int32)
+    image = torch.tensor(x.transpose(0, 3, 1, 2))
+    with torch.no_grad():
+        theirs = unet(image, torch.tensor(t), class_labels=torch.tensor(y)).sample
+    net = experiment.build(config).net
+    ours = jax.jit(net.apply, static_argnames="train")({"params": ema}, x, t, y, train=False)
+    np.testing.assert_allclose(theirs.numpy().transpose(0, 2, 3, 1), ours, **ROUNDING)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "PyTorch's own format"])
+def test_what_diffusers_saves_is_read(tmp_path, diffusers, saved_states, safe):  # noqa: F811
+    torch, library = diffusers
+    torch.manual_seed(0)
+    unet = library.UNet2DModel(**unet_json("tiny"))
+    scheduler = library.DDPMScheduler(variance_type="fixed_large")
+    pipeline = library.DDPMPipeline(unet, scheduler)
+    pipeline.save_pretrained(tmp_path / "theirs", safe_serialization=safe)
+    import_weights.import_weights(str(tmp_path / "theirs"), tmp_path / "x")
+    config, ((_, state),) = stored_config(tmp_path / "x"), saved_states
+    assert config.variance == "fixed_large"
+    x, t = noise((2, 16, 16, 3)), np.array([7, 993], np.int32)
+    with torch.no_grad():
+        theirs = unet(torch.tensor(x.transpose(0, 3, 1, 2)), torch.tensor(t)).sample
+    ours = output(state.ema, config, x, t)
+    np.testing.assert_allclose(theirs.numpy().transpose(0, 2, 3, 1), ours, **ROUNDING)

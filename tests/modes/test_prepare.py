@@ -1,0 +1,75 @@
+"""--mode=prepare as a user runs it: what it prints, writes and refuses."""
+
+import os
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion import data
+from diffusion.plotting import image_grid
+from tests.conftest import ROOT
+from tests.data.prepare.test_image_decoding import MALFORMED
+from tests.runs import run, run_process
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with one of every malformed kind and five good images."""
+    folder = tmp_path / "mine"
+    bad = {re.sub("[/:]", "", f"{name}.png"): x for name, (x, _) in MALFORMED.items()}
+    bad = {name: content for name, content in bad.items() if isinstance(content, bytes)}
+    good = np.random.default_rng(0).integers(0, 256, (5, 40, 50, 3), np.uint8)
+    for i, image in enumerate(good):
+        image_grid.save_png(folder / f"good{i}.png", image)
+    for name, content in bad.items():
+        (folder / name).write_bytes(content)
+    os.mkfifo(folder / "pipe.png")
+    (folder / "away.png").symlink_to("/etc/passwd")
+    (folder / "notes.txt").write_text("no image")
+    return folder, {*bad, "pipe.png", "away.png"}
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections
+def test_prepare_names_what_cannot_be_used_and_makes_a_set_of_the_rest(tmp_path, folder):
+    """The folder is surveyed, prepared twice into one work directory, and read."""
+    folder, bad = folder
+    size = ("--config.data.image_size=16", "--config.data.image_width=24")
+    args = (f"--config={ROOT}/configs/folder.py", f"--config.data.archive={folder}", *size)
+    args = ("--mode=prepare", *args, "--config.data.workers=1")
+
+    out, err = run(*args, "--dry_run", cwd=tmp_path)
+    assert err == "" and "5 images" in out and f"{len(bad)} skipped" in out
+    assert not (tmp_path / "data").exists()
+    figures = tmp_path / "runs" / "folder" / "figures"
+    with Image.open(figures / "data.png") as picture:
+        assert min(picture.size) > 64
+
+    out, err = run(*args, cwd=tmp_path)
+    assert err == "" and f"{len(bad)} skipped" in out
+    lines = (figures / "skipped.txt").read_text().splitlines()
+    assert {line.partition(":")[0] for line in lines} == bad
+    there = data.open_dataset("tfds", "train", name="images", data_dir=str(tmp_path / "data"))
+    assert (there.n, there.shape, there.num_classes) == (5, (16, 24, 3), 0)
+
+    fail = (*args, "--config.data.name=other", "--config.data.on_error=fail")
+    _, err = run(*fail, cwd=tmp_path, code=3)
+    assert err.count("\n") == 1
+    assert not (tmp_path / "data" / "other").exists()
+    _, err = run(*args, cwd=tmp_path, code=3)
+    assert err.count("\n") == 1 and "expected no such data set yet" in err
+
+    run(*args, "--config.data.name=other", cwd=tmp_path)  # a second one
+    assert sorted(x.name for x in (tmp_path / "data").iterdir()) == ["images", "other"]
+
+
+def test_prepare_in_processes_of_its_own(tmp_path):
+    for i in range(3):
+        image_grid.save_png(tmp_path / "mine" / f"{i}.png", np.full((9, 9, 3), i, np.uint8))
+    out, err = run_process(
+        *("--mode=prepare", f"--config={ROOT}/configs/folder.py", "--config.data.image_size=8"),
+        *(f"--config.data.archive={tmp_path}/mine", "--config.data.workers=2"),
+        cwd=tmp_path,
+    )
+    assert err == "" and "3 images: 3 in train; 0 skipped" in out

@@ -1,0 +1,141 @@
+"""The command line: what is typed wrong ends in one line, and nothing is imported in vain."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.runs import TINY, environment, run, run_process
+
+# What is typed wrong: arguments, exit code, and what the one line must name.
+WRONG = {
+    "unknown key": (["--config.train.stepz=3"], 2, ["train.stepz", "train.steps"]),
+    "unknown section": (["--config.trian.steps=3"], 2, ["trian.steps", "train.steps"]),
+    "wrong type": (["--config.train.steps=many"], 2, ["train.steps", "int", "many"]),
+    "float for an int": (["--config.train.steps=1e3"], 2, ["train.steps", "int", "1e3"]),
+    "out of range": (["--config.optim.lr=nan"], 2, ["optim.lr", "nan"]),
+    "negative": (["--config.train.batch_size=-3"], 2, ["train.batch_size", "-3"]),
+    "schedule": (["--config.process.schedule=linaer"], 2, ["linaer", "nearest: linear"]),
+    "loss": (["--config.loss.name=simpel"], 2, ["simpel", "nearest: simple"]),
+    "sampler": (["--config.sampler.name=ancestor"], 2, ["ancestor", "nearest: ancestral"]),
+    "target": (["--config.target=epsilon"], 2, ["epsilon", "eps"]),
+    "sampler steps": (["--config.sampler.steps=21"], 2, ["sampler", "21", "20"]),
+    "simple and learned": (["--config.variance=learned"], 2, ["loss", "variance", "vlb"]),
+    "devices": (["--config.train.batch_size=15"], 2, ["train.batch_size", "15", "12 or 16"]),
+    "size": (["--config.data.image_size=9"], 2, ["9x9", "divisible by 2"]),
+    "size of the data": (["--config.data.image_size=16"], 3, ["16x16x1", "8x8x1"]),
+    "no data_dir": (["--config=configs/cifar10.py:tiny"], 3, ["data_dir"]),
+    "no data there": (
+        ["--config=configs/cifar10.py:tiny", "--config.data.data_dir=/nowhere"],
+        3,
+        ["/nowhere"],
+    ),
+    "config file": (["--config=configs/digit.py"], 2, ["configs/digit.py", "configs/digits.py"]),
+    "variant": (["--config=configs/digits.py:tyni"], 2, ["tyni", "tiny"]),
+    "flag": (["--wrokdir=x"], 2, ["wrokdir", "--workdir"]),
+    "mode": (["--mode=sampel"], 2, ["sampel", "sample"]),
+    "moved key": (["--config.train.num_samples=3"], 2, ["train.preview.num=3"]),
+    "flag of another mode": (["--output=x"], 2, ["--output", "--mode=export"]),
+    "no flag": (["train"], 2, ["train", "--mode"]),
+    "source to prepare": (
+        ["--mode=prepare", "--config.data.source=flder"],
+        2,
+        ["data.source", "flder", "nearest: folder"],
+    ),
+    "no archive": (["--mode=prepare", "--config.data.source=zip"], 3, ["data.archive=PATH"]),
+    "archive not there": (
+        ["--mode=prepare", "--config.data.source=folder", "--config.data.archive=/nowhere"],
+        3,
+        ["data.archive", "/nowhere"],
+    ),
+    "on_error": (["--config.data.on_error=ignore"], 2, ["data.on_error", "skip or fail"]),
+    "nothing trained": (["--mode=sample"], 4, ["trained"]),
+    "work directory is a file": (["--workdir={file}/run"], 4, ["{file}"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_command_line_gets_one_line(name, tmp_path):
+    args, code, words = WRONG[name]
+    (tmp_path / "file").write_text("")
+    cwd = tmp_path / "cwd"
+    cwd.mkdir()
+    args = [a.format(file=tmp_path / "file") for a in args]
+    if not any(a.startswith("--config=") for a in args):
+        args.insert(0, TINY)
+    out, err = run(*args, code=code, cwd=cwd)
+    assert err.count("\n") == 1 and err.startswith(f"ddpm: error[{code}]: "), err + out
+    assert len(err) <= 400, err
+    for word in words:
+        assert word.format(file=tmp_path / "file") in err, err
+    assert not list(cwd.rglob("*"))
+
+
+@pytest.mark.parametrize("name", ["unknown key", "nothing trained"])
+def test_so_it_does_in_a_process_of_its_own(name, tmp_path):
+    args, code, words = WRONG[name]
+    _, err = run_process(TINY, *args, code=code, cwd=tmp_path)
+    assert err.count("\n") == 1 and all(word in err for word in words), err
+
+
+def test_a_config_is_found_from_any_directory(tmp_path):
+    _, err = run("--config=configs/digits.py:tiny", "--mode=sample", code=4, cwd=tmp_path)
+    assert "expected a trained work directory" in err
+
+
+def test_help_lists_flags_and_every_key():
+    out, err = run("--help")
+    assert err == "" and "--workdir" in out
+    for line in ('"num_res_blocks": 2,', '"heartbeat_s": 30.0,', '"animation": "webp",'):
+        assert line in out
+
+
+def modules_after(*args):
+    """Returns the modules that a process has imported at the end of a command line."""
+    code = "import sys, main; main.main(sys.argv); print('\\n'.join(sys.modules))"
+    command = [sys.executable, "-c", code, *args]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.splitlines())
+
+
+def test_help_imports_nothing_heavy():
+    assert not {"jax", "numpy", "flax", "tensorboard"} & modules_after("--help")
+
+
+def test_sampling_imports_no_other_mode(trained):
+    workdir = trained[0]
+    args = ("--mode=sample", f"--workdir={workdir}", "--config.sample.num=2")
+    imported = modules_after(*args, "--config.sample.seed=7")
+    modes = {m for m in imported if m.startswith("diffusion.modes.")}
+    shared = {"_common", "_sampling"}
+    assert modes == {f"diffusion.modes.{m}" for m in ("sample", *shared)}
+    assert not {"grain", "tensorboard", "sklearn", "tensorflow_datasets"} & imported
+
+
+def test_a_work_directory_of_another_config_is_refused(trained):
+    workdir = trained[0]
+    before = (workdir / "config.json").read_text()
+    args = ("--config.optim.lr=0.5", "--config.target=x0", "--config.train.steps=99")
+    _, err = run(TINY, f"--workdir={workdir}", *args, code=4)
+    assert err.count("\n") == 1
+    assert "optim.lr: was 0.002, now 0.5" in err and "target: was eps, now x0" in err
+    assert "train.steps" not in err  # may change
+    assert (workdir / "config.json").read_text() == before
+
+
+def test_a_work_directory_from_before_a_key_came_goes_on(trained, tmp_path):
+    """Its config.json lacks keys that later versions added, and has keys by their former names."""
+    workdir = tmp_path / "old"
+    shutil.copytree(trained[0], workdir)
+    config = json.loads((workdir / "config.json").read_text())
+    del config["bpd"], config["data"]["workers"], config["model"]["remat"]
+    config["train"]["num_samples"] = config["train"].pop("preview")["num"]
+    (workdir / "config.json").write_text(json.dumps(config))
+    for args in ([], [TINY]):
+        out, _ = run(f"--workdir={workdir}", *args)
+        assert "nothing to do" in out

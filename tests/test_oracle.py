@@ -1,0 +1,82 @@
+"""Tests that no golden array is forgotten, and that the oracle's truths agree with each other."""
+
+import fnmatch
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import random
+
+from diffusion import process, schedules
+from diffusion.targets import TARGETS
+from tests import oracle
+from tests.oracle import Gaussian
+
+LINEAR = process.from_betas(schedules.linear(1000))
+SHORT = process.from_betas(schedules.linear(20, 1e-3, 0.4))
+
+# The arrays that no test compares: what the official functions and the schedulers were given.
+INPUTS = {
+    "schedules": [],
+    "diffusion": [
+        *(
+            "k",
+            "x_start",
+            "noise",
+            "p_noise",
+            "t",
+            "cdf.x",
+            "dgll_all.x",
+            "dgll_all.?.mean_logscale",
+        ),
+        *("dgll.k", "dgll.x", "dgll.means", "dgll.log_scales"),
+        *("T20.init", "T20.step_noise", "T20.q_noise", "T20.x_start"),
+    ],
+    "schedulers": ["x_T", "noise", "*timesteps"],
+    "schedulers_full": [
+        *("x_T", "noise", "*timesteps", "*mid_step", "*traj_steps", "*sigmas", "add_noise/*"),
+    ],
+}
+
+
+@pytest.mark.parametrize("file", INPUTS)
+def test_every_golden_array_is_compared(file):
+    from tests import (  # noqa: F401 (each registers what it compares)
+        test_likelihood,
+        test_losses,
+        test_process,
+        test_schedules,
+        test_targets,
+    )
+    from tests.samplers import test_ancestral, test_schedulers  # noqa: F401
+
+    rest = set(oracle.arrays(file)) - oracle.COMPARED[file]
+    is_input = {key: any(fnmatch.fnmatchcase(key, p) for p in INPUTS[file]) for key in rest}
+    assert all(is_input.values()), [key for key, given in is_input.items() if not given]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_perfect_networks_are_means_of_the_target(target, x64):
+    """Every target is linear in x_0 and eps, so its mean given x_t is that of their means."""
+    known, t = Gaussian(0.3, 0.4), jnp.arange(1, 21)
+    x_t = random.normal(random.key(0), (20, 2, 2, 1))
+    x_0, eps = (known.network(SHORT, name, learned=False)(x_t, t - 1) for name in ("x0", "eps"))
+    wanted = TARGETS[target].from_x0(SHORT, x_0, eps, x_t, t)
+    ours = known.network(SHORT, target, learned=False)(x_t, t - 1)
+    np.testing.assert_allclose(ours, wanted, rtol=1e-9, atol=1e-12)  # float64
+
+
+def test_noise_levels_at_the_trained_times():
+    q = oracle.at_noise_levels(LINEAR, LINEAR.alpha_bar[1:])
+    np.testing.assert_array_equal(q.alpha_bar, LINEAR.alpha_bar)
+    np.testing.assert_allclose(q.model_t, LINEAR.model_t, atol=1e-9)
+
+
+def test_noise_levels_between_the_trained_times():
+    """Half way in log(sigma / alpha) is half way in time; outside it is the nearest time."""
+    odds = (1 - SHORT.alpha_bar[1:]) / SHORT.alpha_bar[1:]
+    q = oracle.at_noise_levels(SHORT, 1 / (1 + np.sqrt(odds[:-1] * odds[1:])))
+    np.testing.assert_allclose(q.model_t, [-1, *np.arange(0.5, 19)], atol=1e-12)
+    assert q.T == 19 and q.alpha_bar[0] == 1
+    q = oracle.at_noise_levels(SHORT, 1 / (1 + np.array([odds[0] / 2, 2 * odds[-1]])))
+    np.testing.assert_array_equal(q.model_t, [-1, 0, 19])
