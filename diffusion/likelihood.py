@@ -35,8 +35,8 @@ def _normal_cdf(x: Array) -> Array:
 def decoder_log_likelihood(x_0: Array, mean: Array, log_scale: Array) -> Array:
     """Returns log p(x_0 | x_1) in nats, elementwise (eq. 13), at least log 1e-12.
 
-    p(x_0 | x_1) is the mass that N(mean, exp(log_scale)^2) gives to the interval of width 2/255
-    around x_0 = k/127.5 - 1, unbounded for k = 0 and k = 255.
+    It is the mass of N(mean, exp(log_scale)^2) within 1/255 of x_0 = k/127.5 - 1, where k = 0 and
+    k = 255 have unbounded intervals.
     """
     inverse_scale = jnp.exp(-log_scale)
     upper = _normal_cdf(inverse_scale * (x_0 - mean + 1 / 255))
@@ -67,15 +67,10 @@ def vlb_term(p: Process, prediction: Prediction, x_0: Array, x_t: Array, t: Arra
 
 
 class VLBTerms(NamedTuple):
-    """The terms of each image's bound.
+    """The terms of each image's bound, and the mean squared errors of the predicted x_0."""
 
-    Attributes:
-        bits: [b, T+1], bits[:, k] = L_k in bits/dim.
-        mse: [b, T], mse[:, t-1] = mean squared error of the x_0 predicted from x_t in [-1, 1].
-    """
-
-    bits: Array
-    mse: Array
+    bits: Array  # [b, T+1], bits[:, k] = L_k in bits/dim
+    mse: Array  # [b, T], mse[:, t-1] is that of the x_0 predicted from x_t, on [-1, 1]
 
 
 def vlb_terms(p: Process, predict: Predict, key: Array, x_0: Array) -> VLBTerms:
@@ -97,15 +92,10 @@ def vlb_terms(p: Process, predict: Predict, key: Array, x_0: Array) -> VLBTerms:
 
 
 class RateDistortion(NamedTuple):
-    """Progressive coding of each image (Section 4.3) at the time when x_k is known, in column k-1.
+    """Progressive coding of each image (Section 4.3), with column k-1 where x_k is known."""
 
-    Attributes:
-        rate: float64[b, T], the bits/dim sent so far, L_k + ... + L_T (Algorithms 3 and 4).
-        rmse: float64[b, T], root mean squared error of the x_0 predicted from x_k, on 0..255.
-    """
-
-    rate: np.ndarray
-    rmse: np.ndarray
+    rate: np.ndarray  # float64[b, T], the bits/dim sent so far, L_k + ... + L_T
+    rmse: np.ndarray  # float64[b, T], of the x_0 predicted from x_k, on 0..255
 
 
 def rate_distortion(terms: VLBTerms) -> RateDistortion:

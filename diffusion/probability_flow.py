@@ -92,17 +92,11 @@ def _eps_and_divergence(divergence: Callable, eps: Partial, x: Array, t: Array, 
 
 
 class Density(NamedTuple):
-    """Densities of a batch, and the cost of computing them.
+    """Densities of a batch, and the cost of computing them."""
 
-    Attributes:
-        log_p: float64[b], log p(x) in nats per dimension.
-        x_T: [b, ...], the latents.
-        evaluations: how often the network and one product with its Jacobian were evaluated.
-    """
-
-    log_p: np.ndarray
-    x_T: np.ndarray
-    evaluations: int
+    log_p: np.ndarray  # float64[b], log p(x) in nats per dimension
+    x_T: np.ndarray  # [b, ...], the latents
+    evaluations: int  # of the network with one product with its Jacobian
 
 
 def log_density(
@@ -169,10 +163,10 @@ def dequantise(key: Array, x_0: Array) -> Array:
 
 
 class BitsPerDim(NamedTuple):
-    """bits: float64[b] in bits/dim; evaluations: as in Density."""
+    """The code lengths of a batch, and the cost of computing them."""
 
-    bits: np.ndarray
-    evaluations: int
+    bits: np.ndarray  # float64[b], in bits/dim
+    evaluations: int  # as in Density
 
 
 def bits_per_dim(p: Process, eps: EpsFn, key: Array, x_0: Array, **options) -> BitsPerDim:

@@ -136,9 +136,9 @@ def q_posterior(p: Process, x_0: Array, x_t: Array, s, t) -> tuple[Array, Array]
 
 
 def example_keys(key: Array, b: int) -> Array:
-    """Folds each example's index into one key, giving keys [b]; keys [b] are returned unchanged.
+    """Returns keys [b] as they are, or one key folded with each example's index.
 
-    An example's noise then does not depend on the batch or on the number of devices.
+    Noise then does not depend on the batch or on the number of devices.
     """
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = random.wrap_key_data(key)  # a raw key of jax.random.PRNGKey

@@ -41,19 +41,15 @@ def warmup50(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.nda
 
 
 def jsd(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
-    """Returns 1/T, 1/(T-1), ..., 1, for which alpha_bar falls linearly to 0; ignores both bounds.
+    """Returns 1/T, 1/(T-1), ..., 1 and ignores both bounds (arXiv:1503.03585, Section 2.4.1).
 
-    As alpha_bar_T = 0, an eps-prediction at t = T does not determine x_0: predict x_0 or v with
-    this schedule. Sohl-Dickstein et al. 2015 (arXiv:1503.03585), Section 2.4.1.
+    As alpha_bar_T = 0, eps at t = T does not determine x_0: predict x_0 or v with this schedule.
     """
     return 1.0 / np.linspace(T, 1, T, dtype=np.float64)
 
 
 def cosine(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
-    """Makes alpha_bar a squared cosine of t and clips betas at 0.999; ignores both bounds.
-
-    Nichol and Dhariwal 2021 (arXiv:2102.09672), eq. 17.
-    """
+    """Makes alpha_bar a squared cosine of t and ignores both bounds (arXiv:2102.09672, eq. 17)."""
     t = np.arange(T + 1, dtype=np.float64) / T
     alpha_bar = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)

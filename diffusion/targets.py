@@ -191,7 +191,7 @@ def eps_from_x0(p: Process, x_0: Array, x_t: Array, t: Array) -> Array:
 def p_mean_log_variance(
     p: Process, prediction: Prediction, x_t: Array, s: Array, t: Array
 ) -> tuple[Array, Array]:
-    """Returns mean [b, ...] and log-variance of p_theta(x_s | x_t), for any 0 <= s < t <= T.
+    """Returns mean [b, ...] and log-variance of p_theta(x_s | x_t) (eq. 1), any 0 <= s < t <= T.
 
     s and t are scalars or int[b]. The log-variance, which may be -inf, broadcasts with the mean.
     """

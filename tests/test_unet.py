@@ -134,7 +134,7 @@ def cifar10():
     return value, *aux
 
 
-# --- The network against the official code -------------------------------------------
+# --- The network against the official code --------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", NETWORKS)
@@ -229,7 +229,7 @@ def test_gradients_of_the_cifar10_network():
     check_gradients("cifar10", convert.to_official(jax.grad(lambda p: loss(p)[0])(params)))
 
 
-# --- The layers against the official code --------------------------------------------------------
+# --- The layers against the official code ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("dim", [128, 32, 33])
@@ -307,7 +307,7 @@ def test_dropout_has_the_official_places():
     np.testing.assert_allclose(out, DROPOUT["out"], **ROUNDING)
 
 
-# --- Initialisation ------------------------------------------------------------------------------
+# --- Initialisation -------------------------------------------------------------------------------
 
 
 def check_initialisation(config):
@@ -348,7 +348,7 @@ def test_initialisation_of_the_cifar10_network():
     check_initialisation("cifar10")
 
 
-# --- Invariants ------------------------------------------------------------------------------
+# --- Invariants -----------------------------------------------------------------------------------
 
 
 def test_an_image_does_not_depend_on_its_batch():
@@ -457,7 +457,7 @@ def test_remat_changes_memory_and_nothing_else():
         np.testing.assert_allclose(a, b, atol=atol)
 
 
-# --- bfloat16 ------------------------------------------------------------------------------------
+# --- bfloat16 -------------------------------------------------------------------------------------
 
 
 def operations(jaxpr):
@@ -505,7 +505,7 @@ def test_bfloat16_gradients_are_float32():
     assert {leaf.dtype.name for leaf in jax.tree.leaves(grads)} == {"float32"}
 
 
-# --- Classes -------------------------------------------------------------------------------------
+# --- Classes --------------------------------------------------------------------------------------
 
 
 def test_a_class_adds_its_row_to_the_time_embedding():
@@ -551,7 +551,7 @@ def test_class_and_time_embedding_start_at_the_same_scale():
     assert 1 / 2 < np.std(table) / np.std(temb) < 2
 
 
-# --- Errors --------------------------------------------------------------------------------------
+# --- Errors ---------------------------------------------------------------------------------------
 
 IMAGE, TIME = np.zeros((1, 8, 8, 3), np.float32), np.zeros(1, np.int32)
 

@@ -7,9 +7,7 @@ the arrays that are not marked so.
 """
 
 import collections
-import itertools
 import re
-from typing import NamedTuple
 
 SIZES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
 SIZES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
@@ -18,8 +16,14 @@ LINE = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
 COLLECTIVES = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
 # They rename an array, or end what another operation began and was counted for.
 FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all"}
-BITCAST = 'custom_call_target="ConcatBitcast"'  # prefetched slices become one array
 FREE |= {"copy-done", "slice-done", "async-done", "all-reduce-done", "opt-barrier", "partition-id"}
+BITCAST = 'custom_call_target="ConcatBitcast"'  # prefetched slices become one array
+
+
+def operations(text: str) -> dict[str, tuple[str, str, str]]:
+    """Returns {name: (types, kind, operands and attributes)} of the operations of a text."""
+    lines = filter(None, map(LINE.match, text.splitlines()))
+    return {name: (types, kind, rest) for name, types, kind, rest in (m.groups() for m in lines)}
 
 
 def arrays(types: str) -> list[tuple[int, bool]]:
@@ -36,45 +40,37 @@ def arrays(types: str) -> list[tuple[int, bool]]:
 def collectives(text: str) -> dict[str, int]:
     """Returns {kind: bytes that it delivers to each chip} of a program's collectives."""
     total: collections.Counter[str] = collections.Counter()
-    for line in text.splitlines():
-        match = LINE.match(line)
-        if match and match[3].removesuffix("-start") in COLLECTIVES:
-            total[match[3].removesuffix("-start")] += sum(size for size, _ in arrays(match[2]))
+    for types, kind, _ in operations(text).values():
+        if (kind := kind.removesuffix("-start")) in COLLECTIVES:
+            total[kind] += sum(size for size, _ in arrays(types))
     return dict(total)
 
 
-class Moved(NamedTuple):
-    """Bytes that a program's entry moves; loops count one iteration, gathers the whole operand."""
+def moved_bytes(text: str) -> tuple[int, int]:
+    """Returns the bytes that a program's entry (touches, moves from and to main memory).
 
-    touched: int  # read and written by operations, without transfers between memories
-    main: int  # read from and written to main memory, with transfers
-
-
-def moved(text: str) -> Moved:
-    """Returns the bytes that a compiled program moves, from its text."""
+    Only the second number includes transfers between memories. Loops count one iteration, gathers
+    the whole operand.
+    """
     entry = text[text.index("\nENTRY") :]
-    lines = filter(None, map(LINE.match, entry[: entry.index("\n}")].splitlines()))
-    operations = {match[1]: match for match in lines}
+    known = operations(entry[: entry.index("\n}")])
     touched = main = 0
-    for _, types, kind, rest in (match.groups() for match in operations.values()):
+    for types, kind, rest in known.values():
         if kind in FREE or BITCAST in rest:
             continue
         if kind in ("copy-start", "slice-start"):
-            main += _fetched(types)
+            main += _transferred(types)
             continue
-        names = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
-        operands = [operations[name][2] for name in names if name in operations]
-        for size, in_main in itertools.chain(*map(arrays, [types, *operands])):
-            touched += size
-            main += size * in_main
-    return Moved(touched, main)
+        operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
+        for each in (types, *(known[name][0] for name in operands if name in known)):
+            for size, in_main in arrays(each):
+                touched += size
+                main += size * in_main
+    return touched, main
 
 
-def _fetched(types: str) -> int:
-    """Returns the copy's bytes of a transfer's (source, copy, counter) types, in either order.
-
-    Twice that if both ends are in main memory.
-    """
+def _transferred(types: str) -> int:
+    """Returns the bytes of main memory that (source, copy, counter) move, in either order."""
     ends = [end for end in arrays(types) if end[0] > 4]
-    moved = min((size for size, _ in ends), default=0)
-    return moved * min(2, sum(main for _, main in ends))
+    copied = min((size for size, _ in ends), default=0)
+    return copied * min(2, sum(in_main for _, in_main in ends))

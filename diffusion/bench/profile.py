@@ -34,11 +34,12 @@ def profile_part(config: ConfigDict, exp: Experiment) -> Iterator[Measured]:
             run(STEPS)
         (path,) = pathlib.Path(folder).rglob("perfetto_trace.json.gz")
         took = durations(json.loads(gzip.decompress(path.read_bytes()))["traceEvents"])
-    known = operations(compiled.as_text())
-    took = collections.Counter({name: took[name] for name in took if name in known})
+    layers = origins(compiled.as_text())
+    took = collections.Counter({name: took[name] for name in took if name in layers})
     for name, microseconds in took.most_common(SHOWN):
-        share, layer = microseconds / took.total(), short(known[name])
-        yield Measured(f"{share:4.0%}  {name:30} {layer}", "ms", [microseconds / STEPS / 1e3])
+        layer = "/".join(layers[name].split("/")[-3:])  # of jit(update)/.../block_1/conv1/...
+        what = f"{microseconds / took.total():4.0%}  {name:30} {layer}"
+        yield Measured(what, "ms", [microseconds / STEPS / 1e3])
 
 
 def durations(events: list[dict[str, Any]]) -> collections.Counter[str]:
@@ -46,30 +47,27 @@ def durations(events: list[dict[str, Any]]) -> collections.Counter[str]:
 
     Of a device's several timelines its streams (GPU) or "XLA Ops" (TPU) count.
     """
-    about = {"process_name": {}, "thread_name": {}}
+    processes, threads = {}, {}
     for e in events:
-        if e.get("name") in about:
-            about[e["name"]][e["pid"], e.get("tid", 0)] = e["args"]["name"]
-    processes = {pid: name for (pid, _), name in about["process_name"].items()}
-    threads = about["thread_name"]
+        if e.get("name") == "process_name":
+            processes[e["pid"]] = e["args"]["name"]
+        elif e.get("name") == "thread_name":
+            threads[e["pid"], e["tid"]] = e["args"]["name"]
     on_device = {key for key in threads if "/device:" in processes.get(key[0], "")}
     streams = {key for key in on_device if threads[key].startswith("Stream")}
-    named = {key for key in on_device if threads[key] == "XLA Ops"}
+    operations = {key for key in on_device if threads[key] == "XLA Ops"}
     workers = {key for key in threads if threads[key].startswith("tf_XLA")}
-    chosen, took = streams or named or workers, collections.Counter()
+    counted, took = streams or operations or workers, collections.Counter()
     for e in events:
-        if e.get("ph") == "X" and (e["pid"], e["tid"]) in chosen:
+        if e.get("ph") == "X" and (e["pid"], e["tid"]) in counted:
             took[e.get("args", {}).get("hlo_op", e["name"])] += e["dur"]
     return took
 
 
-def operations(text: str) -> dict[str, str]:
+def origins(text: str) -> dict[str, str]:
     """Returns {operation: the layer that it comes from, or ""} of a program's text."""
-    lines = map(re.Match.groups, filter(None, map(hlo.LINE.match, text.splitlines())))
-    origins = {name: ORIGIN.search(rest) for name, _, kind, rest in lines if kind not in CONTAINERS}
-    return {name: origin[1] if origin else "" for name, origin in origins.items()}
-
-
-def short(origin: str) -> str:
-    """Returns the last three parts of "jit(update)/…/down_0/block_1/conv1/conv_general_dilated"."""
-    return "/".join(origin.split("/")[-3:])
+    return {
+        name: origin[1] if (origin := ORIGIN.search(rest)) else ""
+        for name, (_, kind, rest) in hlo.operations(text).items()
+        if kind not in CONTAINERS
+    }

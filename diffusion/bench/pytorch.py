@@ -1,8 +1,9 @@
 """The same networks in PyTorch, for --mode=bench, in a process of their own.
 
 In one process the threads of both programs would compete for the cores. Without the packages of
-requirements.txt, or for a network that diffusers does not have, nothing is compared. PyTorch uses a
-GPU if it has one, channels last, autocast for bfloat16, random weights and images.
+requirements.txt, or for a network that diffusers does not have, a line says why nothing is
+compared. PyTorch uses a GPU if it has one, channels last, autocast for bfloat16, random weights and
+images.
 """
 
 import contextlib
@@ -28,12 +29,12 @@ Remote = contextlib.AbstractContextManager[Runs]  # while the other process live
 def training(config: ConfigDict) -> Remote:
     """Opens (number of steps) -> None: Algorithm 1 with diffusers' network, Adam, clip, average."""
     optim = {name: config.optim[name] for name in ("lr", "clip", "ema")}
-    return _of_unet(_training, config, config.train.batch_size, optim)
+    return _remote_unet(_training, config, config.train.batch_size, optim)
 
 
 def network(config: ConfigDict, size: int) -> Remote:
     """Opens (number of passes) -> None: diffusers' forward pass, each on the last one's output."""
-    return _of_unet(_network, config, size)
+    return _remote_unet(_network, config, size)
 
 
 def features(weights: dict[str, np.ndarray], image: np.ndarray) -> Remote:
@@ -41,16 +42,20 @@ def features(weights: dict[str, np.ndarray], image: np.ndarray) -> Remote:
     return _remote(_features, weights, image)
 
 
-def _of_unet(make, config, size, *args) -> Remote:
+def _remote_unet(make, config, size, *args) -> Remote:
     try:
         files = diffusers_config.to_diffusers_config(flatten(config))
-    except ValueError:
-        return contextlib.nullcontext({})
+    except ValueError as error:  # of a network that diffusers does not have
+        return _nothing(error)
     c, classes = config.data, config.model.num_classes
     shape = size, c.channels, c.image_size, c.image_width or c.image_size
     half = config.model.dtype == "bfloat16"
-    unet = files["unet/config.json"], shape, classes, half
-    return _remote(make, *unet, *args)
+    return _remote(make, files["unet/config.json"], shape, classes, half, *args)
+
+
+def _nothing(error: Exception) -> Remote:
+    logging.info(f"           nothing to compare with: {one_line(error)}")
+    return contextlib.nullcontext({})
 
 
 @contextlib.contextmanager
@@ -64,8 +69,9 @@ def _remote(make, *args) -> Iterator[Runs]:
         try:
             names = process.submit(_make, make, *args).result()
         except Exception as error:  # an installation of PyTorch may fail to import in any way
-            logging.info(f"           nothing to compare with: {one_line(error)}")
-            names = []
+            with _nothing(error) as runs:
+                yield runs
+            return
         yield {name: functools.partial(call, name) for name in names}
 
 
@@ -91,24 +97,27 @@ def _training(config, shape, classes, half, optim) -> Runs:
     average = [p.detach().clone() for p in unet.parameters()]
     alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, device=device), 0)
 
+    def step(network):
+        t = torch.randint(0, 1000, (len(x_0),), device=device)
+        a = alpha_bar[t][:, None, None, None]
+        eps = torch.randn_like(x_0)
+        with precision():
+            found = network(a.sqrt() * x_0 + (1 - a).sqrt() * eps, t, **extra).sample
+        adam.zero_grad(set_to_none=True)
+        torch.mean((found.float() - eps) ** 2).backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), optim["clip"])
+        adam.step()
+        with torch.no_grad():
+            weights = [p.detach() for p in unet.parameters()]
+            torch._foreach_lerp_(average, weights, 1 - optim["ema"])
+
     def steps(network, n):
         unet.train()
         for _ in range(n):
-            t = torch.randint(0, 1000, (len(x_0),), device=device)
-            a = alpha_bar[t][:, None, None, None]
-            eps = torch.randn_like(x_0)
-            with precision():
-                found = network(a.sqrt() * x_0 + (1 - a).sqrt() * eps, t, **extra).sample
-            adam.zero_grad(set_to_none=True)
-            torch.mean((found.float() - eps) ** 2).backward()
-            torch.nn.utils.clip_grad_norm_(unet.parameters(), optim["clip"])
-            adam.step()
-            with torch.no_grad():
-                weights = [p.detach() for p in unet.parameters()]
-                torch._foreach_lerp_(average, weights, 1 - optim["ema"])
+            step(network)
         _wait()
 
-    return {name: functools.partial(steps, form) for name, form in _forms(unet).items()}
+    return _runs(steps, unet)
 
 
 def _network(config, shape, classes, half) -> Runs:
@@ -125,7 +134,7 @@ def _network(config, shape, classes, half) -> Runs:
                 x = 0.5 * x + 0.1 * network(x, t, **extra).sample
         _wait()
 
-    return {name: functools.partial(passes, form) for name, form in _forms(unet).items()}
+    return _runs(passes, unet)
 
 
 def _features(weights, image) -> Runs:
@@ -137,9 +146,8 @@ def _features(weights, image) -> Runs:
         path = f"{folder}/weights.pth"
         torch.save({name: torch.from_numpy(array) for name, array in weights.items()}, path)
         taps = ["2048", "logits_unbiased"]
-        network = FeatureExtractorInceptionV3(
-            "inception", taps, feature_extractor_weights_path=path
-        )
+        options = {"feature_extractor_weights_path": path}
+        network = FeatureExtractorInceptionV3("inception", taps, **options)
     network = network.to(_device()).eval()
     batch = torch.from_numpy(np.ascontiguousarray(image.transpose(0, 3, 1, 2)))
 
@@ -151,6 +159,7 @@ def _features(weights, image) -> Runs:
 
 
 def _unet(config, shape, classes, half) -> tuple[Any, ...]:
+    """Returns the network, random images, its further arguments and the context of a pass."""
     import torch
     from diffusers import UNet2DModel
 
@@ -162,12 +171,17 @@ def _unet(config, shape, classes, half) -> tuple[Any, ...]:
     return unet, x, labels if classes else {}, precision if half else contextlib.nullcontext
 
 
-def _forms(unet) -> dict[str, Any]:
-    """Returns the eager network and, on a GPU, the compiled one; a CPU compiles for minutes."""
+def _runs(function, unet) -> Runs:
+    """Returns function(network, n) of the eager and, on a GPU, the compiled network.
+
+    A CPU would compile for minutes.
+    """
     import torch
 
-    compiled = {"PyTorch, compiled": torch.compile(unet)} if _device() == "cuda" else {}
-    return {"PyTorch": unet} | compiled
+    networks = {"PyTorch": unet}
+    if _device() == "cuda":
+        networks["PyTorch, compiled"] = torch.compile(unet)
+    return {name: functools.partial(function, network) for name, network in networks.items()}
 
 
 def _device() -> str:

@@ -1,13 +1,17 @@
-"""--mode=bench, training and sampling: how fast, and how near the device's peak.
+"""The measured parts of --mode=bench, each a function (config, experiment) -> measurements.
 
+Compare figures of one run only: another machine, or this one an hour later, is another scale.
 FLOPs are counted by formula (`forward_flops`: what the network needs) and by the compiler (what the
 program executes). A share of the peak is by the formula, and always of the bfloat16 peak.
 """
 
+import collections
 import contextlib
+import functools
 import math
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -15,16 +19,27 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import experiment, unet
+from diffusion import convert, data, experiment, unet
 from diffusion.bench import pytorch
-from diffusion.bench.timing import PEAKS, Measured, in_turn, ratio
+from diffusion.bench.timing import PEAKS, Measured, in_turn, ratio, seconds
+from diffusion.convert import inception_names
+from diffusion.data import augment, loader
+from diffusion.data.prepare import archives, image_decoding, pipeline
 from diffusion.experiment import Experiment
+from diffusion.likelihood import vlb_terms
+from diffusion.metrics import inception
+from diffusion.process import respace
 from diffusion.runtime.config import with_overrides
 from diffusion.samplers import advance
-from diffusion.sharding import batch_sharded, make_global_array, replicated
+from diffusion.samplers.timesteps import respace_predict
+from diffusion.sharding import batch_sharded, replicated
 
-SAMPLES = 256  # as many as the paper's 17 seconds are for
-QUICK = {"sampler.name": "dpmpp_2m", "sampler.steps": 20, "sampler.grid": "logsnr"}
+PAPER_SAMPLES = 256  # that the paper draws in 17 seconds
+SOLVER = {"name": "dpmpp_2m", "steps": 20, "grid": "logsnr", "times": ()}
+BOUND_STEPS = 50
+
+
+# What is measured
 
 
 def forward_flops(net: unet.UNet, height: int, width: int, channels: int) -> int:
@@ -33,45 +48,110 @@ def forward_flops(net: unet.UNet, height: int, width: int, channels: int) -> int
     A multiplication and an addition count as two. A training step takes three times that per image:
     forward, and the gradients with respect to inputs and weights.
     """
-    levels = range(len(net.ch_mult))
-    ch = [net.ch * mult for mult in net.ch_mult]
-    pixels = [height * width // 4**i for i in levels]
-    attention = [max(height, width) // 2**i in net.attn_resolutions for i in levels]
-
-    def product(n, c_in, c_out):
-        return 2 * n * c_in * c_out
-
-    def block(n, c_in, c_out):
-        shortcut = product(n, c_in, c_out) if c_in != c_out else 0
-        time_ = product(1, 4 * net.ch, c_out)
-        return 9 * (product(n, c_in, c_out) + product(n, c_out, c_out)) + time_ + shortcut
-
-    def attend(n, c):
-        return 4 * product(n, c, c) + 2 * product(n, n, c)
-
-    total = product(1, net.ch, 4 * net.ch) + product(1, 4 * net.ch, 4 * net.ch)
-    total += 9 * product(pixels[0], channels, net.ch)
-    c, skips = net.ch, [net.ch]
-    for i in levels:
-        for _ in range(net.num_res_blocks):
-            total += block(pixels[i], c, ch[i]) + attention[i] * attend(pixels[i], ch[i])
-            c = ch[i]
-            skips.append(c)
-        if i < levels[-1]:
-            total += 9 * product(pixels[i + 1], c, c)
-            skips.append(c)
-    total += 2 * block(pixels[-1], c, c) + attend(pixels[-1], c)
-    for i in reversed(levels):
-        for _ in range(net.num_res_blocks + 1):
-            total += block(pixels[i], c + skips.pop(), ch[i])
-            total += attention[i] * attend(pixels[i], ch[i])
-            c = ch[i]
-        if i > 0:
-            total += 9 * product(pixels[i - 1], c, c)
-    return total + 9 * product(pixels[0], c, net.out_ch)
+    net = net.clone(conv=jax.lax.conv_general_dilated)  # Winograd's saving is not counted
+    init = functools.partial(net.init_with_output, jax.random.key(0), train=False)
+    image = jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
+    return _count_flops(jax.make_jaxpr(init)(image, jnp.zeros(1)).jaxpr)
 
 
-def program(compiled: Any) -> Iterator[Measured]:
+def _count_flops(jaxpr: Any) -> int:
+    total = 0
+    for eqn in jaxpr.eqns:
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            total += _count_flops(inner) if hasattr(inner, "eqns") else 0
+        out = math.prod(eqn.outvars[0].aval.shape)
+        if eqn.primitive.name == "conv_general_dilated":  # with a kernel [h, w, c_in, c_out]
+            total += 2 * out * math.prod(eqn.invars[1].aval.shape[:3])
+        elif eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            total += 2 * out * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+    return total
+
+
+def round_up(n: int, exp: Experiment) -> int:
+    """Returns the least multiple of the number of devices that is at least n."""
+    return -(-n // exp.mesh.size) * exp.mesh.size
+
+
+def training_step(
+    config: ConfigDict, exp: Experiment, resident: bool = True
+) -> tuple[Any, Callable[[int], None], float]:
+    """Compiles a training step on random images, 16 MiB of them on the device if resident.
+
+    Returns (the compiled step, a function that takes n steps, seconds of compiling). As in
+    training, one step is in flight while the next is dispatched.
+    """
+    size, pixels, rng = config.train.batch_size, math.prod(exp.image_shape), np.random.default_rng(0)
+    n = max(size, 2**24 // pixels) if resident else size
+    image = rng.integers(0, 256, (n, pixels), np.uint8)
+    label = np.zeros(n, np.int32)
+    if resident:
+        inputs = rng.integers(0, n, size, np.int32), image, label
+        inputs = jax.device_put(inputs, replicated(exp.mesh))
+    else:
+        inputs = image.reshape(n, *exp.image_shape), label
+        inputs = jax.device_put(inputs, batch_sharded(exp.mesh))
+    state = experiment.make_initial_state(config, exp)
+    began = time.perf_counter()
+    update = experiment.make_update(config, exp, resident).lower(state, *inputs).compile()
+    compiling = time.perf_counter() - began
+
+    def steps(n):
+        nonlocal state
+        last = ()
+        for _ in range(n):
+            state, metrics = update(state, *inputs)
+            jax.block_until_ready(last)  # more steps in flight can deadlock CPU devices
+            last = metrics
+        jax.block_until_ready(last)
+
+    return update, steps, compiling
+
+
+def jit_chain(config: ConfigDict, exp: Experiment) -> Any:
+    """Jits the config's sampler: (params, label, keys, x_T, ts) -> x at ts[-1], from x_T at ts[0]."""
+    sampler, _ = experiment.make_sampler(config, exp)
+    predictor = experiment.make_predictor(config, exp)
+    everywhere, sharded = replicated(exp.mesh), batch_sharded(exp.mesh)
+
+    def chain(params, label, keys, x_T, ts):
+        return advance(sampler, predictor(params, label), keys, sampler.init(x_T), ts).x
+
+    shardings = (everywhere, sharded, sharded, sharded, everywhere)
+    return jax.jit(chain, in_shardings=shardings, out_shardings=sharded)
+
+
+def jit_network(exp: Experiment) -> Any:
+    """Jits (params, x, model_ts) -> x after one network evaluation at each time, in sequence."""
+    everywhere, sharded = replicated(exp.mesh), batch_sharded(exp.mesh)
+
+    def network(params, x, model_ts):
+        def evaluate(x, t):
+            output = experiment.apply_model(exp, params, x, jnp.broadcast_to(t, len(x)), None)
+            return 0.5 * x + 0.1 * output[..., : x.shape[-1]], None
+
+        return jax.lax.scan(evaluate, x, model_ts)[0]
+
+    shardings = (everywhere, sharded, everywhere)
+    return jax.jit(network, in_shardings=shardings, out_shardings=sharded)
+
+
+def noise_batch(exp: Experiment, size: int) -> jax.Array:
+    """Returns x_T float32[size, h, w, c], sharded."""
+    x_T = np.random.default_rng(0).standard_normal((size, *exp.image_shape), np.float32)
+    return jax.device_put(x_T, batch_sharded(exp.mesh))
+
+
+def to_completion(function: Callable, *args: Any) -> Callable[[], Any]:
+    """Returns a function that calls `function` and waits for its result."""
+    return lambda: jax.block_until_ready(function(*args))
+
+
+# What is said of it
+
+
+def describe_program(compiled: Any) -> Iterator[Measured]:
     """Yields the memory and the FLOPs of a program on one device, by its compiler."""
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
@@ -84,152 +164,176 @@ def program(compiled: Any) -> Iterator[Measured]:
         yield Measured("most memory that this process has used, a device", "GB", [peak / 1e9])
 
 
-def achieved(flops: float, took: list[float]) -> Iterator[Measured]:
+def achieved(evaluations: int, exp: Experiment, took: list[float]) -> Iterator[Measured]:
     """Yields FLOP/s of all devices, by formula, and their share of the peak where it is known."""
-    rates = [flops / s for s in took]
-    yield Measured("achieved, by formula", "TFLOP/s", [rate / 1e12 for rate in rates])
+    flops = evaluations * forward_flops(exp.net, *exp.image_shape)
+    yield Measured("achieved, by formula", "TFLOP/s", [flops / s / 1e12 for s in took])
     peak = PEAKS.get(jax.devices()[0].device_kind)
     if peak:
-        shares = [rate / (peak.flops * jax.device_count()) for rate in rates]
+        shares = [flops / s / (peak.flops * jax.device_count()) for s in took]
         yield Measured("share of the bfloat16 peak (MFU)", "", shares)
 
 
-def training_step(
-    config: ConfigDict, exp: Experiment, resident: bool = True
-) -> tuple[Any, Callable[[int], None], float]:
-    """Compiles a training step on random images, 16 MiB of them on the device if resident.
+def compare(
+    ours: list[float], names: Iterable[str], others: list[list[float]], what: str
+) -> Iterator[Measured]:
+    """Yields the seconds of other programs, and their ratios to ours."""
+    for name, theirs in zip(names, others, strict=True):
+        yield Measured(f"{name}: {what}", "s", theirs)
+        yield ratio(f"  {name}'s time over ours", theirs, ours)
 
-    Returns (the compiled step, a function that takes n steps, seconds of compiling). As in
-    training, one step is in flight while the next is dispatched.
-    """
-    size, pixels = config.train.batch_size, math.prod(exp.image_shape)
-    rng, everywhere = np.random.default_rng(0), replicated(exp.mesh)
-    sharding = everywhere if resident else batch_sharded(exp.mesh)
-    n = max(size, 2**24 // pixels) if resident else size
-    image = rng.integers(0, 256, (n, *([pixels] if resident else exp.image_shape)), np.uint8)
-    arrays = [image, np.zeros(n, np.int32)]
-    inputs = [make_global_array(a, sharding, a.shape) for a in arrays]
-    if resident:
-        index = rng.integers(0, n, size, np.int32)
-        inputs = [make_global_array(index, everywhere, index.shape), *inputs]
-    state = experiment.make_initial_state(config, exp)
-    began = time.perf_counter()
-    update = experiment.make_update(config, exp, resident).lower(state, *inputs).compile()
-    took = time.perf_counter() - began
 
-    def steps(n):
-        nonlocal state
-        last = ()
-        for _ in range(n):
-            state, metrics = update(state, *inputs)
-            jax.block_until_ready(last)  # more steps in flight can deadlock CPU devices
-            last = metrics
-        jax.block_until_ready(last)
-
-    return update, steps, took
+# The parts
 
 
 def train_part(config: ConfigDict, exp: Experiment) -> Iterator[Measured]:
-    """Measures the config's training step, and PyTorch's of the same network."""
+    """Measures the config's training step, and PyTorch's of the same network.
+
+    A measurement takes about half a second of steps, so that its first step, whose memory may have
+    been reclaimed while the others ran, hardly counts.
+    """
     size = config.train.batch_size
-    update, ours, compiling = training_step(config, exp)
+    update, run, compiling = training_step(config, exp)
     yield Measured("compiling the training step", "s", [compiling])
-    with pytorch.training(config) as others:
-        steps, took, others = _compare(ours, others)
+    (took,) = in_turn(lambda: run(1), n=1)
+    steps = max(3, min(50, round(0.5 / took[0])))
+    with pytorch.training(config) as torch:
+        runs = [functools.partial(f, steps) for f in (run, *torch.values())]
+        took, *others = ([s / steps for s in each] for each in in_turn(*runs))
     yield Measured("training step", "s", took)
     yield Measured("training", "steps/s", [1 / s for s in took])
     yield Measured("training", "images/s", [size / s for s in took])
-    yield from achieved(3 * size * forward_flops(exp.net, *exp.image_shape), took)
-    yield from program(update)
-    yield from _ratios(took, others, f"training, {steps} steps a measurement")
+    yield from achieved(3 * size, exp, took)
+    yield from describe_program(update)
+    yield from compare(took, torch, others, f"training, {steps} steps a measurement")
 
 
 def sample_part(config: ConfigDict, exp: Experiment) -> Iterator[Measured]:
     """Measures a part of the config's chain, and of a solver's, and the network alone as often."""
     params = experiment.make_initial_state(config, exp).params
-    size = -(-config.sample.batch_size // exp.mesh.size) * exp.mesh.size
-    for changes in ({}, QUICK):
+    size = round_up(config.sample.batch_size, exp)
+    batch = np.zeros(size, np.int32), jax.random.split(jax.random.key(0), size)
+    label, keys = jax.device_put(batch, batch_sharded(exp.mesh))
+    x_T, network = noise_batch(exp, size), jit_network(exp)
+    for changes in ({}, {f"sampler.{key}": value for key, value in SOLVER.items()}):
         c = with_overrides(config, changes)
         sampler, ts = experiment.make_sampler(c, exp)
         steps = len(ts) - 1
         part = min(steps, 5 if jax.default_backend() == "cpu" else 50)
-        calls = round(part * sampler.evaluations(steps) / steps)
-        chain = _compile_chain(c, exp, sampler, params, size, ts[: part + 1])
-        times = np.resize(exp.process.model_t[ts[:part]], calls)
-        alone = _compile_network(exp, params, size, times)
-        remote = contextlib.nullcontext({}) if changes else pytorch.network(config, size)
-        with remote as torch:
-            runs = [lambda f=f, k=calls: f(k) for f in torch.values()]
-            took, network, *others = zip(*in_turn(chain, alone, *runs), strict=True)
-        total = [s * steps / part * SAMPLES / size for s in took]
-        what = f"{SAMPLES} samples, {c.sampler.name}, {steps} steps"
+        evaluations = round(part * sampler.evaluations(steps) / steps)
+        args = params, label, keys, x_T, ts[: part + 1]
+        chain = jit_chain(c, exp).lower(*args).compile()
+        model_ts = np.float32(np.resize(exp.process.model_t[ts[:part]], evaluations))
+        runs = [to_completion(chain, *args), to_completion(network, params, x_T, model_ts)]
+        with contextlib.nullcontext({}) if changes else pytorch.network(config, size) as torch:
+            runs += [functools.partial(f, evaluations) for f in torch.values()]
+            took, alone, *others = in_turn(*runs)
+        total = [s * steps / part * PAPER_SAMPLES / size for s in took]
+        what = f"{PAPER_SAMPLES} samples, {c.sampler.name}, {steps} steps"
         yield Measured(f"{what}, from {part} steps of {size}", "s", total)
-        yield ratio("  its time over that of the network alone", took, network)
-        yield from achieved(calls * size * forward_flops(exp.net, *exp.image_shape), list(took))
-        named = dict(zip(torch, others, strict=True))
-        yield from _ratios(list(network), named, f"the network alone, {calls} times")
+        yield ratio("  its time over that of the network alone", took, alone)
+        yield from achieved(evaluations * size, exp, took)
+        if not changes:
+            yield from describe_program(chain)
+        yield from compare(alone, torch, others, f"the network alone, {evaluations} times")
 
 
-def _compile_chain(config, exp, sampler, params, size, ts) -> Callable[[], None]:
+def likelihood_part(config: ConfigDict, exp: Experiment) -> Iterator[Measured]:
+    """Measures the bound on 50 times of the chain, and the network alone at as many times."""
+    size = round_up(config.bpd.batch_size, exp)
+    ts = np.unique(np.linspace(1, exp.process.T, BOUND_STEPS).round().astype(int))
+    unguided = with_overrides(config, {"sampler.guidance": 0.0, "sampler.threshold": 0.0})
+    predictor = experiment.make_predictor(unguided, exp, exp.variance)
+    chain = respace(exp.process, ts)
     everywhere, sharded = replicated(exp.mesh), batch_sharded(exp.mesh)
-    predictor = experiment.make_predictor(config, exp)
-    x_T = np.random.default_rng(0).standard_normal((size, *exp.image_shape)).astype(np.float32)
-    x_T = make_global_array(x_T, sharded, x_T.shape)
-    keys = jax.device_put(jax.random.split(jax.random.key(0), size), sharded)
-    label = make_global_array(np.zeros(size, np.int32), sharded, (size,))
 
-    def chain(params, keys, label, x_T):
-        predict = predictor(params, label)
-        return advance(sampler, predict, keys, sampler.init(x_T), ts).x
+    @functools.partial(jax.jit, in_shardings=(everywhere, sharded))
+    def bound(params, image):
+        predict = predictor(params, jnp.zeros(size, jnp.int32))
+        predict = respace_predict(exp.process, predict, exp.variance, ts)
+        return vlb_terms(chain, predict, jax.random.key(0), augment.scale(image))
 
-    compiled = jax.jit(
-        chain, in_shardings=(everywhere, sharded, sharded, sharded), out_shardings=sharded
+    params = experiment.make_initial_state(config, exp).params
+    image = np.random.default_rng(0).integers(0, 256, (size, *exp.image_shape), np.uint8)
+    model_ts = np.float32(chain.model_t[1:])
+    took, alone = in_turn(
+        to_completion(bound, params, jax.device_put(image, sharded)),
+        to_completion(jit_network(exp), params, noise_batch(exp, size), model_ts),
     )
-    return lambda: jax.block_until_ready(compiled(params, keys, label, x_T))
+    n = size * len(ts)
+    yield Measured("bound, images x times", "/s", [n / s for s in took])
+    yield Measured("network alone, images x times", "/s", [n / s for s in alone])
+    yield ratio("seconds of the bound over those of the network", took, alone)
 
 
-def network_alone(network: Callable, x_0: jax.Array, model_ts: np.ndarray) -> jax.Array:
-    """Applies the network at each of the times in sequence: each needs the last one's output."""
+def features_part(config: ConfigDict, exp: Experiment) -> Iterator[Measured]:
+    """Measures the FID network with its resize, on one device, beside torch-fidelity's.
 
-    def one(x_t, t):
-        output = network(x_t, jnp.broadcast_to(t, (len(x_t),)))
-        return 0.5 * x_t + 0.1 * output[..., : x_0.shape[-1]], None
-
-    return jax.lax.scan(one, x_0, jnp.asarray(model_ts, x_0.dtype))[0]
-
-
-def _compile_network(exp, params, size, model_ts) -> Callable[[], None]:
-    everywhere, sharded = replicated(exp.mesh), batch_sharded(exp.mesh)
-    images = np.random.default_rng(0).standard_normal((size, *exp.image_shape)).astype(np.float32)
-    images = make_global_array(images, sharded, images.shape)
-
-    def chained(params, images):
-        def apply(x_t, t):
-            return experiment.apply_model(exp, params, x_t, t, None)
-
-        return network_alone(apply, images, model_ts)
-
-    compiled = jax.jit(chained, in_shardings=(everywhere, sharded), out_shardings=sharded)
-    return lambda: jax.block_until_ready(compiled(params, images))
-
-
-def _compare(ours: Callable[[int], None], theirs: Mapping[str, Callable[[int], None]]):
-    """Returns (steps a measurement, seconds of our step, {name: of theirs}), measured in turn.
-
-    Enough steps are taken at a time that the first, whose memory may have been reclaimed while the
-    others ran, hardly counts.
+    Both get the same random weights and images; nothing is downloaded.
     """
-    ours(1)
-    began = time.perf_counter()
-    ours(1)
-    steps = max(3, min(50, round(0.5 / (time.perf_counter() - began))))
-    runs = [lambda f=f: f(steps) for f in (ours, *theirs.values())]
-    took, *others = zip(*in_turn(*runs), strict=True)
-    per_step = [[s / steps for s in times] for times in (took, *others)]
-    return steps, per_step[0], dict(zip(theirs, per_step[1:], strict=True))
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (32, *exp.image_shape[:2], 3), np.uint8)
+    weights = {
+        name: np.float32(rng.standard_normal(shape, np.float32) * np.sqrt(2 / np.prod(shape[1:])))
+        if len(shape) > 1
+        else np.full(shape, not name.endswith(("bias", "mean")), np.float32)
+        for name, shape in inception_names.SHAPES.items()
+    }
+    params = jax.device_put(inception.fold(convert.from_inception(weights)))
+
+    @jax.jit
+    def features(params, image):
+        taps = inception.Inception().apply({"params": params}, inception.preprocess(image))
+        return taps["2048"], taps["logits_unbiased"]
+
+    ours = to_completion(features, params, image)
+    with pytorch.features(weights, image) as torch:
+        for theirs in torch.values():
+            for a, b in zip(ours(), theirs(), strict=True):  # the same network
+                np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max())
+        took, *others = in_turn(ours, *torch.values())
+    what = f"features of images {image.shape[1]}x{image.shape[2]}, batches of {len(image)}"
+    yield Measured(what, "images/s", [len(image) / s for s in took])
+    for name, other in zip(torch, others, strict=True):
+        yield Measured(f"the same by {name}", "images/s", [len(image) / s for s in other])
+        yield ratio("the first over the second", other, took)
 
 
-def _ratios(ours: list[float], others: Mapping[str, list[float]], what: str) -> Iterator[Measured]:
-    for name, theirs in others.items():
-        yield Measured(f"{name}: {what}", "s", list(theirs))
-        yield ratio(f"  {name}'s time over ours", theirs, ours)
+def data_part(config: ConfigDict, exp: Experiment) -> Iterator[Measured]:
+    """Measures streaming of photographs, and what gathering batches on the device costs."""
+    for side, n in ((32, 4096), (256, 512)):
+        with tempfile.TemporaryDirectory() as folder:
+            spec = image_decoding.ImageSpec(side, side, 3)
+            pipeline.prepare(_photographs(n), spec, folder, "photos")
+            images = data.open_dataset("tfds", "train", name="photos", data_dir=folder)
+
+            def read(images=images, steps=range(n // 64)):
+                batches = loader.iterate_shuffled(images, 0, steps, 64)
+                collections.deque(batches, maxlen=0)
+
+            took = list(seconds(read))
+        what = f"streaming {side}x{side} PNG"
+        yield Measured(what, "images/s", [n / wall for wall, _ in took])
+        yield Measured(f"{what}, a core", "images/s", [n / cpu for _, cpu in took])
+    runs = [training_step(config, exp, resident)[1] for resident in (True, False)]
+    gathered, given = in_turn(*(functools.partial(run, 1) for run in runs), n=20)
+    yield Measured("training step that gathers its batch on the device", "s", gathered)
+    yield Measured("training step that is given its batch", "s", given)
+    yield ratio("the first over the second", gathered, given)
+
+
+def _photographs(n: int) -> archives.Source:
+    """Returns crops of scikit-learn's two photographs: decoding time depends on the content."""
+    from sklearn.datasets import load_sample_images
+
+    photographs = load_sample_images().images  # 427 x 640
+    rng = np.random.default_rng(0)
+
+    def items():
+        for i in range(n):
+            photograph = photographs[i % 2]
+            y, x = (rng.integers(0, size - 256 + 1) for size in photograph.shape[:2])
+            crop = photograph[y : y + 256, x : x + 256]
+            yield archives.Item(f"{i}", np.ascontiguousarray(crop), 0, "train")
+
+    return archives.Source(items, (), "crops of photographs", n)

@@ -21,7 +21,12 @@ class Measured(NamedTuple):
         return f"{self.what:58} {middle:10,.4g}  ({low:,.4g} to {high:,.4g}) {self.unit}"
 
 
-def seconds(run: Callable[[], None], n: int = REPETITIONS) -> Iterator[tuple[float, float]]:
+def ratio(what: str, a: list[float], b: list[float]) -> Measured:
+    """Returns the ratios a / b of measurements that were taken in turn."""
+    return Measured(what, "", [x / y for x, y in zip(a, b, strict=True)])
+
+
+def seconds(run: Callable[[], object], n: int = REPETITIONS) -> Iterator[tuple[float, float]]:
     """Yields (wall seconds, CPU seconds of this process) of n runs, after an unmeasured one."""
     run()
     for _ in range(n):
@@ -30,15 +35,10 @@ def seconds(run: Callable[[], None], n: int = REPETITIONS) -> Iterator[tuple[flo
         yield time.perf_counter() - wall, time.process_time() - cpu
 
 
-def in_turn(*runs: Callable[[], None], n: int = REPETITIONS) -> list[tuple[float, ...]]:
-    """Returns wall seconds of each run, n times in turn, so that disturbances fall on all."""
-    clocks = [seconds(run, n) for run in runs]
-    return [tuple(wall for wall, _ in each) for each in zip(*clocks, strict=True)]
-
-
-def ratio(what: str, a: list[float], b: list[float]) -> Measured:
-    """Returns the ratios a / b of measurements that were taken in turn."""
-    return Measured(what, "", [x / y for x, y in zip(a, b, strict=True)])
+def in_turn(*runs: Callable[[], object], n: int = REPETITIONS) -> list[list[float]]:
+    """Returns n wall times of each run in seconds, taken in turn: disturbances fall on all runs."""
+    turns = zip(*(seconds(run, n) for run in runs), strict=True)
+    return [[wall for wall, _ in each] for each in zip(*turns, strict=True)]
 
 
 class Peak(NamedTuple):

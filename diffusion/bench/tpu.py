@@ -19,51 +19,49 @@ from ml_collections import ConfigDict
 
 from diffusion import experiment
 from diffusion.bench import hlo
-from diffusion.bench.speed import forward_flops
+from diffusion.bench.speed import forward_flops, jit_chain, round_up
 from diffusion.bench.timing import PEAKS, Measured
 from diffusion.runtime.config import validate
-from diffusion.samplers import advance
 from diffusion.sharding import batch_sharded, replicated
 from diffusion.utils import logging
 from diffusion.utils.errors import ConfigError, one_line
 
 IMAGES = 50_000  # of the data set on the devices: CIFAR-10's
-PAPER = 21.0  # steps/s on a TPU v3-8 (Section 4)
+PAPER_RATE = 21.0  # steps/s on a TPU v3-8 (Section 4)
 
 
 def tpu_part(config: ConfigDict, topology: str = "v5e:2x2") -> Iterator[Measured]:
     """Yields estimates for the named chips. Raises ConfigError without their compiler."""
-    exp = experiment.build(config, mesh_of(topology))
+    exp = experiment.build(config, tpu_mesh(topology))
     validate(config, exp.mesh.size)
-    state, size = experiment.abstract_state(exp), config.train.batch_size
+    training, sampling = lower_steps(config, exp)
+    rate = yield from _bounds(training, exp.mesh, f"training step on {topology}")
+    forward = forward_flops(exp.net, *exp.image_shape)
+    needed = 3 * config.train.batch_size * forward / exp.mesh.size
+    yield Measured("  the same by formula", "GFLOP/chip", [needed / 1e9])
+    yield Measured("  steps/s allowed, over the paper's 21 (an estimate)", "", [rate / PAPER_RATE])
+    n = round_up(config.sample.batch_size, exp)
+    yield from _bounds(sampling, exp.mesh, f"a step of {n} samples on {topology}")
+
+
+def lower_steps(config: ConfigDict, exp: experiment.Experiment) -> tuple[Any, Any]:
+    """Lowers a training step and a sampling step for the devices of exp.mesh."""
     everywhere, sharded = replicated(exp.mesh), batch_sharded(exp.mesh)
 
     def array(shape, dtype, sharding=everywhere):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
+    state, n = experiment.abstract_state(exp), round_up(config.sample.batch_size, exp)
+    index = array((config.train.batch_size,), jnp.int32)
     images = array((IMAGES, math.prod(exp.image_shape)), jnp.uint8)
-    inputs = array((size,), jnp.int32), images, array((IMAGES,), jnp.int32)
-    lowered = experiment.make_update(config, exp, True).lower(state, *inputs)
-    rate = yield from _bounds(lowered, exp.mesh, f"training step on {topology}")
-    needed = 3 * size * forward_flops(exp.net, *exp.image_shape) / exp.mesh.size
-    yield Measured("  the same by formula", "GFLOP/chip", [needed / 1e9])
-    yield Measured("  steps/s allowed, over the paper's 21 (an estimate)", "", [rate / PAPER])
-
-    sampler, _ = experiment.make_sampler(config, exp)
-    predictor = experiment.make_predictor(config, exp)
-    n = -(-config.sample.batch_size // exp.mesh.size) * exp.mesh.size
-
-    def sample(params, label, key_data, x_T, ts):
-        keys = jax.random.wrap_key_data(key_data)
-        return advance(sampler, predictor(params, label), keys, sampler.init(x_T), ts).x
-
-    begun = array((n,), jnp.int32, sharded), array((n, 2), jnp.uint32, sharded)
-    begun = (*begun, array((n, *exp.image_shape), jnp.float32, sharded), array((2,), jnp.int32))
-    lowered = jax.jit(sample, out_shardings=sharded).lower(state.params, *begun)
-    yield from _bounds(lowered, exp.mesh, f"a step of {n} samples on {topology}")
+    update = experiment.make_update(config, exp, True)
+    training = update.lower(state, index, images, array((IMAGES,), jnp.int32))
+    label, x_T = array((n,), jnp.int32, sharded), array((n, *exp.image_shape), jnp.float32, sharded)
+    keys, ts = array((n,), jax.random.key(0).dtype, sharded), array((2,), jnp.int32)
+    return training, jit_chain(config, exp).lower(state.ema, label, keys, x_T, ts)
 
 
-def mesh_of(topology: str) -> Mesh:
+def tpu_mesh(topology: str) -> Mesh:
     """Returns the chips of a TPU slice, such as v5e:2x2, along the axis `data`.
 
     Raises ConfigError where their compiler is not installed.
@@ -87,20 +85,24 @@ def _bounds(lowered: Any, mesh: Mesh, what: str) -> Iterator[Measured]:
     compiled = lowered.compile()
     yield Measured(f"compiling: {what}", "s", [time.perf_counter() - began])
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
-    moved = hlo.moved(text)
-    yield Measured("  arguments", "GB/chip", [memory.argument_size_in_bytes / 1e9])
-    yield Measured("  temporaries", "GB/chip", [memory.temp_size_in_bytes / 1e9])
-    for kind, size in hlo.collectives(text).items():
-        yield Measured(f"  {kind}", "GB/chip", [size / 1e9])
+    touched, main = hlo.moved_bytes(text)
+    sizes = {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        **hlo.collectives(text),
+    }
+    for name, size in sizes.items():
+        yield Measured(f"  {name}", "GB/chip", [size / 1e9])
     yield Measured("  FLOPs, by the compiler", "GFLOP/chip", [cost["flops"] / 1e9])
     yield Measured("  bytes accessed, all memories", "GB/chip", [cost["bytes accessed"] / 1e9])
-    yield Measured("  without transfers between memories", "GB/chip", [moved.touched / 1e9])
-    yield Measured("  bytes of main memory alone", "GB/chip", [moved.main / 1e9])
+    yield Measured("  without transfers between memories", "GB/chip", [touched / 1e9])
+    yield Measured("  bytes of main memory alone", "GB/chip", [main / 1e9])
     peak = PEAKS[mesh.devices.flat[0].device_kind]
-    floors = cost["flops"] / peak.flops, moved.main / peak.bytes
-    yield Measured("  no less than, for the arithmetic", "ms", [floors[0] * 1e3])
-    yield Measured("  no less than, for main memory", "ms", [floors[1] * 1e3])
-    all_bytes = cost["bytes accessed"] / peak.bytes
-    yield Measured("  if all bytes accessed were of main memory", "ms", [all_bytes * 1e3])
-    yield Measured("  allowed (an estimate)", "/s", [1 / max(floors)])
-    return 1 / max(floors)
+    arithmetic, traffic = cost["flops"] / peak.flops, main / peak.bytes
+    all_traffic = cost["bytes accessed"] / peak.bytes
+    yield Measured("  no less than, for the arithmetic", "ms", [arithmetic * 1e3])
+    yield Measured("  no less than, for main memory", "ms", [traffic * 1e3])
+    yield Measured("  if all bytes accessed were of main memory", "ms", [all_traffic * 1e3])
+    rate = 1 / max(arithmetic, traffic)
+    yield Measured("  allowed (an estimate)", "/s", [rate])
+    return rate

@@ -16,6 +16,7 @@ from diffusion.utils.multihost import is_primary
 from diffusion.utils.progress import Progress, human_time
 
 MAX_SHARE = 0.1  # of the training time so far that pictures may take
+FREE_S = 2.0  # seconds that pictures may take in any case
 FORWARD_SHARE = 1 / 3  # of a training step's time per image that one network evaluation takes
 
 
@@ -42,40 +43,49 @@ def make_evaluate(run: Run, exp: Experiment) -> Callable[[Any], dict[str, float]
     return evaluate
 
 
-def draw(
-    run: Run, exp: Experiment, state: TrainState, step: int, trained_s: float, done: int
-) -> dict[str, np.ndarray]:
-    """Draws samples of the raw and of the averaged weights from the same noise as image grids.
+class Preview:
+    """Draws samples during a training, by the sampler of train.preview.
 
-    They come from the sampler of train.preview and are saved in workdir/samples/. Where they would
-    take more than a tenth of the training so far, none are drawn, and a line says so.
-
-    Args:
-      trained_s: seconds of training so far; done: the steps that took them.
-
-    Returns: {"raw": uint8[H, W, 3], "ema": ...}, or nothing.
+    Pictures that would take more than FREE_S and a tenth of the training so far are left out.
     """
-    config = _sampling.preview_config(run.config, exp)
-    n, batch = run.config.train.preview.num, run.config.train.batch_size
-    sampler = _sampling.compile_sampler(config, exp, n)
-    evaluations = 2 * sampler.size * sampler.evaluations
-    seconds = evaluations * FORWARD_SHARE * trained_s / max(done * batch, 1)
-    what = f"{n} samples with raw and with averaged weights, {_sampling.describe_sampler(config)}"
-    if seconds > MAX_SHARE * trained_s:
-        logging.info(f"no preview {what}: about {human_time(seconds)}; see train.preview")
-        return {}
-    logging.info(f"drawing    {what}")
-    total, grids = _sampling.num_steps(sampler, n), {}
-    with Progress(2 * total, unit="sampling step") as progress:
-        for i, (name, params) in enumerate((("raw", state.params), ("ema", state.ema))):
 
-            def report(steps, before=i * total):
-                progress(before + steps)
+    def __init__(self, run: Run, exp: Experiment):
+        self._run, self._n = run, run.config.train.preview.num
+        config = _sampling.preview_config(run.config, exp)
+        self._sampler = _sampling.compile_sampler(config, exp, self._n)
+        self._about = f"{self._n} samples with raw and with averaged weights, "
+        self._about += _sampling.describe_sampler(config)
 
-            seed = config.sample.seed
-            images = list(_sampling.draw(sampler, params, seed, n, report))
-            grids[name] = image_grid(np.concatenate(images))
-            if is_primary():
-                path = run.workdir / "samples" / f"{step:08d}_{name}.png"
-                save_png(path, grids[name])
-    return grids
+    def draw(
+        self, state: TrainState, step: int, trained_s: float, done: int
+    ) -> dict[str, np.ndarray]:
+        """Draws with the raw and with the averaged weights, from the same noise.
+
+        Args:
+          state, step: what the samples are drawn from; the step names the files in samples/.
+          trained_s: seconds of training so far; done: the steps that took them.
+
+        Returns {"raw": grid uint8[H, W, 3], "ema": ...}, or {} where the pictures are left out.
+        """
+        evaluations = 2 * self._sampler.size * self._sampler.evaluations
+        images = max(done * self._run.config.train.batch_size, 1)
+        seconds = evaluations * FORWARD_SHARE * trained_s / images
+        if seconds > max(FREE_S, MAX_SHARE * trained_s):
+            about = f"{self._about}: about {human_time(seconds)}"
+            logging.info(f"no preview {about}; see train.preview")
+            return {}
+        logging.info(f"drawing    {self._about}")
+        total, grids = _sampling.num_steps(self._sampler, self._n), {}
+        with Progress(2 * total, unit="sampling step") as progress:
+            for i, (name, params) in enumerate((("raw", state.params), ("ema", state.ema))):
+
+                def report(steps, before=i * total):
+                    progress(before + steps)
+
+                seed = self._run.config.sample.seed
+                drawn = _sampling.draw(self._sampler, params, seed, self._n, report)
+                grids[name] = image_grid(np.concatenate(list(drawn)))
+                if is_primary():
+                    path = self._run.workdir / "samples" / f"{step:08d}_{name}.png"
+                    save_png(path, grids[name])
+        return grids

@@ -5,24 +5,32 @@ from collections.abc import Iterator
 import jax
 
 from diffusion import experiment
-from diffusion.bench.suite import PARTS
+from diffusion.bench import profile, speed, tpu
 from diffusion.bench.timing import Measured
 from diffusion.modes._common import describe_devices
 from diffusion.runtime.config import Run
 from diffusion.utils import logging
 from diffusion.utils.io import save_json
 
+PARTS = {  # in the order of --part=all; "tpu", which needs a compiler of its own, is not among them
+    "train": speed.train_part,
+    "sample": speed.sample_part,
+    "likelihood": speed.likelihood_part,
+    "features": speed.features_part,
+    "data": speed.data_part,
+    "profile": profile.profile_part,
+}
+
 
 def run(run: Run) -> None:
     """Measures --part, prints each line as it comes, and writes workdir/bench/PART.json."""
-    if run.flags.part == "tpu":
-        from diffusion.bench.tpu import tpu_part
-
-        report(run, "tpu", run.flags.topology, tpu_part(run.config, run.flags.topology))
+    part, topology = run.flags.part, run.flags.topology
+    if part == "tpu":
+        report(run, part, topology, tpu.tpu_part(run.config, topology))
         return
     exp = experiment.build(run.config)
-    for part in PARTS if run.flags.part == "all" else [run.flags.part]:
-        report(run, part, describe_devices(), PARTS[part](run.config, exp))
+    for name in PARTS if part == "all" else [part]:
+        report(run, name, describe_devices(), PARTS[name](run.config, exp))
 
 
 def report(run: Run, part: str, device: str, measurements: Iterator[Measured]) -> None:

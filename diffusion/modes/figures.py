@@ -74,7 +74,7 @@ def draw_figures(trained: Trained) -> None:
     for name, setting in list(pending.items()):
         note = complete.get(name, {"setting": "", "files": []})
         there = note["setting"] == setting and all((folder / f).exists() for f in note["files"])
-        if broadcast_from_primary(False):
+        if broadcast_from_primary(there):
             logging.info(f"keeping    {name}, drawn with this setting before")
             del pending[name]
     measures = ()

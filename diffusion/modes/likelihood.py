@@ -135,13 +135,12 @@ def read_ode(trained: Trained, work: SplitPass) -> tuple[MeanAndStderr, float]:
         return probability_flow.eps_fn(exp.process, apply, trained.config.target)(x_t, t)
 
     bits, evaluations, done = [], [], 0
-    divergence = probability_flow.DIVERGENCES["rademacher"]
     logging.info(f"reading    probability-flow ODE: {work.n:,} images")
     with Progress(work.n, unit="image") as progress:
         for batch, real in work.batches():
             field = Partial(eps, trained.params, batch.label)
             x_0 = augment.scale(batch.image)
-            args = exp.process, field, divergence, work.keys(batch), x_0
+            args = exp.process, field, work.keys(batch), x_0
             out = probability_flow.bits_per_dim(*args)
             bits.append(out.bits[:real])
             evaluations.append(out.evaluations)

@@ -32,9 +32,10 @@ def run(run: Run) -> None:
     """Trains; writes checkpoints/, metrics.jsonl, event files, samples/ and figures/loss.png."""
     config, c, timer = run.config, run.config.train, GoodputTimer()
     exp = experiment.build(config)
+    experiment.make_sampler(config, exp)  # what --mode=sample could not use is refused now
     images = experiment.load_split(config, exp)
     update, make_inputs = experiment.make_input_pipeline(config, exp, images)
-    evaluate = _preview.make_evaluate(run, exp)
+    evaluate, previews = _preview.make_evaluate(run, exp), _preview.Preview(run, exp)
     workdir.open_workdir(run.workdir, config)
     workdir.check_dataset(run.workdir, images)
     workdir.check_disk_space(run.workdir, experiment.abstract_state(exp), c.keep)
@@ -55,7 +56,7 @@ def run(run: Run) -> None:
     batch, halted = next(inputs), not_halted(exp)
     update = compile_update(update, c.on_nonfinite, state, halted, batch)
     logging.info(f"training   from step {start:,}")
-    timer.so_far("starting")
+    timer.attribute_elapsed("starting")
     with (
         preemption.defer(),
         contextlib.closing(checkpoints),
@@ -77,9 +78,9 @@ def run(run: Run) -> None:
             if evaluate and step % c.eval_every == 0:
                 evaluate_state(session, checkpoints, evaluate, step, state)
             if is_preview_due(run, step):
-                preview(session, step, state, step - start)
+                preview(session, previews, step, state, step - start)
             batch = batch if last else next(inputs)
-    shares = ", ".join(f"{timer.of(name):.1%} {name}" for name in timer.seconds)
+    shares = ", ".join(f"{timer.share(name):.1%} {name}" for name in timer.seconds)
     logging.info(f"time       {timer.goodput():.1%} training, {shares}")
     if stop:
         raise preemption.Stopped(f"at step {step:,}, saved")
@@ -150,11 +151,13 @@ def is_preview_due(run: Run, step: int) -> bool:
     return bool(c.sample_every) and (step % c.sample_every == 0 or step == c.steps)
 
 
-def preview(session: Session, step: int, state: TrainState, done: int) -> None:
+def preview(
+    session: Session, previews: _preview.Preview, step: int, state: TrainState, done: int
+) -> None:
     """Draws sample grids and the loss curve; done: steps of this run."""
     run, trained_s = session.run, session.timer.productive_seconds()
     with session.paused():
-        grids = _preview.draw(run, session.exp, state, step, trained_s, done)
+        grids = previews.draw(state, step, trained_s, done)
         if grids:
             session.writer.write_images(step, {f"samples/{k}": v[None] for k, v in grids.items()})
         session.writer.flush()

@@ -30,15 +30,10 @@ def decoder_stds(p: Process) -> np.ndarray:
 
 
 class TimestepErrors(NamedTuple):
-    """Measurements of each image at each t of the trained chain, in column t - 1.
+    """Measurements of each image at each t of the trained chain, in column t - 1."""
 
-    Attributes:
-        mse: [b, T], mean squared error of the x_0 predicted from x_t, in [-1, 1].
-        decoder: [b, T, 82], -log2 p(x_0 | x_t) in bits/dim, for each of `decoder_stds`.
-    """
-
-    mse: Array
-    decoder: Array
+    mse: Array  # [b, T], mean squared error of the x_0 predicted from x_t, on [-1, 1]
+    decoder: Array  # [b, T, 82], -log2 p(x_0 | x_t) in bits/dim for each of `decoder_stds`
 
 
 def timestep_errors(p: Process, predict: Predict, key: Array, x_0: Array) -> TimestepErrors:
@@ -66,17 +61,11 @@ def timestep_errors(p: Process, predict: Predict, key: Array, x_0: Array) -> Tim
 
 
 class OptimalVariance(NamedTuple):
-    """The variances of least bound for each t of the trained chain, float64[T+1], 0 at t = 0.
+    """The variances of least bound for each t of the trained chain, float64[T+1], 0 at t = 0."""
 
-    Attributes:
-        x0_variance: E||x_0 - x^_0||^2 / d, the optimal Var[x_0 | x_t].
-        decoder: the variance of p(x_0 | x_t), the square of the best of `decoder_stds`.
-        decoder_bits: E[-log2 p(x_0 | x_t)] in bits/dim.
-    """
-
-    x0_variance: np.ndarray
-    decoder: np.ndarray
-    decoder_bits: np.ndarray
+    x0_variance: np.ndarray  # E||x_0 - x^_0||^2 / d, the optimal Var[x_0 | x_t]
+    decoder: np.ndarray  # the variance of p(x_0 | x_t), the square of the best of `decoder_stds`
+    decoder_bits: np.ndarray  # E[-log2 p(x_0 | x_t)] in bits/dim
 
 
 def optimal_variance(p: Process, batches: Iterable[TimestepErrors]) -> OptimalVariance:

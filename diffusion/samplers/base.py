@@ -1,7 +1,6 @@
 """The interface of samplers and the loop that runs them.
 
-A sampler is a pair of pure functions, which see the model only as `predict` and keep all that they
-remember in their state, so that a chain can be interrupted at any of its times.
+Samplers are pure functions of their state, so a chain can be interrupted at any of its times.
 """
 
 from collections.abc import Callable
@@ -18,8 +17,7 @@ from diffusion.targets import Predict
 class SamplerState(NamedTuple):
     """The state of a sampler: x_t and the last predicted x_0, both [b, ...].
 
-    A sampler with more memory has a state of its own with these two fields. Every leaf has the
-    batch axis first, so that states are sharded as images are.
+    Samplers with more memory have their own type with these fields, and [b] first in all leaves.
     """
 
     x: Array

@@ -42,8 +42,12 @@ def save_text(path: str | os.PathLike, text: str) -> None:
 
 
 def save_json(path: str | os.PathLike, content: Any) -> None:
-    """Writes JSON atomically; what JSON lacks is written by its `to_dict()`."""
-    save_text(path, json.dumps(content, indent=2, default=lambda x: x.to_dict()) + "\n")
+    """Writes JSON atomically; a ConfigDict as a dict, a NumPy scalar as a number."""
+
+    def plain(x):
+        return x.item() if isinstance(x, np.generic) else x.to_dict()
+
+    save_text(path, json.dumps(content, indent=2, default=plain) + "\n")
 
 
 def save_npz(path: str | os.PathLike, *arrays: np.ndarray, **named: np.ndarray) -> None:

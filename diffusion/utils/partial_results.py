@@ -1,7 +1,7 @@
 """Resumable passes: what is accumulated over a set so far, kept on disk under its setting."""
 
 import os
-import zipfile
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ SAVE_EVERY_S = 10.0  # seconds between two saves of a pass
 
 def save(path: str | os.PathLike, setting: str, **arrays: Any) -> None:
     """Writes the arrays atomically, together with the setting that they follow from."""
-    io.save_npz(path, setting=np.asarray(setting), **arrays)
+    io.save_npz(path, setting=np.asarray(_label(setting, arrays)), **arrays)
 
 
 def load(path: str | os.PathLike | None, setting: str) -> dict[str, np.ndarray] | None:
@@ -24,8 +24,13 @@ def load(path: str | os.PathLike | None, setting: str) -> dict[str, np.ndarray] 
     if path is None:
         return None
     try:
-        with np.load(path) as file:
+        with open(path, "rb") as content, np.load(content) as file:
             arrays = {name: file[name] for name in file.files}
-        return arrays if str(arrays.pop("setting")) == setting else None
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        return arrays if str(arrays.pop("setting")) == _label(setting, arrays) else None
+    except Exception:  # a damaged zip file raises almost anything
         return None
+
+
+def _label(setting: str, names: Iterable[str]) -> str:
+    """Names the arrays too: a damaged directory of a zip file hides some of them."""
+    return f"{setting}; {', '.join(sorted(names))}"

@@ -206,11 +206,11 @@ class GoodputTimer:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + self._clock() - began
 
-    def so_far(self, name: str) -> None:
+    def attribute_elapsed(self, name: str) -> None:
         """Attributes all of the time since the start to the name."""
         self.seconds = {name: self._elapsed_s()}
 
-    def of(self, name: str) -> float:
+    def share(self, name: str) -> float:
         """Returns the name's share of the time since the start, in [0, 1]."""
         return self.seconds.get(name, 0.0) / max(self._elapsed_s(), 1e-9)
 

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from diffusion.data import ImageDataset
+from diffusion.metrics import inception
 from diffusion.metrics.extraction import (
     extract,
     features_of,
@@ -127,6 +128,27 @@ def test_unknown_and_unfit_features_raise():
         make_extractor(("pixels", "vgg"), (6, 5, 3), data_mesh())
     with pytest.raises(ValueError, match=r"expected \(h >= 4, w >= 4, 1 or 3\)"):
         make_extractor(("random",), (3, 3, 3), data_mesh())
+
+
+def test_inception_gives_two_kinds_of_features():
+    """2048 features with 1008 logits, and 17 x 17 x 7 spatial ones; weights have a fingerprint."""
+    images = jax.ShapeDtypeStruct((1, 299, 299, 3), np.float32)
+    shapes = jax.eval_shape(inception.Inception().init, jax.random.key(0), images)["params"]
+    extractors = [
+        make_extractor(
+            ("pixels", "inception"),
+            (8, 8, 1),
+            data_mesh(),
+            jax.tree.map(lambda a, value=value: np.full(a.shape, value, a.dtype), shapes),
+        )
+        for value in (0, 1)
+    ]
+    for found in extractors:
+        assert list(found.kinds) == ["pixels", "inception", "spatial"]
+        assert found.kinds["inception"] == (2048, 1008)
+        assert found.kinds["spatial"] == (2023, 0) and found.kinds["pixels"] == (64, 0)
+        assert len(found.fingerprint) == 8
+    assert extractors[0].fingerprint != extractors[1].fingerprint
 
 
 def test_statistics_do_not_depend_on_the_batch_size(extractor):

@@ -161,7 +161,7 @@ def draw_preview(tmp_path, trained_s, changes=()):
     exp = experiment.build(config)
     state = experiment.make_initial_state(config, exp)
     run_ = Run("train", config, tmp_path, None)
-    return _preview.draw(run_, exp, state, 10, trained_s, 10)
+    return _preview.Preview(run_, exp).draw(state, 10, trained_s, 10)
 
 
 def test_a_preview_that_would_take_too_long_is_left_out(tmp_path, capsys):

@@ -157,7 +157,7 @@ def test_wrong_configs(tmp_path, figures):
         if code != 2 or not args[0].startswith("--config."):
             continue
         began = time.monotonic()
-        _, err = run(*TINY, *args, f"--workdir={tmp_path}", code=2, JAX_NUM_CPU_DEVICES=4)
+        _, err = run(TINY[0], *args, f"--workdir={tmp_path}", code=2, JAX_NUM_CPU_DEVICES=4)
         assert err.count("\n") == 1 and all(word in err for word in words)
         most, count = max(most, time.monotonic() - began - imports), count + 1
     figures("R15", {"configs": count, "slowest after imports": f"{most:.1f} s"})

@@ -23,9 +23,6 @@ def test_results_read_back_under_their_setting_alone(tmp_path):
     assert os.listdir(path.parent) == ["pass.npz"]
 
 
-@pytest.mark.xfail(
-    run=False, reason="load: damage that hides an array, or that zipfile reports otherwise"
-)
 @pytest.mark.parametrize("damage", ["flip", "cut", "zero"])
 def test_damage_starts_the_pass_anew_or_is_harmless(tmp_path, damage):
     path = tmp_path / "pass.npz"
@@ -47,9 +44,6 @@ def test_damage_starts_the_pass_anew_or_is_harmless(tmp_path, damage):
                 np.testing.assert_array_equal(loaded[name], x, strict=True)
 
 
-@pytest.mark.xfail(
-    run=False, reason="load: a npy file is a TypeError, and np.load leaves bad files open"
-)
 def test_other_files_start_the_pass_anew(tmp_path):
     path = tmp_path / "pass.npz"
     np.savez(path, **ARRAYS)

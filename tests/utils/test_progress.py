@@ -248,12 +248,12 @@ def test_goodput_is_the_share_of_time_without_a_name():
     clock = Clock()
     timer = GoodputTimer(clock)
     clock.now += 1
-    timer.so_far("starting")
+    timer.attribute_elapsed("starting")
     for _ in range(2):
         clock.now += 3
         with timer("saving"):
             clock.now += 1
     clock.now += 1
     assert timer.seconds == {"starting": 1.0, "saving": 2.0}
-    assert (timer.of("saving"), timer.of("sampling")) == (0.2, 0.0)
+    assert (timer.share("saving"), timer.share("sampling")) == (0.2, 0.0)
     assert (timer.productive_seconds(), timer.goodput()) == (7.0, 0.7)

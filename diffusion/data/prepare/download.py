@@ -41,16 +41,10 @@ def download(
     report: Report,
     instead: str = "data.archive=PATH of a copy",
 ) -> None:
-    """Makes `path` the file described, unless it is already (its digest is computed).
+    """Makes `path` the file described, unless it is already.
 
-    Args:
-      remote: What to download.
-      path: Where to put it.
-      report: Called with the bytes transferred so far.
-      instead: The setting that names a copy of the file, for the error's advice.
-
-    Raises:
-      DataError: Naming the address, and what to do.
+    report is called with the bytes so far; `instead` names the setting for a copy of the file.
+    Raises DataError naming the address.
     """
     part = path.with_name(f"{path.name}.part")
     try:

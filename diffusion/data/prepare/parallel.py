@@ -2,6 +2,8 @@
 
 import collections
 import contextlib
+import itertools
+import math
 import multiprocessing
 import os
 import signal
@@ -34,7 +36,7 @@ def parallel_map(
 
     Args:
       function: Picklable; called in the worker processes.
-      items: Read a bounded number of bytes ahead.
+      items: Read ahead by a bounded number of bytes.
       workers: Processes; 1 for this one alone, 0 for one a core.
       nbytes: Bytes that an item takes, its result included.
       name: Names an item in an error.
@@ -49,19 +51,17 @@ def parallel_map(
     window, total = collections.deque(), 0
     pool = _make_pool(workers)
     try:
-        for chunk, size in _chunks(items, nbytes):
+        end = [], math.inf  # makes room for itself by emptying the window
+        for chunk, size in itertools.chain(_chunks(items, nbytes), [end]):
             while window and total + size > WINDOW_BYTES * workers:
                 done, done_size, results = window[0]
                 yield from zip(done, results.result(), strict=True)
                 window.popleft()
                 total -= done_size
-            with _bare_start():
-                window.append((chunk, size, pool.submit(_map_chunk, function, chunk)))
-            total += size
-        while window:
-            done, _, results = window[0]
-            yield from zip(done, results.result(), strict=True)
-            window.popleft()
+            if chunk:
+                with _bare_start():
+                    window.append((chunk, size, pool.submit(_map_chunk, function, chunk)))
+                total += size
     except BrokenProcessPool as error:
         raise _death(function, [item for chunk, *_ in window for item in chunk], name) from error
     finally:

@@ -93,18 +93,16 @@ def survey(
     Args:
       source: The images.
       spec: The form that all images are brought to.
-      holdout: What goes to the split test, for a source without splits: a collection of names; or a
-        fraction in [0, 1), of the images whose SHA-256 of the name in UTF-8, its first 8 bytes as a
-        big-endian number over 2^64, lies below it. So neither the other images nor their order
-        matter.
+      holdout: What goes to the split test, for a source without splits: names, or a fraction in
+        [0, 1). Its images are those for which the SHA-256 of the name in UTF-8, its first 8 bytes
+        as a big-endian number over 2^64, lies below it, whatever other images there are.
       on_error: 'skip' images that cannot be used, or 'fail' at the first.
       workers: Processes; 1 for this one alone, 0 for one a core.
       report: Called with the number of images done.
       write: Called with (split, record) of each image.
 
     Raises:
-      DataError: No image can be used, or one where `on_error` is 'fail'; the source is damaged; or
-        `holdout` does not fit it.
+      DataError: No image can be used, the source is damaged, or `holdout` does not fit it.
     """
     if on_error not in ("skip", "fail"):
         raise ValueError(f"on_error: expected skip or fail, found {on_error!r}")

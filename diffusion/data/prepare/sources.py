@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from diffusion.data import escape, mismatch, nearest
 from diffusion.data.prepare import archives
 from diffusion.data.prepare.archives import Item, Member, Report, Source, reading
-from diffusion.data.prepare.array_formats import CIFAR10, CIFAR100, check_count, cifar, idx
+from diffusion.data.prepare.array_formats import CIFAR10, CIFAR100, check_count, cifar, idx, npz
 from diffusion.data.prepare.download import download, published_files
 from diffusion.utils.errors import DataError
 
@@ -36,15 +36,9 @@ def open_source(
 ) -> Source:
     """Opens the source ORIGINS[name].
 
-    Args:
-      name: A key of ORIGINS.
-      archive: The file or folder to read; '' downloads what is published.
-      downloads: The folder to download to; what is there already is not downloaded again.
-      accept_incomplete: Whether fewer images than were published will do.
-      report: Called with what is being done, the bytes done, and the total.
-
-    Raises:
-      DataError: The source is unknown, missing or unusable.
+    archive is the file or folder to read; '' downloads what is published into the folder
+    `downloads`, unless it is there. accept_incomplete allows fewer images than were published.
+    report is called with what is being done, the bytes done, and the total. Raises DataError.
     """
     if name not in ORIGINS:
         raise DataError(f"data.source: {name!r} is not known; {nearest(name, ORIGINS)}")
