@@ -6,6 +6,7 @@ import pathlib
 import time
 
 # Compilation is what the suite costs: half of it is XLA's polish, which tiny shapes never earn.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # beside XLA's threads more only wait for each other
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )

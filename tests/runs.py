@@ -8,7 +8,6 @@ import re
 import socket
 import subprocess
 import sys
-import warnings
 
 import jax
 import numpy as np
@@ -39,10 +38,8 @@ def run(*args, code=0, cwd=None):
         contextlib.chdir(cwd or ROOT),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
-        warnings.catch_warnings(),
         jax.numpy_dtype_promotion("standard"),  # optax multiplies its step counter with floats
     ):
-        warnings.simplefilter("ignore", DeprecationWarning)  # of ml_collections' config_flags
         patch.setattr(cli, "start_jax", _validate)
         patch.setenv("XDG_CACHE_HOME", str(ROOT / ".cache" / "home"))
         patch.setattr(cli.preemption, "_requested", False)

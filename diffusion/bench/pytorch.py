@@ -46,16 +46,16 @@ def _remote_unet(make, config, size, *args) -> Remote:
     try:
         files = diffusers_config.to_diffusers_config(flatten(config))
     except ValueError as error:  # of a network that diffusers does not have
-        return _nothing(error)
+        _say_nothing_to_compare(error)
+        return contextlib.nullcontext({})
     c, classes = config.data, config.model.num_classes
     shape = size, c.channels, c.image_size, c.image_width or c.image_size
     half = config.model.dtype == "bfloat16"
     return _remote(make, files["unet/config.json"], shape, classes, half, *args)
 
 
-def _nothing(error: Exception) -> Remote:
+def _say_nothing_to_compare(error: Exception) -> None:
     logging.info(f"           nothing to compare with: {one_line(error)}")
-    return contextlib.nullcontext({})
 
 
 @contextlib.contextmanager
@@ -69,9 +69,8 @@ def _remote(make, *args) -> Iterator[Runs]:
         try:
             names = process.submit(_make, make, *args).result()
         except Exception as error:  # an installation of PyTorch may fail to import in any way
-            with _nothing(error) as runs:
-                yield runs
-            return
+            _say_nothing_to_compare(error)
+            names = []
         yield {name: functools.partial(call, name) for name in names}
 
 
@@ -115,7 +114,6 @@ def _training(config, shape, classes, half, optim) -> Runs:
         unet.train()
         for _ in range(n):
             step(network)
-        _wait()
 
     return _runs(steps, unet)
 
@@ -132,7 +130,6 @@ def _network(config, shape, classes, half) -> Runs:
         with torch.inference_mode(), precision():
             for _ in range(n):
                 x = 0.5 * x + 0.1 * network(x, t, **extra).sample
-        _wait()
 
     return _runs(passes, unet)
 
@@ -172,26 +169,24 @@ def _unet(config, shape, classes, half) -> tuple[Any, ...]:
 
 
 def _runs(function, unet) -> Runs:
-    """Returns function(network, n) of the eager and, on a GPU, the compiled network.
+    """Returns n -> None for the eager and, on a GPU, the compiled network.
 
     A CPU would compile for minutes.
     """
     import torch
 
-    networks = {"PyTorch": unet}
-    if _device() == "cuda":
-        networks["PyTorch, compiled"] = torch.compile(unet)
-    return {name: functools.partial(function, network) for name, network in networks.items()}
+    on_gpu = _device() == "cuda"
+
+    def run(network, n):
+        function(network, n)
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    networks = {"PyTorch": unet} | ({"PyTorch, compiled": torch.compile(unet)} if on_gpu else {})
+    return {name: functools.partial(run, network) for name, network in networks.items()}
 
 
 def _device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _wait() -> None:
-    import torch
-
-    if _device() == "cuda":
-        torch.cuda.synchronize()

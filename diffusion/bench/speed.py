@@ -7,11 +7,11 @@ program executes). A share of the peak is by the formula, and always of the bflo
 
 import collections
 import contextlib
-import functools
 import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ SOLVER = {"name": "dpmpp_2m", "steps": 20, "grid": "logsnr", "times": ()}
 BOUND_STEPS = 50
 
 
-# What is measured
+# What is timed
 
 
 def forward_flops(net: unet.UNet, height: int, width: int, channels: int) -> int:
@@ -49,7 +49,7 @@ def forward_flops(net: unet.UNet, height: int, width: int, channels: int) -> int
     forward, and the gradients with respect to inputs and weights.
     """
     net = net.clone(conv=jax.lax.conv_general_dilated)  # Winograd's saving is not counted
-    init = functools.partial(net.init_with_output, jax.random.key(0), train=False)
+    init = partial(net.init_with_output, jax.random.key(0), train=False)
     image = jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
     return _count_flops(jax.make_jaxpr(init)(image, jnp.zeros(1)).jaxpr)
 
@@ -82,7 +82,11 @@ def training_step(
     Returns (the compiled step, a function that takes n steps, seconds of compiling). As in
     training, one step is in flight while the next is dispatched.
     """
-    size, pixels, rng = config.train.batch_size, math.prod(exp.image_shape), np.random.default_rng(0)
+    rng, size, pixels = (
+        np.random.default_rng(0),
+        config.train.batch_size,
+        math.prod(exp.image_shape),
+    )
     n = max(size, 2**24 // pixels) if resident else size
     image = rng.integers(0, 256, (n, pixels), np.uint8)
     label = np.zeros(n, np.int32)
@@ -110,7 +114,7 @@ def training_step(
 
 
 def jit_chain(config: ConfigDict, exp: Experiment) -> Any:
-    """Jits the config's sampler: (params, label, keys, x_T, ts) -> x at ts[-1], from x_T at ts[0]."""
+    """Jits (params, label, keys, x_T, ts) -> x at ts[-1], by the config's sampler from ts[0]."""
     sampler, _ = experiment.make_sampler(config, exp)
     predictor = experiment.make_predictor(config, exp)
     everywhere, sharded = replicated(exp.mesh), batch_sharded(exp.mesh)
@@ -143,12 +147,7 @@ def noise_batch(exp: Experiment, size: int) -> jax.Array:
     return jax.device_put(x_T, batch_sharded(exp.mesh))
 
 
-def to_completion(function: Callable, *args: Any) -> Callable[[], Any]:
-    """Returns a function that calls `function` and waits for its result."""
-    return lambda: jax.block_until_ready(function(*args))
-
-
-# What is said of it
+# What is reported
 
 
 def describe_program(compiled: Any) -> Iterator[Measured]:
@@ -198,7 +197,7 @@ def train_part(config: ConfigDict, exp: Experiment) -> Iterator[Measured]:
     (took,) = in_turn(lambda: run(1), n=1)
     steps = max(3, min(50, round(0.5 / took[0])))
     with pytorch.training(config) as torch:
-        runs = [functools.partial(f, steps) for f in (run, *torch.values())]
+        runs = [partial(f, steps) for f in (run, *torch.values())]
         took, *others = ([s / steps for s in each] for each in in_turn(*runs))
     yield Measured("training step", "s", took)
     yield Measured("training", "steps/s", [1 / s for s in took])
@@ -224,9 +223,9 @@ def sample_part(config: ConfigDict, exp: Experiment) -> Iterator[Measured]:
         args = params, label, keys, x_T, ts[: part + 1]
         chain = jit_chain(c, exp).lower(*args).compile()
         model_ts = np.float32(np.resize(exp.process.model_t[ts[:part]], evaluations))
-        runs = [to_completion(chain, *args), to_completion(network, params, x_T, model_ts)]
+        runs = [partial(chain, *args), partial(network, params, x_T, model_ts)]
         with contextlib.nullcontext({}) if changes else pytorch.network(config, size) as torch:
-            runs += [functools.partial(f, evaluations) for f in torch.values()]
+            runs += [partial(f, evaluations) for f in torch.values()]
             took, alone, *others = in_turn(*runs)
         total = [s * steps / part * PAPER_SAMPLES / size for s in took]
         what = f"{PAPER_SAMPLES} samples, {c.sampler.name}, {steps} steps"
@@ -247,7 +246,7 @@ def likelihood_part(config: ConfigDict, exp: Experiment) -> Iterator[Measured]:
     chain = respace(exp.process, ts)
     everywhere, sharded = replicated(exp.mesh), batch_sharded(exp.mesh)
 
-    @functools.partial(jax.jit, in_shardings=(everywhere, sharded))
+    @partial(jax.jit, in_shardings=(everywhere, sharded))
     def bound(params, image):
         predict = predictor(params, jnp.zeros(size, jnp.int32))
         predict = respace_predict(exp.process, predict, exp.variance, ts)
@@ -257,8 +256,8 @@ def likelihood_part(config: ConfigDict, exp: Experiment) -> Iterator[Measured]:
     image = np.random.default_rng(0).integers(0, 256, (size, *exp.image_shape), np.uint8)
     model_ts = np.float32(chain.model_t[1:])
     took, alone = in_turn(
-        to_completion(bound, params, jax.device_put(image, sharded)),
-        to_completion(jit_network(exp), params, noise_batch(exp, size), model_ts),
+        partial(bound, params, jax.device_put(image, sharded)),
+        partial(jit_network(exp), params, noise_batch(exp, size), model_ts),
     )
     n = size * len(ts)
     yield Measured("bound, images x times", "/s", [n / s for s in took])
@@ -286,7 +285,7 @@ def features_part(config: ConfigDict, exp: Experiment) -> Iterator[Measured]:
         taps = inception.Inception().apply({"params": params}, inception.preprocess(image))
         return taps["2048"], taps["logits_unbiased"]
 
-    ours = to_completion(features, params, image)
+    ours = partial(features, params, image)
     with pytorch.features(weights, image) as torch:
         for theirs in torch.values():
             for a, b in zip(ours(), theirs(), strict=True):  # the same network
@@ -316,7 +315,7 @@ def data_part(config: ConfigDict, exp: Experiment) -> Iterator[Measured]:
         yield Measured(what, "images/s", [n / wall for wall, _ in took])
         yield Measured(f"{what}, a core", "images/s", [n / cpu for _, cpu in took])
     runs = [training_step(config, exp, resident)[1] for resident in (True, False)]
-    gathered, given = in_turn(*(functools.partial(run, 1) for run in runs), n=20)
+    gathered, given = in_turn(*(partial(run, 1) for run in runs), n=20)
     yield Measured("training step that gathers its batch on the device", "s", gathered)
     yield Measured("training step that is given its batch", "s", given)
     yield ratio("the first over the second", gathered, given)

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import jax
+
 REPETITIONS = 5
 
 
@@ -27,11 +29,14 @@ def ratio(what: str, a: list[float], b: list[float]) -> Measured:
 
 
 def seconds(run: Callable[[], object], n: int = REPETITIONS) -> Iterator[tuple[float, float]]:
-    """Yields (wall seconds, CPU seconds of this process) of n runs, after an unmeasured one."""
-    run()
+    """Yields (wall seconds, CPU seconds of this process) of n runs, after an unmeasured one.
+
+    A run ends when the arrays that it returns have been computed.
+    """
+    jax.block_until_ready(run())
     for _ in range(n):
         wall, cpu = time.perf_counter(), time.process_time()
-        run()
+        jax.block_until_ready(run())
         yield time.perf_counter() - wall, time.process_time() - cpu
 
 

@@ -86,23 +86,21 @@ def _bounds(lowered: Any, mesh: Mesh, what: str) -> Iterator[Measured]:
     yield Measured(f"compiling: {what}", "s", [time.perf_counter() - began])
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     touched, main = hlo.moved_bytes(text)
-    sizes = {
-        "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        **hlo.collectives(text),
-    }
-    for name, size in sizes.items():
-        yield Measured(f"  {name}", "GB/chip", [size / 1e9])
-    yield Measured("  FLOPs, by the compiler", "GFLOP/chip", [cost["flops"] / 1e9])
-    yield Measured("  bytes accessed, all memories", "GB/chip", [cost["bytes accessed"] / 1e9])
-    yield Measured("  without transfers between memories", "GB/chip", [touched / 1e9])
-    yield Measured("  bytes of main memory alone", "GB/chip", [main / 1e9])
-    peak = PEAKS[mesh.devices.flat[0].device_kind]
+    peak, accessed = PEAKS[mesh.devices.flat[0].device_kind], cost["bytes accessed"]
     arithmetic, traffic = cost["flops"] / peak.flops, main / peak.bytes
-    all_traffic = cost["bytes accessed"] / peak.bytes
-    yield Measured("  no less than, for the arithmetic", "ms", [arithmetic * 1e3])
-    yield Measured("  no less than, for main memory", "ms", [traffic * 1e3])
-    yield Measured("  if all bytes accessed were of main memory", "ms", [all_traffic * 1e3])
     rate = 1 / max(arithmetic, traffic)
-    yield Measured("  allowed (an estimate)", "/s", [rate])
+    for what, value, unit in (
+        ("arguments", memory.argument_size_in_bytes / 1e9, "GB/chip"),
+        ("temporaries", memory.temp_size_in_bytes / 1e9, "GB/chip"),
+        *((kind, size / 1e9, "GB/chip") for kind, size in hlo.collectives(text).items()),
+        ("FLOPs, by the compiler", cost["flops"] / 1e9, "GFLOP/chip"),
+        ("bytes accessed, all memories", accessed / 1e9, "GB/chip"),
+        ("without transfers between memories", touched / 1e9, "GB/chip"),
+        ("bytes of main memory alone", main / 1e9, "GB/chip"),
+        ("no less than, for the arithmetic", arithmetic * 1e3, "ms"),
+        ("no less than, for main memory", traffic * 1e3, "ms"),
+        ("if all bytes accessed were of main memory", accessed / peak.bytes * 1e3, "ms"),
+        ("allowed (an estimate)", rate, "/s"),
+    ):
+        yield Measured(f"  {what}", unit, [value])
     return rate

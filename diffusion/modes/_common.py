@@ -1,7 +1,10 @@
-"""What several modes share: a trained model, and lines of the console."""
+"""What several modes share: a trained model, folders written whole, lines of the console."""
 
 import contextlib
+import os
 import pathlib
+import shutil
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +16,7 @@ from diffusion.experiment import Experiment
 from diffusion.runtime.config import Run
 from diffusion.train_step import TrainState
 from diffusion.utils.errors import WorkdirError
+from diffusion.utils.multihost import barrier, is_primary
 
 
 class Trained(NamedTuple):
@@ -71,3 +75,36 @@ def describe_data(config: ConfigDict, images: data.ImageDataset) -> str:
 def batch_size(exp: Experiment, most: int, n: int) -> int:
     """Returns min(most, n), rounded up to a multiple of the devices."""
     return -(-min(most, n) // exp.mesh.size) * exp.mesh.size
+
+
+def check_empty(folder: pathlib.Path, flag: str) -> None:
+    """Raises WorkdirError if the folder named by a flag holds anything."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise WorkdirError(
+            f"{flag}={folder}: expected a new or empty folder, found files; choose another {flag}"
+        )
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a folder to write into, which replaces `folder` once all processes are done with it.
+
+    Raises WorkdirError.
+    """
+    folder = folder.absolute()
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    try:
+        if is_primary():
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        barrier("atomic_folder made")
+        yield unfinished
+        barrier("atomic_folder written")
+        if is_primary():
+            os.replace(unfinished, folder)
+        barrier("atomic_folder moved")
+    except OSError as error:
+        raise WorkdirError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if is_primary():
+            shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Scores of images against references: features, statistics that are kept, distances."""
+"""Scores of images against references: features, cached statistics, distances."""
 
 import hashlib
 import pathlib
@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from diffusion import convert, data, experiment
 from diffusion.convert import files
+from diffusion.experiment import Experiment
 from diffusion.metrics import (
     FID_NUM_IMAGES,
     METRICS,
@@ -41,72 +43,73 @@ from diffusion.runtime.config import cache_dir, call_for_key, with_overrides
 from diffusion.utils import logging
 from diffusion.utils.errors import DataError, DDPMError
 from diffusion.utils.io import save_npz
-from diffusion.utils.multihost import all_processes, barrier, is_primary
+from diffusion.utils.multihost import all_processes, barrier, broadcast_from_primary, is_primary
 from diffusion.utils.progress import Progress
 
-# How the samples of a quick reading are drawn, at every step of a training alike.
+# The sampler of a quick reading, the same at every step of a training.
 QUICK = {"sampler.name": "ddim", "sampler.grid": "uniform", "sampler.times": (), "sampler.eta": 0.0}
 QUICK_STEPS, QUICK_REFERENCE_NUM = 20, 10_000
 
 
 class Scorer(NamedTuple):
-    """What scores are computed with. missing: the error of missing Inception weights, or None."""
+    """Extracts the features of images. missing: why Inception's are missing, or None."""
 
-    trained: Trained
+    config: ConfigDict
+    exp: Experiment
     extractor: FeatureExtractor
     missing: DataError | None = None
 
+    def batch_size(self, n: int) -> int:
+        return batch_size(self.exp, self.config.eval.batch_size, n)
+
     def read(self, images: ImageSet, partial: pathlib.Path | None = None) -> dict[str, FeatureSet]:
-        """Extracts the features of a set of images, with progress, resuming from `partial`."""
-        config, exp = self.trained.config, self.trained.exp
-        logging.info(f"reading    {images.n:,} images of {images.name}: {self.kinds}")
+        """Extracts the features of an image set, with progress, resuming from `partial`."""
+        kinds = ", ".join(self.extractor.kinds)
+        logging.info(f"reading    {images.n:,} images of {images.name}: {kinds}")
         if images.warning:
             logging.info(f"           {images.warning}")
-        size = batch_size(exp, config.eval.batch_size, images.n)
+        size, keep = self.batch_size(images.n), self.config.eval.keep
         with Progress(images.n, unit="image") as progress:
 
             def on_batch(done):
                 progress(done)
                 preemption.raise_if_requested()
 
-            args = images, self.extractor, size, config.eval.keep, exp.mesh, partial
-            return extract(*args, on_batch)
-
-    @property
-    def kinds(self) -> str:
-        """The kinds of features in words."""
-        return ", ".join(self.extractor.kinds)
+            return extract(images, self.extractor, size, keep, self.exp.mesh, partial, on_batch)
 
 
-def make_scorer(trained: Trained, shape: tuple[int, int, int]) -> Scorer:
+def make_scorer(config: ConfigDict, exp: Experiment, shape: tuple[int, int, int]) -> Scorer:
     """Builds the extractor of eval.features for images (h, w, c).
 
     Without Inception weights the other features are used, and `missing` says how to get them.
     Raises ConfigError.
     """
-    names, weights, missing = list(trained.config.eval.features), None, None
+    names, weights, missing = list(config.eval.features), None, None
     if "inception" in names:
-        for turn in (True, False):  # process 0 downloads; the others then find the file
-            if turn == is_primary():
-                weights, missing = _load_inception(trained.config.eval.inception)
-            barrier("inception weights")
+        weights, problem = _load_inception(config.eval.inception)
         if not all_processes(weights is not None):
-            missing = missing or "another process has no Inception weights"
+            problem = problem or "another process has no Inception weights"
             names = [name for name in names if name != "inception"] or list(features.FEATURES)
-            what = " and ".join(f"fd_{name}" for name in names)
-            missing = DataError(f"{missing}; without them only {what} can be scored")
-            logging.info(f"warning    no Inception weights: only {what} will be scored")
-    args = names, shape, trained.exp.mesh, weights
-    return Scorer(trained, call_for_key(make_extractor, "eval.features", *args), missing)
+            scores = " and ".join(f"fd_{name}" for name in names)
+            missing = DataError(f"{problem}; without them only {scores} can be scored")
+            logging.info(f"warning    no Inception weights: only {scores} will be scored")
+    args = names, shape, exp.mesh, weights
+    extractor = call_for_key(make_extractor, "eval.features", *args)
+    return Scorer(config, exp, extractor, missing)
 
 
 def _load_inception(path: str) -> tuple[Any, str]:
     """Returns (the folded weights, "") or (None, why there are none)."""
-    try:
-        arrays = convert.from_inception(files.inception(path, str(cache_dir() / "weights")))
-        return jax.device_get(inception.fold(arrays)), ""
-    except (DDPMError, ValueError) as error:
-        return None, str(error)
+    weights, problem = None, ""
+    for turn in (True, False):  # process 0 downloads; the others then find the file
+        if turn == is_primary():
+            try:
+                arrays = convert.from_inception(files.inception(path, str(cache_dir() / "weights")))
+                weights = jax.device_get(inception.fold(arrays))
+            except (DDPMError, ValueError) as error:
+                problem = str(error)
+        barrier("inception weights")
+    return weights, problem
 
 
 # References
@@ -123,42 +126,45 @@ class Reference(NamedTuple):
 def load_reference(name: str, scorer: Scorer) -> Reference:
     """Reads a split of the data, an npz of statistics (mu, sigma), or other images.
 
-    Statistics of splits are cached between runs under a fingerprint of their images. Raises
-    DataError.
+    Raises DataError.
     """
-    config, extractor = scorer.trained.config, scorer.extractor
-    path = pathlib.Path(name).expanduser()
+    c, extractor, path = scorer.config.eval, scorer.extractor, pathlib.Path(name).expanduser()
     if path.suffix == ".npz" and (found := load_statistics(path, extractor)):
         return Reference(name, found, {"statistics": name, "sha256": digest_of(path)})
     if path.exists() and (path.suffix or len(path.parts) > 1):  # a bare word is a split
-        images = image_set_from_files(name, extractor.shape[2], config.eval.reference_num)
+        images = image_set_from_files(name, extractor.shape[2], c.reference_num)
         _check_shape(name, images.shape, extractor)
         about = {"images": images.n, "sha256": digest_of(path)}
         return Reference(name, scorer.read(images), about)
-    split = experiment.load_split(config, scorer.trained.exp, name)
+    split = experiment.load_split(scorer.config, scorer.exp, name)
     _check_shape(name, split.shape, extractor)
-    c = config.eval
-    images = image_set_from_split(split, name, c.reference_num, config.data.workers)
+    images = image_set_from_split(split, name, c.reference_num, scorer.config.data.workers)
     fingerprint = data.fingerprint(split)
-    stem = f"{config.data.name or config.data.source}_{name}_{images.n}_{fingerprint}"
-    folder, stem = cache_dir() / "statistics", stem.replace("/", "_")
+    about = {"split": name, "images": images.n, "hash": fingerprint}
+    return Reference(name, _read_cached(images, fingerprint, scorer), about)
+
+
+def _read_cached(images: ImageSet, fingerprint: str, scorer: Scorer) -> dict[str, FeatureSet]:
+    """Reads a split as Scorer.read, through the statistics that earlier runs left in the cache."""
+    c, extractor, folder = scorer.config, scorer.extractor, cache_dir() / "statistics"
+    stem = f"{c.data.name or c.data.source}_{images.name}_{images.n}_{fingerprint}"
+    stem = stem.replace("/", "_")
     paths = {}
     for kind in extractor.kinds:
         weights = extractor.fingerprint if kind in INCEPTION_KINDS else ""
-        paths[kind] = folder / f"{stem}_{kind}{weights}_{c.keep}.npz"
-    known: dict[str, FeatureSet] = {}
+        paths[kind] = folder / f"{stem}_{kind}{weights}_{c.eval.keep}.npz"
+    found: dict[str, FeatureSet] = {}
     for path in paths.values() if is_primary() else ():
-        known |= load_statistics(path, extractor) or {}
-    complete = not is_primary() or known.keys() == extractor.kinds.keys()
-    if not all_processes(complete):
-        known = scorer.read(images, folder / f"{stem}_partial.npz")
-        for kind, path in paths.items() if is_primary() else ():
-            save_statistics(path, kind, known[kind])
-    return Reference(name, known, {"split": name, "images": images.n, "hash": fingerprint})
+        found |= load_statistics(path, extractor) or {}
+    if not broadcast_from_primary(found.keys() == extractor.kinds.keys()):
+        found = scorer.read(images, folder / f"{stem}_partial.npz")
+        for kind, each in found.items():
+            save_statistics(paths[kind], kind, each)
+    return found
 
 
 def save_statistics(path: pathlib.Path, kind: str, features: FeatureSet) -> None:
-    """Writes an npz whose `mu` and `sigma` other programs read, beside all that is kept."""
+    """Writes an npz with all of a feature set, and `mu` and `sigma`, which other programs read."""
     mu, sigma = frechet.finalize(features.stats)
     save_npz(path, mu=mu, sigma=sigma, kind=kind, **feature_set.to_arrays(features))
 
@@ -215,43 +221,40 @@ Scores = dict[str, dict[str, Score]]  # {reference, or "" for none: {public name
 
 
 def score(
-    feature_sets: dict[str, FeatureSet], references: list[Reference], notes: list[str]
+    generated: dict[str, FeatureSet], references: list[Reference], notes: list[str]
 ) -> Scores:
     """Computes every applicable score of a set of images against every reference.
 
-    notes: gets a line for each score that fails, and what limits the comparability of the sets.
+    notes: gets a line for each score that fails, and for each that has too few images.
     """
-    out: Scores = {}
-    for kind, generated in feature_sets.items():
-        for against in (None, *references):
-            real = against.feature_sets.get(kind) if against else None
-            if against and real is None:
-                continue
-            for name in applicable_metrics(generated, real):
-                if bool(METRICS[name].reference) != bool(against):
+    scores: Scores = {}
+    nothing = Reference("", dict.fromkeys(generated), {})  # of scores that need no reference
+    for kind, images in generated.items():
+        for reference in (nothing, *(r for r in references if kind in r.feature_sets)):
+            real = reference.feature_sets[kind]
+            for name in applicable_metrics(images, real):
+                if real is not None and not METRICS[name].reference:
                     continue
                 try:
-                    found = evaluate(name, generated, real)
+                    found = evaluate(name, images, real)
                 except ValueError as error:  # the others are still worth having
                     notes.append(f"{kind}: {error}")
                     continue
-                named = {metric_name(k, kind, generated.n): s for k, s in found.items()}
-                out.setdefault(against.name if against else "", {}).update(named)
-    sets = [("", feature_sets), *((f" of {r.name}", r.feature_sets) for r in references)]
+                public = {metric_name(k, kind, images.n): s for k, s in found.items()}
+                scores.setdefault(reference.name, {}).update(public)
+    sets = [("", generated), *((f" of {r.name}", r.feature_sets) for r in references)]
     for name, each in sets:
         for kind, features_ in each.items():
             notes += [f"{kind}{name}: {line}" for line in warnings_for(features_)]
-    return out
+    return scores
 
 
 def make_distances(scorer: Scorer, real: Reference) -> Callable[[np.ndarray], dict[str, float]]:
     """Builds uint8[n, h, w, c] -> {fd_random, ...}: Frechet distances to the reference."""
-    exp = scorer.trained.exp
 
     def distances(images: np.ndarray) -> dict[str, float]:
-        size = batch_size(exp, scorer.trained.config.eval.batch_size, len(images))
-        image_set = image_set_from_array("samples", images)
-        found = extract(image_set, scorer.extractor, size, 0, exp.mesh)
+        size, mesh = scorer.batch_size(len(images)), scorer.exp.mesh
+        found = extract(image_set_from_array("samples", images), scorer.extractor, size, 0, mesh)
         return {
             metric_name(name, kind, len(images)): each.value
             for kind, generated in found.items()
@@ -266,8 +269,8 @@ def make_measures(trained: Trained) -> tuple[Callable, dict[str, Callable]]:
 
     The spaces are Inception's features, where its weights are.
     """
-    scorer = make_scorer(trained, trained.exp.image_shape)
-    size = batch_size(trained.exp, trained.config.eval.batch_size, 2**31)
+    scorer = make_scorer(trained.config, trained.exp, trained.exp.image_shape)
+    size = scorer.batch_size(2**31)
 
     def inception_features(images):
         image_set = image_set_from_array("images", images)
@@ -283,13 +286,12 @@ def make_quick_distances(trained: Trained) -> Callable[[Any], dict[str, float]]:
     The samples are drawn in 20 steps from the same noise each time, so that what changes during a
     training is the model. Raises ConfigError, DataError.
     """
-    steps = min(QUICK_STEPS, trained.exp.process.T)
-    keys = {"sampler.steps": steps, "eval.reference_num": QUICK_REFERENCE_NUM}
-    keys["eval.features"] = tuple(features.FEATURES)
-    config, n = with_overrides(trained.config, QUICK | keys), trained.config.eval.quick
-    trained = trained._replace(config=config)
-    sampler = _sampling.compile_sampler(config, trained.exp, min(n, config.eval.batch_size))
-    scorer = make_scorer(trained, trained.exp.image_shape)
+    exp, n = trained.exp, trained.config.eval.quick
+    keys = {"sampler.steps": min(QUICK_STEPS, exp.process.T)}
+    keys |= {"eval.reference_num": QUICK_REFERENCE_NUM, "eval.features": tuple(features.FEATURES)}
+    config = with_overrides(trained.config, QUICK | keys)
+    sampler = _sampling.compile_sampler(config, exp, min(n, config.eval.batch_size))
+    scorer = make_scorer(config, exp, exp.image_shape)
     distances = make_distances(scorer, load_reference("train", scorer))
 
     def of(params):

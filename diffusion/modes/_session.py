@@ -55,7 +55,7 @@ class Session:
         Raises NonFiniteError as train.on_nonfinite says.
         """
         self._pending.append((step, metrics))
-        while len(self._pending) > (0 if wait else 1):
+        while len(self._pending) > (0 if wait else 1) and not self.bad_steps.rolling_back:
             self._log(*self._pending.popleft(), state)
 
     def discard(self) -> None:
@@ -86,5 +86,5 @@ class Session:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Keeps what is no training step out of the rate, the watchdog and the goodput."""
-        with self._progress.paused(), self._watchdog.asleep(), self.timer(READINGS):
+        with self._progress.paused(), self._watchdog.paused(), self.timer(READINGS):
             yield

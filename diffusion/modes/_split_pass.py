@@ -73,7 +73,9 @@ def respaced_chain(chain: ChainModel, variance: targets.Variance, ts: np.ndarray
     """Returns the same network on the chain that visits only the times ts."""
 
     def predictor(params, label):
-        return timesteps.respace_predict(chain.process, chain.predictor(params, label), variance, ts)
+        return timesteps.respace_predict(
+            chain.process, chain.predictor(params, label), variance, ts
+        )
 
     return ChainModel(process.respace(chain.process, ts), predictor)
 

@@ -1,10 +1,6 @@
 """--mode=export: the newest checkpoint as a folder for diffusers, for --mode=import and the Hub."""
 
-import contextlib
-import os
 import pathlib
-import shutil
-from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -13,13 +9,13 @@ from ml_collections import ConfigDict
 from diffusion import convert, experiment
 from diffusion.convert import diffusers_config, model_card, safetensors_file
 from diffusion.convert.readers import CONFIG_FILE, DIFFUSERS_FILES, FLAX_FILE
-from diffusion.modes._common import load_state
+from diffusion.modes._common import atomic_folder, check_empty, load_state
 from diffusion.runtime.config import Run, flatten
 from diffusion.train_step import TrainState
 from diffusion.utils import logging
-from diffusion.utils.errors import ConfigError, WorkdirError
+from diffusion.utils.errors import ConfigError
 from diffusion.utils.io import save_json, save_text
-from diffusion.utils.multihost import barrier, is_primary
+from diffusion.utils.multihost import is_primary
 
 
 def run(run: Run) -> None:
@@ -61,36 +57,3 @@ def export_weights(
             save_text(folder / "README.md", card)
     readers = "diffusers and --mode=import" if pipeline else "--mode=import"
     logging.info(f"done       {output}: step {step:,}, for {readers}")
-
-
-def check_empty(folder: pathlib.Path, flag: str) -> None:
-    """Raises WorkdirError if the folder named by a flag holds anything."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise WorkdirError(
-            f"{flag}={folder}: expected a new or empty folder, found files; choose another {flag}"
-        )
-
-
-@contextlib.contextmanager
-def atomic_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a folder to write into, which replaces `folder` once all processes are done with it.
-
-    Raises WorkdirError.
-    """
-    folder = folder.absolute()
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    try:
-        if is_primary():
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-        barrier("atomic_folder made")
-        yield unfinished
-        barrier("atomic_folder written")
-        if is_primary():
-            os.replace(unfinished, folder)
-        barrier("atomic_folder moved")
-    except OSError as error:
-        raise WorkdirError(f"{folder}: cannot be written: {error.strerror or error}") from error
-    finally:
-        if is_primary():
-            shutil.rmtree(unfinished, ignore_errors=True)

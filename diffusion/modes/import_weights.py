@@ -20,8 +20,7 @@ from diffusion import convert, experiment
 from diffusion.convert import readers, tf_checkpoint
 from diffusion.convert.unet_names import network_structure
 from diffusion.experiment import Experiment
-from diffusion.modes._common import open_checkpoints
-from diffusion.modes.export_weights import atomic_folder, check_empty
+from diffusion.modes._common import atomic_folder, check_empty, open_checkpoints
 from diffusion.runtime.config import (
     ROOT,
     Run,

@@ -14,7 +14,7 @@ from diffusion.runtime import config as config_
 from diffusion.runtime import preemption
 from diffusion.runtime.config import Run
 from diffusion.utils import logging
-from diffusion.utils.errors import STOPPED, ConfigError, DDPMError, one_line
+from diffusion.utils.errors import STOPPED, ConfigError, DDPMError, LostPeerError, one_line
 
 DEFERRING_MODES = ("sample", "eval", "bpd", "figures", "frontier")
 READING_MODES = (*DEFERRING_MODES, "export")
@@ -49,6 +49,7 @@ def main(
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA raises what matters
     if XLA_FLAG not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{XLA_FLAG} {os.environ.get('XLA_FLAGS', '')}"
+    flags.FLAGS.mark_as_parsed()  # grain reads flags of its own
     from diffusion.runtime import workdir  # imports JAX, which reads the environment
 
     run = None
@@ -77,11 +78,20 @@ def main(
     except KeyboardInterrupt:
         return _end(preemption.Stopped("interrupted"))
     except Exception as error:  # a defect of this program or of a library
+        if _is_lost_peer(error):
+            return _end(LostPeerError("a collective failed; the same command resumes"))
         trace = run and workdir.write_traceback(run.workdir, error)
         if not trace:
             raise
         what = f"{type(error).__name__}: {one_line(error)}; the traceback: {trace}"
         return _end(DDPMError(what))
+
+
+def _is_lost_peer(error: Exception) -> bool:
+    """Whether a collective of several processes failed, before JAX's heartbeat has ended them."""
+    import jax
+
+    return jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError)
 
 
 def _help(flag_values: flags.FlagValues, usage: str) -> str:
@@ -155,6 +165,8 @@ def start_distributed(config: ConfigDict) -> None:
                 f"{CLUSTER[0]}: expected {CLUSTER[1]} and {CLUSTER[2]} beside it, "
                 f"found no {missing}; set all three"
             ) from None
+    if jax.distributed.is_initialized() and jax.process_count() == 1:
+        preemption.install()  # JAX has taken SIGTERM for itself
 
 
 def _end(error: BaseException) -> int:

@@ -43,8 +43,6 @@ class Watchdog:
         finally:
             self._active, self._waited_s = True, 0.0
 
-    asleep = paused  # the former name
-
     def _watch(self) -> None:
         while self._waited_s <= self._limit_s:
             time.sleep(TICK_S)

@@ -46,7 +46,13 @@ class IntegrityError(DDPMError):
     code = 6
 
 
-LOST = 7  # exit code of a process whose peer was lost, or that made no progress
+class LostPeerError(DDPMError):
+    """Another process of the run was lost."""
+
+    code = 7
+
+
+LOST = LostPeerError.code  # also of a process that made no progress (runtime.watchdog)
 STOPPED = 75  # exit code after SIGINT or SIGTERM: the same command resumes (EX_TEMPFAIL)
 
 

@@ -45,7 +45,11 @@ WRONG = {
         2,
         ["data.source", "flder", "nearest: folder"],
     ),
-    "no archive": (["--mode=prepare", "--config.data.source=zip"], 3, ["data.archive", "cannot be downloaded"]),
+    "no archive": (
+        ["--mode=prepare", "--config.data.source=zip"],
+        3,
+        ["data.archive", "cannot be downloaded"],
+    ),
     "archive not there": (
         ["--mode=prepare", "--config.data.source=folder", "--config.data.archive=/nowhere"],
         3,

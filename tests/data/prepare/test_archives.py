@@ -1,4 +1,4 @@
-"""archives.py: every hostile or broken file is named, does no harm, and leaves the rest usable."""
+"""Hostile and broken archives: each is named, does no harm, and leaves the rest usable."""
 
 import contextlib
 import gzip

@@ -1,4 +1,4 @@
-"""arrays.py: the pixels that come are the bytes that were written, or a line says what is wrong."""
+"""CIFAR, IDX and npz: the pixels are the bytes that were written, or an error says why not."""
 
 import gzip
 import os

@@ -1,4 +1,4 @@
-"""downloads.py against a server of this machine that cuts, lies and refuses."""
+"""Downloads from a local server that cuts connections, lies and refuses."""
 
 import hashlib
 import http.server

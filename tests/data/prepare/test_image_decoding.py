@@ -1,4 +1,4 @@
-"""pictures.py against the formats' own definitions, closed forms, and everything that is broken.
+"""Decoding against the formats' own definitions, closed forms, and everything that is broken.
 
 Files are made in memory: by Pillow where it can write them, else from their bytes.
 """
@@ -205,7 +205,7 @@ def test_what_is_refused_takes_little_memory():
         png(11, 9, 8, 2, COLOUR.reshape(9, -1), chunk(b"acTL", bytes(8))),
     ],
 )
-def test_broken_metadata_takes_nothing_from_the_picture(content):
+def test_broken_metadata_takes_nothing_from_the_image(content):
     sound = JPEG if content[:2] == JPEG[:2] else file(COLOUR)
     np.testing.assert_array_equal(
         normalize_image(content, OF_SIZE).pixels, normalize_image(sound, OF_SIZE).pixels
@@ -219,7 +219,7 @@ def raising(error):
     return method
 
 
-def test_any_error_is_one_line_of_the_picture(monkeypatch):
+def test_any_error_is_an_image_error_of_one_line(monkeypatch):
     content = file(COLOUR)
     monkeypatch.setattr(Image.Image, "resize", raising(MemoryError))
     with pytest.raises(ImageError, match="cannot be converted: MemoryError"):
@@ -232,7 +232,7 @@ def test_any_error_is_one_line_of_the_picture(monkeypatch):
         normalize_image(content, ImageSpec(4, 4, 3))
 
 
-def test_ctrl_c_is_not_an_error_of_the_picture(monkeypatch):
+def test_ctrl_c_is_not_an_error_of_the_image(monkeypatch):
     content = file(COLOUR)
     monkeypatch.setattr(Image.Image, "load", raising(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -240,13 +240,13 @@ def test_ctrl_c_is_not_an_error_of_the_picture(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "rule",
+    "spec",
     [ImageSpec(0, 8, 3), ImageSpec(8, -1, 3), ImageSpec(8, 8, 4), ImageSpec(2**20, 2**20, 3),
      ImageSpec(8, 8, 3, (0, 0)), ImageSpec(8, 8, 3, (0, 0, 256))],
 )  # fmt: skip
-def test_a_rule_that_cannot_be_followed(rule):
+def test_a_spec_that_cannot_be_followed(spec):
     with pytest.raises(ImageError, match=r"^image size: expected height x .*, found \("):
-        normalize_image(COLOUR, rule)
+        normalize_image(COLOUR, spec)
 
 
 def test_pillows_warnings_are_off_and_no_others():
@@ -385,7 +385,7 @@ def test_alpha_of_every_level_over_every_level(kind):
     assert picture.mode == {"array": "array", "LA": "LA"}.get(kind, "RGBA")
 
 
-def test_grey_of_a_transparent_picture_has_the_luma_of_the_background():
+def test_grey_of_a_transparent_image_has_the_luma_of_the_background():
     picture = normalize_image(np.zeros([4, 4, 4], np.uint8), ImageSpec(4, 4, 1, BACKGROUND))
     assert np.abs(picture.pixels - (0.587 * 100 + 0.114 * 255)).max() <= 0.5 + 1e-3
 
@@ -532,7 +532,7 @@ def test_the_first_frame(kind):
 
 
 @pytest.mark.parametrize(
-    "size, rule, box",  # box: rows, columns that stay
+    "size, spec, box",  # box: rows, columns that stay
     [
         ((5, 8), (5, 5), (0, 5, 1, 6)),  # 3 go: 1 left, 2 right
         ((8, 5), (5, 5), (1, 6, 0, 5)),
@@ -548,16 +548,16 @@ def test_the_first_frame(kind):
         ((1, 1000), (8, 8), (0, 1, 499, 500)),
     ],
 )
-def test_crop(size, rule, box):
+def test_crop(size, spec, box):
     """What stays is seen to the last pixel, and nothing else is, whatever filter comes after."""
     top, bottom, left, right = box
     outside = np.full(size, 255, np.uint8)
     outside[top:bottom, left:right] = 0
-    assert not normalize_image(outside, ImageSpec(*rule, 1)).pixels.any()
+    assert not normalize_image(outside, ImageSpec(*spec, 1)).pixels.any()
     for y, x in itertools.product((top, bottom - 1), (left, right - 1)):
         mark = np.zeros(size, np.uint8)
         mark[y, x] = 255
-        assert normalize_image(mark, ImageSpec(*rule, 1)).pixels.any()
+        assert normalize_image(mark, ImageSpec(*spec, 1)).pixels.any()
 
 
 def test_crop_alone_does_not_resample():
@@ -570,10 +570,10 @@ def test_crop_alone_does_not_resample():
 @pytest.mark.parametrize("size", [(1, 1), (3, 7), (8, 8), (9, 8), (40, 41), (64, 64), (201, 77)])
 @pytest.mark.parametrize("level", [0, 1, 128, 254, 255])
 def test_a_constant_stays(size, level):
-    for shape, rule in itertools.product(
+    for shape, spec in itertools.product(
         [size, (*size, 3)], [ImageSpec(8, 8, 3), ImageSpec(5, 9, 1)]
     ):
-        assert (normalize_image(np.full(shape, level, np.uint8), rule).pixels == level).all()
+        assert (normalize_image(np.full(shape, level, np.uint8), spec).pixels == level).all()
 
 
 @pytest.mark.parametrize("n", [16, 48, 65, 100, 200, 512])
@@ -618,16 +618,16 @@ def test_boxes_then_lanczos(n, box):
     assert np.abs(error).max() <= 1  # where a mean lies between two levels
 
 
-@pytest.mark.parametrize("size, crop, rule, how", [
+@pytest.mark.parametrize("size, crop, spec, how", [
     ((6, 6), (6, 6), (20, 20), Image.Resampling.BICUBIC),
     ((10, 3), (10, 2), (9, 2), Image.Resampling.LANCZOS),  # larger one way only
     ((3, 10), (2, 10), (2, 9), Image.Resampling.LANCZOS),
 ])  # fmt: skip
-def test_filter(size, crop, rule, how):
+def test_filter(size, crop, spec, how):
     image = noise(*size, 3)
     cropped = Image.fromarray(np.ascontiguousarray(image[: crop[0], : crop[1]]))
-    expected = np.asarray(cropped.resize(rule[::-1], how))
-    np.testing.assert_array_equal(normalize_image(image, ImageSpec(*rule, 3)).pixels, expected)
+    expected = np.asarray(cropped.resize(spec[::-1], how))
+    np.testing.assert_array_equal(normalize_image(image, ImageSpec(*spec, 3)).pixels, expected)
 
 
 @pytest.mark.parametrize("n", [4, 20, 64, 70])
@@ -684,20 +684,20 @@ NOT_KEPT = {
 @pytest.mark.parametrize("name", [*KEPT, *NOT_KEPT])
 def test_bytes_are_kept_where_nothing_changes(name):
     content, channels = (KEPT | NOT_KEPT)[name]
-    for rule in (
+    for spec in (
         ImageSpec(9, 11, channels),
         ImageSpec(8, 11, channels),
         ImageSpec(18, 22, channels),
     ):
-        picture = normalize_image(content, rule)
-        kept = name in KEPT and rule[:2] == (9, 11)
+        picture = normalize_image(content, spec)
+        kept = name in KEPT and spec[:2] == (9, 11)
         assert (picture.encoded == content) == kept and picture.changed == (not kept)
         assert picture.size == (9, 11)
-        assert picture.pixels.shape == rule[:3] and picture.pixels.dtype == np.uint8
+        assert picture.pixels.shape == spec[:3] and picture.pixels.dtype == np.uint8
         with Image.open(io.BytesIO(picture.encoded)) as image:
             assert image.mode == {1: "L", 3: "RGB"}[channels]
             assert kept or (image.format == "PNG" and not image.info)
-            np.testing.assert_array_equal(np.asarray(image).reshape(rule[:3]), picture.pixels)
+            np.testing.assert_array_equal(np.asarray(image).reshape(spec[:3]), picture.pixels)
 
 
 @pytest.mark.parametrize("shape", [(9, 11), (9, 11, 1), (9, 11, 3), (9, 11, 4)])
@@ -719,12 +719,12 @@ def test_arrays(shape):
 
 def test_an_array_and_its_files_give_the_same():
     image = noise(50, 70, 3)
-    for rule in (ImageSpec(16, 16, 3), ImageSpec(7, 20, 1), ImageSpec(99, 99, 3)):
-        expected = normalize_image(image, rule).pixels
+    for spec in (ImageSpec(16, 16, 3), ImageSpec(7, 20, 1), ImageSpec(99, 99, 3)):
+        expected = normalize_image(image, spec).pixels
         for kind in ("PNG", "BMP", "TIFF", "PPM", "WEBP"):
             options = {"lossless": True} if kind == "WEBP" else {}
             content = file(image, kind, **options)
-            np.testing.assert_array_equal(normalize_image(content, rule).pixels, expected)
+            np.testing.assert_array_equal(normalize_image(content, spec).pixels, expected)
 
 
 SMALL = {
@@ -755,7 +755,7 @@ SMALL = {
 
 
 def pixels_or_none(content):
-    """None: refused. Anything else than PictureError is a failure."""
+    """None: refused. Anything else than ImageError is a failure."""
     try:
         return normalize_image(content, ImageSpec(9, 11, 3)).pixels
     except ImageError as error:
@@ -764,7 +764,7 @@ def pixels_or_none(content):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_what_is_cut_off_anywhere_is_refused_or_is_the_whole_picture(name):
+def test_what_is_cut_off_anywhere_is_refused_or_is_the_whole_image(name):
     """What may lack is what says nothing of the pixels: the last checksum, further frames."""
     content = SMALL[name]
     whole, left = pixels_or_none(content), 0

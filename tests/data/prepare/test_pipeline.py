@@ -1,4 +1,4 @@
-"""prepare.py: what TFDS reads is what the source gave; every number of the summary is known."""
+"""What TFDS reads is what the source gave, and every number of the summary is known."""
 
 import contextlib
 import hashlib

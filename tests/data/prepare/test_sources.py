@@ -1,4 +1,4 @@
-"""sources.py: whatever holds images, the same images come out, in an order that stays."""
+"""However images are packed, the same images come out, in an order that stays."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""records.py: TFDS reads what was written; a set is whole or not there, whatever happens."""
+"""TFDS reads what was written; a data set is complete or not there, whatever happens."""
 
 import fcntl
 import io
