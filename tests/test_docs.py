@@ -37,7 +37,7 @@ def commands():
 
 COMMANDS = commands()
 START = r"(?:[A-Z_]+=\S+ )*python main\.py"
-MAIN = [c for c in COMMANDS if re.match(START, c) and "..." not in c]
+MAIN = [c for c in COMMANDS if re.match(START, c) and "..." not in c and "--help" not in c]
 
 
 def arguments(command):

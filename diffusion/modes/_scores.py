@@ -9,33 +9,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import convert, data, experiment
+from diffusion import convert, data, experiment, metrics
 from diffusion.convert import files
 from diffusion.experiment import Experiment
-from diffusion.metrics import (
-    FID_NUM_IMAGES,
-    METRICS,
-    Score,
-    applicable_metrics,
-    evaluate,
-    feature_set,
-    features,
-    frechet,
-    inception,
-    metric_name,
-)
-from diffusion.metrics.extraction import (
-    INCEPTION_KINDS,
-    FeatureExtractor,
-    ImageSet,
-    extract,
-    features_of,
-    image_set_from_array,
-    image_set_from_files,
-    image_set_from_split,
-    make_extractor,
-)
-from diffusion.metrics.feature_set import FeatureSet, warnings_for
+from diffusion.metrics import Score, extraction, feature_set, features, frechet, inception
+from diffusion.metrics.extraction import FeatureExtractor, ImageSet
+from diffusion.metrics.feature_set import FeatureSet
 from diffusion.modes import _sampling
 from diffusion.modes._common import Trained, batch_size
 from diffusion.runtime import preemption
@@ -75,7 +54,8 @@ class Scorer(NamedTuple):
                 progress(done)
                 preemption.raise_if_requested()
 
-            return extract(images, self.extractor, size, keep, self.exp.mesh, partial, on_batch)
+            args = images, self.extractor, size, keep, self.exp.mesh, partial, on_batch
+            return extraction.extract(*args)
 
 
 def make_scorer(config: ConfigDict, exp: Experiment, shape: tuple[int, int, int]) -> Scorer:
@@ -94,7 +74,7 @@ def make_scorer(config: ConfigDict, exp: Experiment, shape: tuple[int, int, int]
             missing = DataError(f"{problem}; without them only {scores} can be scored")
             logging.info(f"warning    no Inception weights: only {scores} will be scored")
     args = names, shape, exp.mesh, weights
-    extractor = call_for_key(make_extractor, "eval.features", *args)
+    extractor = call_for_key(extraction.make_extractor, "eval.features", *args)
     return Scorer(config, exp, extractor, missing)
 
 
@@ -128,17 +108,18 @@ def load_reference(name: str, scorer: Scorer) -> Reference:
 
     Raises DataError.
     """
-    c, extractor, path = scorer.config.eval, scorer.extractor, pathlib.Path(name).expanduser()
+    config, extractor, path = scorer.config, scorer.extractor, pathlib.Path(name).expanduser()
+    n = config.eval.reference_num
     if path.suffix == ".npz" and (found := load_statistics(path, extractor)):
         return Reference(name, found, {"statistics": name, "sha256": digest_of(path)})
     if path.exists() and (path.suffix or len(path.parts) > 1):  # a bare word is a split
-        images = image_set_from_files(name, extractor.shape[2], c.reference_num)
+        images = extraction.image_set_from_files(name, extractor.shape[2], n)
         _check_shape(name, images.shape, extractor)
         about = {"images": images.n, "sha256": digest_of(path)}
         return Reference(name, scorer.read(images), about)
-    split = experiment.load_split(scorer.config, scorer.exp, name)
+    split = experiment.load_split(config, scorer.exp, name)
     _check_shape(name, split.shape, extractor)
-    images = image_set_from_split(split, name, c.reference_num, scorer.config.data.workers)
+    images = extraction.image_set_from_split(split, name, n, config.data.workers)
     fingerprint = data.fingerprint(split)
     about = {"split": name, "images": images.n, "hash": fingerprint}
     return Reference(name, _read_cached(images, fingerprint, scorer), about)
@@ -151,7 +132,7 @@ def _read_cached(images: ImageSet, fingerprint: str, scorer: Scorer) -> dict[str
     stem = stem.replace("/", "_")
     paths = {}
     for kind in extractor.kinds:
-        weights = extractor.fingerprint if kind in INCEPTION_KINDS else ""
+        weights = extractor.fingerprint if kind in extraction.INCEPTION_KINDS else ""
         paths[kind] = folder / f"{stem}_{kind}{weights}_{c.eval.keep}.npz"
     found: dict[str, FeatureSet] = {}
     for path in paths.values() if is_primary() else ():
@@ -163,10 +144,10 @@ def _read_cached(images: ImageSet, fingerprint: str, scorer: Scorer) -> dict[str
     return found
 
 
-def save_statistics(path: pathlib.Path, kind: str, features: FeatureSet) -> None:
+def save_statistics(path: pathlib.Path, kind: str, each: FeatureSet) -> None:
     """Writes an npz with all of a feature set, and `mu` and `sigma`, which other programs read."""
-    mu, sigma = frechet.finalize(features.stats)
-    save_npz(path, mu=mu, sigma=sigma, kind=kind, **feature_set.to_arrays(features))
+    mu, sigma = frechet.finalize(each.stats)
+    save_npz(path, mu=mu, sigma=sigma, kind=kind, **feature_set.to_arrays(each))
 
 
 def load_statistics(
@@ -192,7 +173,7 @@ def load_statistics(
         if kind is None:
             kinds = ", ".join(f"{k} {size}" for k, (size, _) in extractor.kinds.items())
             raise ValueError(f"expected statistics of {kinds} features, found {d}")
-        stats = frechet.moments_from(arrays["mu"], arrays["sigma"], FID_NUM_IMAGES)
+        stats = frechet.moments_from(arrays["mu"], arrays["sigma"], metrics.FID_NUM_IMAGES)
         return {kind: feature_set.from_stats(stats)}
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
@@ -232,20 +213,20 @@ def score(
     for kind, images in generated.items():
         for reference in (nothing, *(r for r in references if kind in r.feature_sets)):
             real = reference.feature_sets[kind]
-            for name in applicable_metrics(images, real):
-                if real is not None and not METRICS[name].reference:
+            for name in metrics.applicable_metrics(images, real):
+                if real is not None and not metrics.METRICS[name].reference:
                     continue
                 try:
-                    found = evaluate(name, images, real)
+                    found = metrics.evaluate(name, images, real)
                 except ValueError as error:  # the others are still worth having
                     notes.append(f"{kind}: {error}")
                     continue
-                public = {metric_name(k, kind, images.n): s for k, s in found.items()}
+                public = {metrics.metric_name(k, kind, images.n): s for k, s in found.items()}
                 scores.setdefault(reference.name, {}).update(public)
     sets = [("", generated), *((f" of {r.name}", r.feature_sets) for r in references)]
     for name, each in sets:
-        for kind, features_ in each.items():
-            notes += [f"{kind}{name}: {line}" for line in warnings_for(features_)]
+        for kind, images in each.items():
+            notes += [f"{kind}{name}: {line}" for line in feature_set.warnings_for(images)]
     return scores
 
 
@@ -254,11 +235,12 @@ def make_distances(scorer: Scorer, real: Reference) -> Callable[[np.ndarray], di
 
     def distances(images: np.ndarray) -> dict[str, float]:
         size, mesh = scorer.batch_size(len(images)), scorer.exp.mesh
-        found = extract(image_set_from_array("samples", images), scorer.extractor, size, 0, mesh)
+        image_set = extraction.image_set_from_array("samples", images)
+        found = extraction.extract(image_set, scorer.extractor, size, 0, mesh)
         return {
-            metric_name(name, kind, len(images)): each.value
+            metrics.metric_name(name, kind, len(images)): each.value
             for kind, generated in found.items()
-            for name, each in evaluate("fd", generated, real.feature_sets[kind]).items()
+            for name, each in metrics.evaluate("fd", generated, real.feature_sets[kind]).items()
         }
 
     return distances
@@ -270,11 +252,11 @@ def make_measures(trained: Trained) -> tuple[Callable, dict[str, Callable]]:
     The spaces are Inception's features, where its weights are.
     """
     scorer = make_scorer(trained.config, trained.exp, trained.exp.image_shape)
-    size = scorer.batch_size(2**31)
+    args = scorer.extractor, scorer.batch_size(2**31), trained.exp.mesh
 
     def inception_features(images):
-        image_set = image_set_from_array("images", images)
-        return features_of(image_set, scorer.extractor, size, trained.exp.mesh)["inception"]
+        image_set = extraction.image_set_from_array("images", images)
+        return extraction.features_of(image_set, *args)["inception"]
 
     spaces = {"inception": inception_features} if "inception" in scorer.extractor.kinds else {}
     return make_distances(scorer, load_reference("train", scorer)), spaces

@@ -46,6 +46,7 @@ class Session:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self._watchdog.close()
         self._progress.close()
         self.writer.close()
 

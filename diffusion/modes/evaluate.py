@@ -7,26 +7,18 @@ by their features and their count: only 50,000 samples and the published network
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
 from diffusion import experiment
-from diffusion.experiment import ANALYTIC, Experiment
+from diffusion.experiment import Experiment
 from diffusion.metrics.extraction import image_set_from_files
-from diffusion.modes import _sampling
+from diffusion.modes import _sampling, _scores, _split_pass
 from diffusion.modes._common import Trained, load_state
-from diffusion.modes._scores import (
-    Reference,
-    Scorer,
-    Scores,
-    digest_of,
-    load_reference,
-    make_scorer,
-    score,
-)
+from diffusion.modes._scores import Reference, Scorer, Scores
 from diffusion.plotting.image_grid import image_grid, save_png
 from diffusion.runtime.config import Run
 from diffusion.utils import logging
@@ -35,7 +27,7 @@ from diffusion.utils.io import save_json
 from diffusion.utils.multihost import is_primary
 from diffusion.utils.progress import human_time
 
-PACKAGES = ("jax", "flax", "numpy", "scipy")
+PACKAGES = ("jax", "flax", "numpy", "scipy")  # whose versions metrics.json notes
 GRID = 100  # samples in grid.png
 
 
@@ -60,66 +52,62 @@ def evaluate_samples(run: Run, exp: Experiment) -> None:
     Writes workdir/eval/STEP/metrics.json, and a copy beside each set of samples.
     """
     config, c = run.config, run.config.eval
-    _sampling.compile_sampler(config, exp, 1)  # finds what is wrong with the sampler
-    models = list(load_models(run, exp))
-    folder = run.workdir / "eval" / f"{models[0].step:08d}"
-    scorer = make_scorer(models[0], exp.image_shape)
-    references = [load_reference(name, scorer) for name in c.references]
-    logging.info(
-        f"drawing    {c.num:,} samples of step {models[0].step:,}, "
-        f"{_sampling.describe_sampler(config)}"
-    )
-    sampler = _sampling.compile_sampler(config, models[0].exp, min(c.num, c.batch_size))
-    seconds = _sampling.estimate_seconds(sampler, models[0].params, c.num)
+    experiment.make_sampler(config, exp)  # a wrong sampler is found before anything is read
+    models = load_models(run, exp)
+    step, folder = models[0].step, run.workdir / "eval" / f"{models[0].step:08d}"
+    scorer = _scores.make_scorer(config, exp, exp.image_shape)
+    references = [_scores.load_reference(name, scorer) for name in c.references]
+    size = min(c.num, c.batch_size)
+    samplers = [_sampling.compile_sampler(config, model.exp, size) for model in models]
+    what = f"{c.num:,} samples of step {step:,}, {_sampling.describe_sampler(config)}"
+    logging.info(f"drawing    {what}")
     sets = len(c.seeds) * len(models)
-    logging.info(f"           {sets} sets, about {human_time(seconds * sets)} in all")
+    seconds = sets * _sampling.estimate_seconds(samplers[0], models[0].params, c.num)
+    logging.info(f"           {sets} sets, about {human_time(seconds)} in all")
     results, notes, folders = {}, [], [folder]
-    for model in models:
-        sampler = _sampling.compile_sampler(config, model.exp, min(c.num, c.batch_size))
-        each = []
+    for model, sampler in zip(models, samplers, strict=True):
+        scores = []
         for seed in c.seeds:
-            setting = _sampling.sample_setting(config, model.step, model.weights, seed)
+            setting = _sampling.sample_setting(config, step, model.weights, seed)
             path = folder / _sampling.sample_name(setting)
             store = _sampling.SampleStore(path, setting, exp.image_shape)
             logging.info(f"           {store.npz}")
             _sampling.fill(store, sampler, model.params, c.num)
             images = image_set_from_files(str(store.npz), exp.image_shape[2], c.num)
-            found = scorer.read(images, path / "partial.npz")
-            each.append(score(found, references, notes))
+            scores.append(
+                _scores.score(scorer.read(images, path / "partial.npz"), references, notes)
+            )
             folders.append(path)
             if is_primary():
                 with np.load(store.npz) as file:
                     save_png(path / "grid.png", image_grid(file["arr_0"][:GRID]))
-        results[model.weights] = over_seeds(each)
-    content = {"step": models[0].step, "samples": c.num, "seeds": list(c.seeds)}
-    content |= {"sampler": config.sampler, "scores": results, "notes": notes}
+        results[model.weights] = over_seeds(scores)
+    content = {"step": step, "samples": c.num, "seeds": list(c.seeds), "sampler": config.sampler}
+    content |= {"scores": results, "notes": notes}
     report(content, [f / "metrics.json" for f in folders], references, scorer)
 
 
-def load_models(run: Run, exp: Experiment) -> Iterator[Trained]:
-    """Yields the model with each of eval.weights of the last checkpoint."""
+def load_models(run: Run, exp: Experiment) -> list[Trained]:
+    """Restores the model with each of eval.weights of the last checkpoint. Raises WorkdirError."""
     state = load_state(run, exp)
-    for name in run.config.eval.weights:
-        params = {"ema": state.ema, "raw": state.params}[name]
-        model = Trained(run.config, exp, run.workdir, int(state.step), params, name)
-        if run.config.sampler.variance == ANALYTIC:
-            from diffusion.modes._split_pass import with_analytic
-
-            model = with_analytic(model)
-        yield model
+    weights, step = {"ema": state.ema, "raw": state.params}, int(state.step)
+    models = (
+        Trained(run.config, exp, run.workdir, step, weights[name], name)
+        for name in run.config.eval.weights
+    )
+    return [_split_pass.with_analytic(model) for model in models]
 
 
 def evaluate_images(run: Run, exp: Experiment, path: str, *others: str) -> None:
     """Scores the images at `path` against those of the other, or against eval.references."""
     images, names = image_set_from_files(path), list(others or run.config.eval.references)
-    trained = Trained(run.config, exp, run.workdir, 0, None)
-    scorer = make_scorer(trained, images.shape)
-    references = [load_reference(name, scorer) for name in names]
+    scorer = _scores.make_scorer(run.config, exp, images.shape)
+    references = [_scores.load_reference(name, scorer) for name in names]
     notes = [images.warning] if images.warning else []
-    found = scorer.read(images)
-    digest = digest_of(pathlib.Path(path).expanduser())
-    content: dict[str, Any] = {"input": path, "sha256": digest, "samples": images.n}
-    content |= {"scores": {"input": over_seeds([score(found, references, notes)])}, "notes": notes}
+    scores = over_seeds([_scores.score(scorer.read(images), references, notes)])
+    digest = _scores.digest_of(pathlib.Path(path).expanduser())
+    content = {"input": path, "sha256": digest, "samples": images.n}
+    content |= {"scores": {"input": scores}, "notes": notes}
     key = "\n".join([*map(os.path.abspath, (path, *others)), *names])
     name = f"{pathlib.Path(path).stem}_{hashlib.sha256(key.encode()).hexdigest()[:6]}"
     report(content, [run.workdir / "eval" / name / "metrics.json"], references, scorer)
@@ -152,14 +140,14 @@ def report(
 
     Raises the error of missing Inception weights, if they were asked for.
     """
-    content["notes"] = list(dict.fromkeys(content["notes"]))
+    notes, config = list(dict.fromkeys(content["notes"])), scorer.config
     for images, found in content["scores"].items():
         for line in table(images, found):
             logging.info(line)
-    for line in content["notes"]:
+    for line in notes:
         logging.info(f"note       {line}")
-    config = scorer.trained.config
     content |= {
+        "notes": notes,
         "data": config.data.name or config.data.source,
         "references": {r.name: r.about for r in references},
         "inception": scorer.extractor.fingerprint,

@@ -1,7 +1,7 @@
 """--mode=frontier: quality against network evaluations and seconds, over samplers, grids, steps.
 
-Each entry draws samples from the same noise in another way and scores them against the training
-set; the config's own way is one of them. Entries are kept in frontier.json, so that a killed run
+Each sampler draws images from the same noise, which are scored against the training set; the
+config's own sampler is one of them. Entries are kept in frontier.json, so that a killed run
 resumes, and one with more samplers or steps adds to it.
 """
 
@@ -11,16 +11,15 @@ import itertools
 import json
 import pathlib
 import time
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from diffusion import experiment
-from diffusion.experiment import ANALYTIC, Experiment
+from diffusion.experiment import Experiment
 from diffusion.modes import _sampling
-from diffusion.modes._common import Trained, load_trained
+from diffusion.modes._common import Trained
 from diffusion.modes._sampling import CompiledSampler
 from diffusion.modes._scores import load_reference, make_distances, make_scorer
 from diffusion.plotting import curves
@@ -31,11 +30,11 @@ from diffusion.utils.multihost import broadcast_from_primary, is_primary
 from diffusion.utils.progress import human_time
 
 KEYS = ("sampler.name", "sampler.grid", "sampler.steps")  # what differs between entries
-Way = tuple[str, str, int]  # their values
+Key = tuple[str, str, int]  # their values
 
 
 class Entry(NamedTuple):
-    """One way of sampling. evaluations: of the network per image; seconds: per image."""
+    """One sampler. evaluations: of the network per image; seconds: per image."""
 
     sampler: str
     grid: str
@@ -46,36 +45,31 @@ class Entry(NamedTuple):
 
 
 def run(run: Run) -> None:
-    """Writes workdir/frontier/STEP/frontier.{json,csv,png}. Raises ConfigError, DataError."""
-    c, exp = run.config.frontier, experiment.build(run.config)
-    compile_samplers(run, exp)  # finds what cannot be done before anything is drawn
-    trained = load_trained(run, exp)
-    if run.config.sampler.variance == ANALYTIC:
-        from diffusion.modes._split_pass import with_analytic
+    """Writes workdir/frontier/STEP/frontier.{json,csv,png}.
 
-        trained = with_analytic(trained)
-    folder = run.workdir / "frontier" / f"{trained.step:08d}"
+    Raises ConfigError before anything is drawn, WorkdirError, DataError.
+    """
+    c, exp = run.config.frontier, experiment.build(run.config)
+    compile_samplers(run, exp)  # a wrong sampler is found before anything is read
+    trained = _sampling.load_for_sampling(run, exp)
     samplers = compile_samplers(run, trained.exp)
-    scorer = make_scorer(trained, exp.image_shape)
+    scorer = make_scorer(run.config, exp, exp.image_shape)
     distances = make_distances(scorer, load_reference("train", scorer))
+    folder = run.workdir / "frontier" / f"{trained.step:08d}"
     setting = entry_setting(trained, list(scorer.extractor.kinds))
     done = load_entries(folder / "frontier.json", setting) if is_primary() else {}
-    todo = [way for way in samplers if broadcast_from_primary(way not in done)]
-    logging.info(
-        f"drawing    {c.num:,} samples in each of {len(samplers)} ways, {len(todo)} of them to do"
-    )
-    began, work = time.monotonic(), [samplers[way].evaluations for way in todo]
-    for i, way in enumerate(todo):
-        sampler = samplers[way]
-        images, seconds = draw_timed(sampler, trained.params, run.config.sample.seed, c.num)
-        drawn = -(-c.num // sampler.size) * sampler.size
-        found = distances(images)
+    todo = [key for key in samplers if broadcast_from_primary(key not in done)]
+    what = f"{c.num:,} samples by each of {len(samplers)} samplers, {len(todo)} of them to do"
+    logging.info(f"drawing    {what}")
+    began, work = time.monotonic(), [samplers[key].evaluations for key in todo]
+    for i, key in enumerate(todo):
+        images, seconds = draw_timed(samplers[key], trained.params, run.config.sample.seed, c.num)
+        scores = distances(images)
         if is_primary():  # only there are images scored
-            done[way] = Entry(*way, sampler.evaluations, seconds / drawn, found)
+            done[key] = Entry(*key, samplers[key].evaluations, seconds, scores)
             left = (time.monotonic() - began) / sum(work[: i + 1]) * sum(work[i + 1 :])
-            eta = f"  ETA {human_time(left)}" if left else ""
-            logging.info(f"{line(done[way])}{eta}")
-            write(folder, setting, done.values())
+            logging.info(f"{line(done[key])}{f'  ETA {human_time(left)}' if left else ''}")
+            write(folder, setting, list(done.values()))
     if is_primary():
         for text in advice(list(done.values())):
             logging.info(text)
@@ -85,28 +79,28 @@ def run(run: Run) -> None:
         raise scorer.missing
 
 
-def compile_samplers(run: Run, exp: Experiment) -> dict[Way, CompiledSampler]:
-    """Returns the sampler of each way, the config's own among them. Raises ConfigError."""
+def compile_samplers(run: Run, exp: Experiment) -> dict[Key, CompiledSampler]:
+    """Builds the sampler of each entry, the config's own among them. Raises ConfigError."""
     c, own = run.config.frontier, run.config.sampler
     steps = [n for n in c.steps if n <= exp.process.T]
-    ways = (*itertools.product(c.samplers, c.grids, steps), (own.name, own.grid, own.steps))
-    samplers = {}
-    for way in ways:
-        keys = dict(zip(KEYS, way, strict=True)) | {"sampler.times": ()}
-        config = with_overrides(run.config, keys)
-        size = min(c.num, config.eval.batch_size)
-        samplers[way] = _sampling.compile_sampler(config, exp, size)
-    return samplers
+    configs = {
+        key: with_overrides(run.config, {**dict(zip(KEYS, key, strict=True)), "sampler.times": ()})
+        for key in itertools.product(c.samplers, c.grids, steps)
+    }
+    configs[own.name, own.grid, len(own.times) or own.steps] = run.config
+    size = min(c.num, run.config.eval.batch_size)
+    return {key: _sampling.compile_sampler(config, exp, size) for key, config in configs.items()}
 
 
 def draw_timed(
     sampler: CompiledSampler, params: Any, seed: int, n: int
 ) -> tuple[np.ndarray, float]:
-    """Returns n images and the seconds that they took after compilation."""
+    """Returns n images, and the seconds that one took after compilation."""
     next(_sampling.draw(sampler, params, seed, 1))
     began = time.monotonic()
     images = np.concatenate(list(_sampling.draw(sampler, params, seed, n)))
-    return images, time.monotonic() - began
+    drawn = -(-n // sampler.size) * sampler.size  # with those that fill the last batch
+    return images, (time.monotonic() - began) / drawn
 
 
 def entry_setting(trained: Trained, kinds: list[str]) -> dict[str, Any]:
@@ -118,7 +112,7 @@ def entry_setting(trained: Trained, kinds: list[str]) -> dict[str, Any]:
     return {**rest, "frontier.num": config.frontier.num, "features": kinds, "device": device}
 
 
-def load_entries(path: pathlib.Path, setting: dict[str, Any]) -> dict[Way, Entry]:
+def load_entries(path: pathlib.Path, setting: dict[str, Any]) -> dict[Key, Entry]:
     """Returns the entries of an earlier run of the same setting."""
     try:
         stored = json.loads(path.read_text())
@@ -128,9 +122,8 @@ def load_entries(path: pathlib.Path, setting: dict[str, Any]) -> dict[Way, Entry
         return {}
 
 
-def write(folder: pathlib.Path, setting: dict[str, Any], entries: Iterable[Entry]) -> None:
+def write(folder: pathlib.Path, setting: dict[str, Any], entries: list[Entry]) -> None:
     """Writes frontier.json, to resume from, and frontier.csv."""
-    entries = list(entries)
     content = {"setting": setting, "entries": [entry._asdict() for entry in entries]}
     save_json(folder / "frontier.json", content)
     text = io.StringIO()
@@ -144,8 +137,8 @@ def write(folder: pathlib.Path, setting: dict[str, Any], entries: Iterable[Entry
 def line(entry: Entry) -> str:
     """Returns an entry as a row of a table."""
     scores = "  ".join(f"{name} {value:9.4g}" for name, value in entry.scores.items())
-    way = f"{entry.sampler}, {entry.grid}, {entry.steps} steps"
-    return f"{way:34} {entry.evaluations:5} evaluations {entry.seconds:9.3g} s/image  {scores}"
+    sampler = f"{entry.sampler}, {entry.grid}, {entry.steps} steps"
+    return f"{sampler:34} {entry.evaluations:5} evaluations {entry.seconds:9.3g} s/image  {scores}"
 
 
 def frontier_curves(
@@ -163,13 +156,13 @@ def frontier_curves(
 
 
 def advice(entries: list[Entry]) -> list[str]:
-    """Returns the best way within each budget of evaluations; a larger budget only if better."""
+    """Returns the best sampler within each budget of evaluations; a larger one only if better."""
     score = next(iter(entries[0].scores))
     best, lines = float("inf"), []
     for entry in sorted(entries, key=lambda entry: (entry.evaluations, entry.scores[score])):
         if entry.scores[score] < best:
             best = entry.scores[score]
-            way = f"--config.sampler.name={entry.sampler} --config.sampler.grid={entry.grid}"
-            way += f" --config.sampler.steps={entry.steps}"
-            lines.append(f"from {entry.evaluations:5,} evaluations: {score} {best:.4g} by {way}")
+            values = zip(KEYS, entry[:3], strict=True)
+            flags = " ".join(f"--config.{key}={value}" for key, value in values)
+            lines.append(f"from {entry.evaluations:5,} evaluations: {score} {best:.4g} by {flags}")
     return lines

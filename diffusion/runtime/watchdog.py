@@ -5,7 +5,6 @@ import faulthandler
 import os
 import pathlib
 import threading
-import time
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -27,6 +26,7 @@ class Watchdog:
     def __init__(self, workdir: pathlib.Path, limit_s: float):
         self._workdir, self._limit_s = workdir, limit_s
         self._waited_s, self._step, self._active = 0.0, 0, False
+        self._closed = threading.Event()
         if limit_s:
             threading.Thread(target=self._watch, daemon=True).start()
 
@@ -43,9 +43,14 @@ class Watchdog:
         finally:
             self._active, self._waited_s = True, 0.0
 
+    def close(self) -> None:
+        """Ends the watch."""
+        self._closed.set()
+
     def _watch(self) -> None:
         while self._waited_s <= self._limit_s:
-            time.sleep(TICK_S)
+            if self._closed.wait(TICK_S):
+                return
             self._waited_s += TICK_S if self._active else 0.0
         what = f"no step for {self._limit_s:g} s after step {self._step} (train.hang_s)"
         abort(self._workdir, "hang", f"{what}; the same command resumes from the last save")
