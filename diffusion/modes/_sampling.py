@@ -26,7 +26,7 @@ from diffusion.runtime import preemption, workdir
 from diffusion.runtime.config import TRAINING_KEYS, Run, differences, flatten, with_overrides
 from diffusion.samplers import editing
 from diffusion.sharding import batch_sharded, replicated
-from diffusion.utils import io, logging, partial_results
+from diffusion.utils import digests, io, logging, partial_results
 from diffusion.utils.errors import one_line
 from diffusion.utils.multihost import barrier, broadcast_from_primary, is_primary
 from diffusion.utils.progress import Progress
@@ -261,6 +261,8 @@ def fill(store: SampleStore, sampler: CompiledSampler, params: Any, n: int) -> N
     if is_primary():
         if len(parts) > 1:
             io.save_npz(store.npz, np.concatenate(parts))
+            note = {"setting": store.setting, "sha256": digests.sha256_of_file(store.npz)}
+            io.save_json(store.folder / "samples.json", note)
         for path in store.folder.glob("part_*.npz"):
             path.unlink()
     barrier("samples.npz is complete")
@@ -275,11 +277,15 @@ def _load_parts(store: SampleStore) -> tuple[list[np.ndarray], str]:
     """Returns the images on disk, samples.npz (or nothing) first, and what is wrong with them."""
     complete = np.empty((0, *store.shape), np.uint8)
     try:
-        setting = json.loads((store.folder / "samples.json").read_text())["setting"]
-        if changed := differences(setting, store.setting, keys=("",)):
+        note = json.loads((store.folder / "samples.json").read_text())
+        if changed := differences(note["setting"], store.setting, keys=("",)):
             what = f"holds samples of another setting: {'; '.join(changed)}"
             return [], f"{store.folder}: {what}; delete it"
         if store.npz.exists():
+            found = digests.sha256_of_file(store.npz)
+            if note.get("sha256", found) != found:  # there is none while the set grows
+                what = f"expected samples.npz of SHA-256 {note['sha256'][:16]}, found another"
+                return [], f"{store.folder}: {what}; delete it"
             with open(store.npz, "rb") as file:  # np.load leaks one that is damaged
                 complete = np.load(file)["arr_0"]
     except FileNotFoundError:

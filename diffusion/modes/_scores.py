@@ -19,7 +19,7 @@ from diffusion.modes import _sampling
 from diffusion.modes._common import Trained, batch_size
 from diffusion.runtime import preemption
 from diffusion.runtime.config import cache_dir, call_for_key, with_overrides
-from diffusion.utils import logging
+from diffusion.utils import digests, logging
 from diffusion.utils.errors import DataError, DDPMError
 from diffusion.utils.io import save_npz
 from diffusion.utils.multihost import all_processes, barrier, broadcast_from_primary, is_primary
@@ -182,8 +182,7 @@ def load_statistics(
 def digest_of(path: pathlib.Path) -> str:
     """Returns the SHA-256 of a file; of a folder, that of its files' names and sizes."""
     if path.is_file():
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return digests.sha256_of_file(path)
     paths = sorted(p for p in path.rglob("*") if p.is_file())
     names = [f"{p.relative_to(path)} {p.stat().st_size}" for p in paths]
     return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()

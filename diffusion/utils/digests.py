@@ -46,6 +46,12 @@ def sha256(tree: Tree) -> dict[str, str]:
         return dict(zip(leaves, pool.map(_sha256, leaves.values()), strict=True))
 
 
+def sha256_of_file(path: str | os.PathLike) -> str:
+    """Returns the SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def differing(found: Mapping[str, str], expected: Mapping[str, str]) -> str | None:
     """Returns the first name, in sorted order, whose values differ or that one side lacks."""
     names = sorted({*found, *expected})

@@ -10,6 +10,7 @@ from diffusion.modes import _sampling
 from diffusion.runtime import preemption
 from diffusion.runtime.config import validate, with_overrides
 from diffusion.utils.errors import ConfigError, WorkdirError
+from diffusion.utils.io import save_npz
 
 SMALL = {"model.ch": 4, "process.T": 6, "sampler.steps": 6, "sample.batch_size": 4}
 
@@ -231,9 +232,13 @@ def test_damaged_samples_are_never_used(tmp_path, exp, sampler, params):
             fill(store, sampler, params, 12, 2)
         assert part.read_bytes() != damage(content)
     np.testing.assert_array_equal(fill(store, sampler, params, 12), images)
-    store.npz.write_bytes(flip_a_bit_of(images[5])(store.npz.read_bytes()))
-    with pytest.raises(WorkdirError, match=r"cannot be read: Bad CRC.*; delete it"):
-        fill(store, sampler, params, 12)
+    whole = store.npz.read_bytes()
+    save_npz(store.folder / "other.npz", images[::-1])
+    for other in (flip_a_bit_of(images[5])(whole), (store.folder / "other.npz").read_bytes()):
+        store.npz.write_bytes(other)
+        with pytest.raises(WorkdirError, match=r"SHA-256 \w+, found another; delete it"):
+            fill(store, sampler, params, 12)
+    store.npz.write_bytes(whole)
     (store.folder / "samples.json").write_text("torn")
     with pytest.raises(WorkdirError, match=r"cannot be read: .*; delete it"):
         fill(store, sampler, params, 12)

@@ -15,6 +15,7 @@ def test_every_kind_has_its_exit_code():
         "WorkdirError": 4,
         "NonFiniteError": 5,
         "IntegrityError": 6,
+        "LostPeerError": 7,
     }
     assert (errors.LOST, errors.STOPPED) == (7, 75)
 
