@@ -25,7 +25,7 @@ CHANGES = {
     "train.log_every": 50,
     "train.sample_every": 1500,
     "train.save_every": 1000,
-    "train.eval_every": 1000,
+    "train.eval_every": 1500,
     "data.source": "digits",
     "data.name": "",
     "data.data_dir": "",

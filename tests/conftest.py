@@ -1,6 +1,8 @@
 """Strict JAX for every test: four virtual CPU devices, no silent broadcasting or promotion."""
 
 import collections
+import fcntl
+import json
 import os
 import pathlib
 import time
@@ -57,6 +59,14 @@ def trained(tmp_path_factory):
     """A finished tiny training, which tests must not change: (work directory, stdout, stderr)."""
     from tests import runs
 
-    workdir = tmp_path_factory.mktemp("trained") / "run"
-    out, err = runs.run(runs.TINY, f"--workdir={workdir}", "--config.train.eval_every=4")
-    return workdir, out, err
+    # One for all workers of pytest-xdist: the first to come here trains it.
+    base = tmp_path_factory.getbasetemp()
+    folder = base.parent / "shared" if "PYTEST_XDIST_WORKER" in os.environ else base / "shared"
+    folder.mkdir(exist_ok=True)
+    workdir, console = folder / "trained", folder / "console.json"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not console.exists():
+            said = runs.run(runs.TINY, f"--workdir={workdir}", "--config.train.eval_every=4")
+            console.write_text(json.dumps(said))
+    return workdir, *json.loads(console.read_text())

@@ -24,6 +24,23 @@ def config_of(name, variant=""):
     return importlib.import_module(f"configs.{name}").get_config(variant)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def each_network_once():
+    """Traces a network once for all of the configs and variants that share it."""
+    shapes, trace = {}, experiment.abstract_state
+
+    def abstract_state(exp):
+        names = ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "num_classes", "out_ch")
+        key = (*(getattr(exp.net, name) for name in names), exp.image_shape)
+        if key not in shapes:
+            shapes[key] = trace(exp)
+        return shapes[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "abstract_state", abstract_state)
+        yield
+
+
 def parameters(name, variant=""):
     exp = experiment.build(config_of(name, variant))
     return sum(math.prod(a.shape) for a in jax.tree.leaves(experiment.abstract_state(exp).params))

@@ -109,7 +109,6 @@ RUN = [
     "python main.py --mode=import --input=WEIGHTS --workdir=runs/imported",
     "python main.py --mode=prepare --config=configs/folder.py --config.data.archive=IMAGES",
     "python main.py --mode=prepare --config=configs/cifar10.py",
-    "python main.py --config=configs/cifar10.py --workdir=runs/cifar10",
     "python main.py --mode=check --config=configs/cifar10.py --workdir=runs/cifar10",
 ]
 

@@ -1,5 +1,6 @@
 """--mode=bpd, and passes over a split: every image counts once, an interrupted pass resumes."""
 
+import contextlib
 import csv
 import json
 import shutil
@@ -12,7 +13,7 @@ from PIL import Image
 from diffusion import data, experiment
 from diffusion.data import loader
 from diffusion.modes import _split_pass
-from diffusion.modes._common import Trained
+from diffusion.modes._common import Trained, open_checkpoints
 from diffusion.utils import partial_results
 from diffusion.utils.errors import DataError
 from tests import tiny_tfds
@@ -131,8 +132,11 @@ def test_bits_per_dimension_add_up_whatever_the_batches_and_devices(trained_copy
 def test_a_damaged_image_of_the_test_split_ends_in_one_line(tmp_path):
     """Training does not read it; the bound does, and says which image it was."""
     tiny = [f"--config={ROOT}/configs/cifar10.py:tiny", f"--workdir={tmp_path / 'run'}"]
-    tiny += [f"--config.data.data_dir={tmp_path}", "--config.train.sample_every=0"]
+    tiny += [f"--config.data.data_dir={tmp_path}"]
     tiny_tfds.write(tmp_path, "cifar10", n=8, damaged=True)
-    run(*tiny, "--config.train.steps=2")
+    config = config_of("cifar10", "tiny")
+    state = experiment.make_initial_state(config, experiment.build(config))
+    with contextlib.closing(open_checkpoints(tmp_path / "run")) as checkpoints:
+        checkpoints.save(0, state)
     _, err = run(*tiny, "--mode=bpd", code=3)
     assert err.count("\n") == 1 and "test image " in err and "cannot identify" in err

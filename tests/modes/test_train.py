@@ -142,12 +142,12 @@ def test_devices_and_processes_change_nothing_but_rounding(by_devices, other):
 def test_a_second_start_compiles_nothing(tmp_path):
     cache = tmp_path / "cache"
     # A config that no other test has compiled into memory or cache.
-    args = (TINY, "--config.train.batch_size=24", "--config.train.preview.num=3")
+    args = (TINY, "--config.train.batch_size=24", NO_PREVIEW)
     entries = []
     for name in ("first", "second"):
         run_process(*args, f"--workdir={tmp_path / name}", JAX_COMPILATION_CACHE_DIR=cache)
         entries.append({p.name for p in cache.iterdir() if not p.name.endswith("-atime")})
-    assert len(entries[0]) > 3
+    assert len(entries[0]) > 2
     assert entries[0] == entries[1]
 
 
@@ -192,9 +192,14 @@ def test_every_schedule_has_a_preview_sampler(schedule, T):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training_step_and_sampler_lower_for_tpu_and_cuda(dtype):
-    """On a machine that has neither; the shapes of the paper's CIFAR-10 experiment."""
+    """On a machine that has neither; the shapes of the paper's CIFAR-10 experiment.
+
+    Of its network in bfloat16; in float32 of a narrower one, which CPUs compute by Winograd too.
+    """
     config = config_of("cifar10", "conditional")
     config.model.dtype = dtype
+    if dtype == "float32":
+        config.model.update(ch=64, ch_mult=(1, 2), num_res_blocks=1)
     exp = experiment.build(config)
     state = experiment.abstract_state(exp)
     images = jax.ShapeDtypeStruct((50_000, 32 * 32 * 3), np.uint8)
