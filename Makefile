@@ -10,7 +10,7 @@ demo: $(VENV)/run ## train on handwritten digits and draw some
 	$(VENV)/bin/python main.py
 
 test: $(VENV)/test ## every test
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: $(VENV)/test ## the promises of docs/reliability.md, often: 25 minutes
 	$(VENV)/bin/python -m pytest -n 2 -m "not alone" tests/soak

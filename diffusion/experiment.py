@@ -160,7 +160,7 @@ def make_apply_fn(exp: Experiment) -> Callable:
     return apply
 
 
-def make_grad_fn(config: ConfigDict, exp: Experiment) -> Callable:
+def make_config_grad_fn(config: ConfigDict, exp: Experiment) -> Callable:
     """Builds train_step.make_grad_fn's function with the options of config.optim."""
     options = {key: config.optim[key] for key in ("accumulate", "clip_groups", "clip")}
     return train_step.make_grad_fn(exp.loss, make_apply_fn(exp), **options)
@@ -178,7 +178,7 @@ def make_update(config: ConfigDict, exp: Experiment, resident: bool) -> Callable
         [b, h, w, c] and labels int32[b], sharded over the devices.
     """
     keys = train_step.training_keys(config.seed)
-    step = train_step.make_train_step(make_grad_fn(config, exp), exp.tx, config.optim.ema)
+    step = train_step.make_train_step(make_config_grad_fn(config, exp), exp.tx, config.optim.ema)
     classes, rate = config.model.num_classes, config.train.label_dropout
     whole, sharded = replicated(exp.mesh), batch_sharded(exp.mesh)
 

@@ -13,7 +13,7 @@ import optax
 from jax import Array, random
 
 Tree = Any
-Batch = tuple[Array, Array | None]  # x_0 float[b, h, w, c] in [-1, 1], label int[b] or None
+TrainBatch = tuple[Array, Array | None]  # x_0 float[b, h, w, c] in [-1, 1], label int[b] or None
 Metrics = dict[str, Array]
 LABEL_DROPOUT = 2**31  # folded into a step's key; far from what else is folded in or split off
 
@@ -82,7 +82,7 @@ def make_grad_fn(
     accumulate: int = 1,
     clip_groups: int = 1,
     clip: float = 1.0,
-) -> Callable[[Tree, Array, Batch], tuple[Tree, Metrics]]:
+) -> Callable[[Tree, Array, TrainBatch], tuple[Tree, Metrics]]:
     """Builds (params, key, batch) -> (gradient of the mean loss, {name: mean over the batch}).
 
     Args:
@@ -139,10 +139,10 @@ def mean_of_clipped(gradients: Tree, clip: float) -> Tree:
 
 
 def make_train_step(
-    grad_fn: Callable[[Tree, Array, Batch], tuple[Tree, Metrics]],
+    grad_fn: Callable[[Tree, Array, TrainBatch], tuple[Tree, Metrics]],
     tx: optax.GradientTransformation,
     ema_decay: float,
-) -> Callable[[TrainState, Array, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Array, TrainBatch], tuple[TrainState, Metrics]]:
     """Builds (state, key, batch) -> (state, metrics): one update of parameters and average.
 
     The metrics are scalars: `loss`, the loss's own, and `grad_norm` before the optimizer's clip.
@@ -150,7 +150,7 @@ def make_train_step(
     the first step copies them.
     """
 
-    def train_step(state: TrainState, key: Array, batch: Batch):
+    def train_step(state: TrainState, key: Array, batch: TrainBatch):
         gradients, metrics = grad_fn(state.params, key, batch)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -18,6 +18,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
+LONGEST = ("modes/test_train.py", "test_unet.py", "test_docs.py", "modes/test_evaluate.py")
 MAX_CPU_S = 150  # of a test file: what takes longer belongs into tests/soak
 
 jax.config.update("jax_platforms", "cpu")
@@ -29,6 +30,11 @@ jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 _cpu_s = collections.Counter()
+
+
+def pytest_collection_modifyitems(items):
+    """Moves the longest files to the front, so that no worker ends with one of them alone."""
+    items.sort(key=lambda item: not item.location[0].endswith(LONGEST))
 
 
 @pytest.hookimpl(hookwrapper=True)

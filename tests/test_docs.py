@@ -1,5 +1,7 @@
 """Every command that README and docs show is one the program takes; about ten of them run."""
 
+import ast
+import collections
 import io
 import pathlib
 import re
@@ -174,6 +176,26 @@ def test_the_hour_is_an_hour():
     assert all(f"]({path})" in TEXT["README.md"] for path in HOUR)
     for path in (ROOT / "diffusion").rglob("*.py"):
         assert len(path.read_text().splitlines()) < 400, path
+
+
+# One meaning in several modules: entry points, readers and writers of formats, types of a tree.
+SHARED_NAMES = {"run", "read", "write", "check", "report", "Tree", "DTYPES", "MAGIC", "NORM"}
+SHARED_NAMES |= {"MAX_BYTES", "conv"}  # of a file; of a network's layer and of a kernel
+# A mode's figure or reading bears the name of what it draws or reads.
+SHARED_NAMES |= {"rate_distortion", "quality", "nearest"}
+
+
+def test_no_public_name_has_two_meanings():
+    places = collections.defaultdict(set)
+    for path in (ROOT / "diffusion").rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            names = [getattr(node, "name", "")]
+            if isinstance(node, ast.Assign):
+                names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            for name in names:
+                places[name].add(path.name)
+    several = {k for k, v in places.items() if len(v) > 1 and k and not k.startswith("_")}
+    assert several <= SHARED_NAMES, several - SHARED_NAMES
 
 
 def test_the_top_level_is_the_plan_s():

@@ -23,26 +23,26 @@ from diffusion.utils import logging
 from diffusion.utils.errors import one_line
 
 Runs = dict[str, Callable]  # {name: a function to be timed, which returns when all is done}
-Remote = contextlib.AbstractContextManager[Runs]  # while the other process lives
+RemoteRuns = contextlib.AbstractContextManager[Runs]  # while the other process lives
 
 
-def training(config: ConfigDict) -> Remote:
+def training(config: ConfigDict) -> RemoteRuns:
     """Opens (number of steps) -> None: Algorithm 1 with diffusers' network, Adam, clip, average."""
     optim = {name: config.optim[name] for name in ("lr", "clip", "ema")}
     return _remote_unet(_training, config, config.train.batch_size, optim)
 
 
-def network(config: ConfigDict, size: int) -> Remote:
+def network(config: ConfigDict, size: int) -> RemoteRuns:
     """Opens (number of passes) -> None: diffusers' forward pass, each on the last one's output."""
     return _remote_unet(_network, config, size)
 
 
-def features(weights: dict[str, np.ndarray], image: np.ndarray) -> Remote:
+def features(weights: dict[str, np.ndarray], image: np.ndarray) -> RemoteRuns:
     """Opens () -> [features, logits] of torch-fidelity's Inception; image: uint8[b, h, w, 3]."""
     return _remote(_features, weights, image)
 
 
-def _remote_unet(make, config, size, *args) -> Remote:
+def _remote_unet(make, config, size, *args) -> RemoteRuns:
     try:
         files = diffusers_config.to_diffusers_config(flatten(config))
     except ValueError as error:  # of a network that diffusers does not have

@@ -36,7 +36,7 @@ DTYPES = {  # TensorFlow's DataType -> NumPy's
 }
 
 
-class Entry(NamedTuple):
+class IndexEntry(NamedTuple):
     """Where an array lies; dtype: TensorFlow's DataType; crc: masked."""
 
     dtype: int
@@ -53,7 +53,7 @@ class Bundle(NamedTuple):
 
     prefix: pathlib.Path
     shards: int
-    entries: dict[str, Entry]
+    entries: dict[str, IndexEntry]
 
 
 def find_prefix(path: pathlib.Path) -> pathlib.Path | None:
@@ -106,7 +106,7 @@ def read(bundle: Bundle, names: Iterable[str]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _read_array(name: str, entry: Entry, path: pathlib.Path) -> np.ndarray:
+def _read_array(name: str, entry: IndexEntry, path: pathlib.Path) -> np.ndarray:
     if entry.is_partitioned:
         raise ValueError(f"{name} is a partitioned variable: these are not read")
     if entry.dtype not in DTYPES:
@@ -208,7 +208,7 @@ def _parse_header(data: bytes) -> int:
     return shards
 
 
-def _parse_entry(data: bytes) -> Entry:
+def _parse_entry(data: bytes) -> IndexEntry:
     """Parses a BundleEntryProto."""
     fields = _parse_fields(data)
     numbers, shape = [fields.get(i, 0) for i in (1, 3, 4, 5, 6)], fields.get(2, b"")
@@ -216,4 +216,4 @@ def _parse_entry(data: bytes) -> Entry:
         raise ValueError("an entry has a field of another type")
     dims = tensor_shape_pb2.TensorShapeProto.FromString(shape).dim
     dtype, *rest = numbers
-    return Entry(dtype, tuple(axis.size for axis in dims), *rest, is_partitioned=7 in fields)
+    return IndexEntry(dtype, tuple(axis.size for axis in dims), *rest, is_partitioned=7 in fields)

@@ -1,8 +1,8 @@
 """Names the U-Net's parameters as the official code, this repository and diffusers do.
 
-LAYERS and PARTS are the one table for every direction; a network's names are its rows, repeated for
-every level and block. The arrays themselves say how many there are, which levels have attention and
-which blocks change the number of channels.
+LAYERS and NETWORK_PARTS are the one table for every direction; a network's names are its rows,
+repeated for every level and block. The arrays themselves say how many there are, which levels have
+attention and which blocks change the number of channels.
 """
 
 import itertools
@@ -45,7 +45,7 @@ LAYERS = {
 }
 # (official after PREFIX and Flax, diffusers, kind of part). i counts the levels from the finest, k
 # from the coarsest, as diffusers does in its up blocks; j counts the blocks of a level.
-PARTS = (
+NETWORK_PARTS = (
     ("", "", "ends"),
     ("temb/", "time_embedding.", "temb"),
     ("", "", "classes"),
@@ -121,8 +121,8 @@ def network_structure(arrays: Mapping[str, Any], scheme: str) -> Structure:
 
 
 def _parts(s: Structure) -> Iterator[tuple[str, str, str]]:
-    """Yields the rows of PARTS, once for each level and block that has them."""
-    for flax, diffusers, kind in PARTS:
+    """Yields the rows of NETWORK_PARTS, once for each level and block that has them."""
+    for flax, diffusers, kind in NETWORK_PARTS:
         up = flax.startswith("up_")
         # The last level in each direction is followed by no other.
         resampled = range(1, s.levels) if up else range(s.levels - 1)

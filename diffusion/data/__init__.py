@@ -40,7 +40,7 @@ class ImageDataset(NamedTuple):
 def open_dataset(source: str, split: str, name: str = "", data_dir: str = "") -> ImageDataset:
     """Returns SOURCES[source](split, name, data_dir); raises DataError if it cannot be used."""
     if source not in SOURCES:
-        raise DataError(f"data.source: {source!r} is not known; {nearest(source, SOURCES)}")
+        raise DataError(f"data.source: {source!r} is not known; {suggest_names(source, SOURCES)}")
     return SOURCES[source](split, name, data_dir)
 
 
@@ -58,7 +58,7 @@ def fingerprint(images: ImageDataset) -> str:
     return digest.hexdigest()[:16]
 
 
-def nearest(name: str, names: Iterable[str], limit: int = 20) -> str:
+def suggest_names(name: str, names: Iterable[str], limit: int = 20) -> str:
     """Returns advice that lists the names close to a mistyped one, or else the first few."""
     names = list(names)
     if close := difflib.get_close_matches(name, names, 3):
@@ -210,7 +210,7 @@ def _find_tfds(name: str, data_dir: str) -> str:
     versions.sort(key=lambda v: [int(number) for number in re.findall(r"\d+", v.name)])
     found = {version.parent.relative_to(root).as_posix(): str(version) for version in versions}
     if name not in found:
-        there = nearest(name, sorted(found)) if found else "it holds no TFDS data set"
+        there = suggest_names(name, sorted(found)) if found else "it holds no TFDS data set"
         advice = "prepare it with --mode=prepare"
         raise DataError(f"data.name: no data set {name!r} in {data_dir}; {there}; {advice}")
     return found[name]
@@ -218,7 +218,8 @@ def _find_tfds(name: str, data_dir: str) -> str:
 
 def _check_split(split: str, splits: Iterable[str], name: str) -> None:
     if split not in splits:
-        raise DataError(f"split: {name} has no split {split!r}; {nearest(split, sorted(splits))}")
+        there = suggest_names(split, sorted(splits))
+        raise DataError(f"split: {name} has no split {split!r}; {there}")
 
 
 SOURCES: dict[str, Callable[[str, str, str], ImageDataset]] = {"digits": digits, "tfds": tfds}

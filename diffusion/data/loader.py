@@ -16,7 +16,7 @@ MAX_BYTES = 16 * 2**30  # of pixels in memory, on the host and on every device
 READ_CHUNK = 256  # images that one thread of load_dataset reads at a time
 MAX_THREADS = min(16, os.cpu_count() or 1)  # they decode images, which releases the GIL
 
-Batch = tuple[np.ndarray, np.ndarray]  # image uint8[b, h, w, c], label int32[b]
+HostBatch = tuple[np.ndarray, np.ndarray]  # image uint8[b, h, w, c], label int32[b]
 
 
 def make_batch_indices(n: int, batch_size: int, seed: int) -> Callable[[int], np.ndarray]:
@@ -46,7 +46,7 @@ def _epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return bits.argsort(kind="stable").astype(np.int32)
 
 
-def load_dataset(images: ImageDataset) -> Batch:
+def load_dataset(images: ImageDataset) -> HostBatch:
     """Reads all images and labels into memory: (uint8[n, h, w, c], int32[n]).
 
     Raises DataError for a damaged image, and at once for more than MAX_BYTES.
@@ -74,7 +74,7 @@ def iterate_shuffled(
     batch_size: int,
     rows: np.ndarray | slice = slice(None),
     workers: int = 0,
-) -> Iterator[Batch]:
+) -> Iterator[HostBatch]:
     """Yields the batches of consecutive training steps, which `make_batch_indices` names.
 
     rows selects the images of each batch that this process feeds to its devices. workers is the

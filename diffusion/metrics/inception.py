@@ -62,7 +62,7 @@ def fold(params: dict) -> dict:
     return {name: array.astype(np.float32) for name, array in folded.items()}
 
 
-class Weights(nn.Module):
+class KernelAndBias(nn.Module):
     """The kernel, of `shape`, and bias of a layer, without its product: see `conv1x1`.
 
     Initialised as He et al. 2015 (arXiv:1502.01852), so that random features keep their scale.
@@ -79,7 +79,7 @@ class Weights(nn.Module):
 
 def conv(x: Array, name: str, features: int, window=(3, 3), stride=1, padded=True) -> Array:
     """Returns relu(x * kernel + bias), [b, h, w, c] -> [b, h', w', features]."""
-    kernel, bias = Weights((*window, x.shape[-1], features), name=name)()
+    kernel, bias = KernelAndBias((*window, x.shape[-1], features), name=name)()
     # On CPUs XLA is half as fast without any padding, so a column of zeros is added: with stride 2
     # no output reads it, with stride 1 the output that does is cut off.
     padding, extra = ("SAME", 0) if padded else ([(0, 0), (0, 1)], stride == 1)
@@ -96,7 +96,7 @@ def conv1x1(x: Array, **features: int) -> list[Array]:
     "branch_pool", always the last, is of `average_pool(x)`: pooling commutes with the product, and
     is cheaper after it.
     """
-    weights = [Weights((1, 1, x.shape[-1], n), name=name)() for name, n in features.items()]
+    weights = [KernelAndBias((1, 1, x.shape[-1], n), name=name)() for name, n in features.items()]
     kernel = jnp.concatenate([kernel[0, 0] for kernel, _ in weights], axis=-1)
     products = jnp.einsum("bhwc,cd->bhwd", x, kernel, precision=PRECISION)
     parts = jnp.split(products, np.cumsum(list(features.values()))[:-1], axis=-1)
@@ -242,7 +242,7 @@ class Inception(nn.Module):
         x = InceptionE(pool_by_maximum=False, name="Mixed_7b")(x)
         x = InceptionE(pool_by_maximum=True, name="Mixed_7c")(x)
         features["2048"] = x = x.mean((1, 2))
-        kernel, bias = Weights((2048, NUM_CLASSES), name="fc")()
+        kernel, bias = KernelAndBias((2048, NUM_CLASSES), name="fc")()
         features["logits_unbiased"] = jnp.dot(x, kernel, precision=PRECISION)
         features["logits"] = features["logits_unbiased"] + bias[None]
         return features

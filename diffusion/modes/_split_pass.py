@@ -80,7 +80,7 @@ def respaced_chain(chain: ChainModel, variance: targets.Variance, ts: np.ndarray
     return ChainModel(process.respace(chain.process, ts), predictor)
 
 
-class Batch(NamedTuple):
+class SplitBatch(NamedTuple):
     """Images uint8[b, h, w, c], labels int32[b], numbers in the split uint32[b]; sharded."""
 
     image: Array
@@ -112,11 +112,11 @@ class SplitPass(NamedTuple):
 
         return jax.jit(on_batch, in_shardings=(whole, sharded), out_shardings=whole)
 
-    def keys(self, batch: Batch) -> Array:
+    def keys(self, batch: SplitBatch) -> Array:
         """Returns one key per image, a function of its number."""
         return jax.vmap(random.fold_in, (None, 0))(random.key(self.seed), batch.number)
 
-    def batches(self, first: int = 0) -> Iterator[tuple[Batch, int]]:
+    def batches(self, first: int = 0) -> Iterator[tuple[SplitBatch, int]]:
         """Yields batches from the `first` on, and how many of each one's images count."""
         sharding = batch_sharded(self.exp.mesh)
         rows = local_rows(sharding, self.size)
@@ -128,7 +128,7 @@ class SplitPass(NamedTuple):
             arrays = (image, label, number)
             shapes = [(self.size, *a.shape[1:]) for a in arrays]
             parts = map(make_global_array, arrays, [sharding] * 3, shapes)
-            yield Batch(*parts), min(self.size, self.n - i * self.size)
+            yield SplitBatch(*parts), min(self.size, self.n - i * self.size)
 
 
 def make_pass(trained: Trained, split: str, n: int) -> SplitPass:
@@ -168,7 +168,7 @@ class RunningSums(NamedTuple):
 
 def accumulate(
     work: SplitPass,
-    run: Callable[[Batch], np.ndarray],
+    run: Callable[[SplitBatch], np.ndarray],
     path: pathlib.Path,
     progress: Callable[[int], None],
 ) -> RunningSums:

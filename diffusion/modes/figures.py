@@ -226,7 +226,7 @@ def quality(context: FigureContext, points: int = 11) -> Files:
     numbers = {"images": len(final), "reverse steps": steps.tolist()}
     numbers |= {name: values.tolist() for name, values in series.items()}
     return {
-        "quality.png": functools.partial(curves.quality, steps=steps, series=series),
+        "quality.png": functools.partial(curves.plot_quality, steps=steps, series=series),
         "quality.json": functools.partial(io.save_json, content=numbers),
     }
 

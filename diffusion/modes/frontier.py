@@ -33,7 +33,7 @@ KEYS = ("sampler.name", "sampler.grid", "sampler.steps")  # what differs between
 Key = tuple[str, str, int]  # their values
 
 
-class Entry(NamedTuple):
+class FrontierEntry(NamedTuple):
     """One sampler. evaluations: of the network per image; seconds: per image."""
 
     sampler: str
@@ -66,14 +66,14 @@ def run(run: Run) -> None:
         images, seconds = draw_timed(samplers[key], trained.params, run.config.sample.seed, c.num)
         scores = distances(images)
         if is_primary():  # only there are images scored
-            done[key] = Entry(*key, samplers[key].evaluations, seconds, scores)
+            done[key] = FrontierEntry(*key, samplers[key].evaluations, seconds, scores)
             left = (time.monotonic() - began) / sum(work[: i + 1]) * sum(work[i + 1 :])
             logging.info(f"{line(done[key])}{f'  ETA {human_time(left)}' if left else ''}")
             write(folder, setting, list(done.values()))
     if is_primary():
         for text in advice(list(done.values())):
             logging.info(text)
-        curves.frontier(folder / "frontier.png", *frontier_curves(list(done.values())))
+        curves.plot_frontier(folder / "frontier.png", *frontier_curves(list(done.values())))
     logging.info(f"done       {folder}/frontier.png, frontier.csv, frontier.json")
     if scorer.missing:
         raise scorer.missing
@@ -112,29 +112,29 @@ def entry_setting(trained: Trained, kinds: list[str]) -> dict[str, Any]:
     return {**rest, "frontier.num": config.frontier.num, "features": kinds, "device": device}
 
 
-def load_entries(path: pathlib.Path, setting: dict[str, Any]) -> dict[Key, Entry]:
+def load_entries(path: pathlib.Path, setting: dict[str, Any]) -> dict[Key, FrontierEntry]:
     """Returns the entries of an earlier run of the same setting."""
     try:
         stored = json.loads(path.read_text())
-        entries = [Entry(**entry) for entry in stored["entries"]]
+        entries = [FrontierEntry(**entry) for entry in stored["entries"]]
         return {entry[:3]: entry for entry in entries} if stored["setting"] == setting else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def write(folder: pathlib.Path, setting: dict[str, Any], entries: list[Entry]) -> None:
+def write(folder: pathlib.Path, setting: dict[str, Any], entries: list[FrontierEntry]) -> None:
     """Writes frontier.json, to resume from, and frontier.csv."""
     content = {"setting": setting, "entries": [entry._asdict() for entry in entries]}
     save_json(folder / "frontier.json", content)
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow([*Entry._fields[:5], *entries[0].scores])
+    table.writerow([*FrontierEntry._fields[:5], *entries[0].scores])
     for entry in entries:
         table.writerow([*entry[:5], *(f"{value:.6g}" for value in entry.scores.values())])
     save_text(folder / "frontier.csv", text.getvalue())
 
 
-def line(entry: Entry) -> str:
+def line(entry: FrontierEntry) -> str:
     """Returns an entry as a row of a table."""
     scores = "  ".join(f"{name} {value:9.4g}" for name, value in entry.scores.items())
     sampler = f"{entry.sampler}, {entry.grid}, {entry.steps} steps"
@@ -142,7 +142,7 @@ def line(entry: Entry) -> str:
 
 
 def frontier_curves(
-    entries: list[Entry],
+    entries: list[FrontierEntry],
 ) -> tuple[str, dict[str, list[tuple[int, float, float]]]]:
     """Returns (the first score's name, {sampler and grid: (evaluations, seconds, score)...})."""
     score = next(iter(entries[0].scores))
@@ -155,7 +155,7 @@ def frontier_curves(
     return score, out
 
 
-def advice(entries: list[Entry]) -> list[str]:
+def advice(entries: list[FrontierEntry]) -> list[str]:
     """Returns the best sampler within each budget of evaluations; a larger one only if better."""
     score = next(iter(entries[0].scores))
     best, lines = float("inf"), []

@@ -188,7 +188,7 @@ def write(
         table.writerow([T - t + 1, t, *cells])
     save_text(folder / "rate_distortion.csv", text.getvalue())
     path = folder / "rate_distortion.png"
-    curves.rate_distortion(path, bound.rate.mean, bound.rmse.mean)
+    curves.plot_rate_distortion(path, bound.rate.mean, bound.rmse.mean)
 
 
 # Table 4 of the paper, CIFAR-10 test set, T = 1000: (step r, rate, RMSE). After r transmissions,

@@ -163,4 +163,4 @@ def preview(
         session.writer.flush()
         if is_primary() and step >= run.config.train.log_every:
             log, path = run.workdir / "metrics.jsonl", run.workdir / "figures" / "loss.png"
-            curves.loss_curve(log, path, "train/loss")
+            curves.plot_loss(log, path, "train/loss")

@@ -68,7 +68,7 @@ def smooth(x: np.ndarray, y: np.ndarray, width: float = 0.04) -> np.ndarray:
     return mean_y + slope * (x - mean_x)
 
 
-def loss_curve(jsonl_path: PathLike, png_path: PathLike, name: str = "loss") -> None:
+def plot_loss(jsonl_path: PathLike, png_path: PathLike, name: str = "loss") -> None:
     """Plots a metric of a metrics.jsonl against the step: as logged, faint, and smoothed.
 
     An axis is logarithmic where its values are positive and span a factor of 100 (steps) or 5
@@ -100,7 +100,7 @@ def loss_curve(jsonl_path: PathLike, png_path: PathLike, name: str = "loss") -> 
         axes.set_xlabel("step", color=GREY)
 
 
-def rate_distortion(png_path: PathLike, rate: np.ndarray, rmse: np.ndarray) -> None:
+def plot_rate_distortion(png_path: PathLike, rate: np.ndarray, rmse: np.ndarray) -> None:
     """Plots the three panels of the paper's Figure 5.
 
     rate: float[T], bits/dim to transmit x_t; rmse: float[T], distortion of the x_0 that is
@@ -114,7 +114,7 @@ def rate_distortion(png_path: PathLike, rate: np.ndarray, rmse: np.ndarray) -> N
     _plot_panels(png_path, [rmse_over_steps, rate_over_steps, rmse_over_rate])
 
 
-def quality(png_path: PathLike, steps: np.ndarray, series: Mapping[str, np.ndarray]) -> None:
+def plot_quality(png_path: PathLike, steps: np.ndarray, series: Mapping[str, np.ndarray]) -> None:
     """Plots metrics of the predicted x_0 over the reverse process, a panel each (Figure 10).
 
     steps: int[n], reverse steps done; series: name of a metric -> float[n].
@@ -122,7 +122,7 @@ def quality(png_path: PathLike, steps: np.ndarray, series: Mapping[str, np.ndarr
     _plot_panels(png_path, [(REVERSE_STEPS, steps, name, y) for name, y in series.items()])
 
 
-def frontier(png_path: PathLike, score: str, curves: Mapping[str, Sequence[Point]]) -> None:
+def plot_frontier(png_path: PathLike, score: str, curves: Mapping[str, Sequence[Point]]) -> None:
     """Plots a score (lower is better) against network evaluations and against seconds per image.
 
     curves: name of a sampler -> its points. The points of the Pareto front are ringed.

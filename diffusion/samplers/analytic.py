@@ -16,7 +16,7 @@ from diffusion import process, targets
 from diffusion.likelihood import decoder_log_likelihood, meanflat
 from diffusion.process import Process, broadcast_right, example_keys, gather
 from diffusion.samplers.ancestral import check_eta, ddim_coefficients, ddim_mean
-from diffusion.samplers.base import Sampler, SamplerState, initial_state
+from diffusion.samplers.base import Sampler, SamplerState, init_state
 from diffusion.targets import Predict, Variance
 
 # Ratios of 2^(1/8) cost at most ln(2)^2 / 16^2 nats = 0.0027 bits/dim against the best decoder, as
@@ -155,4 +155,4 @@ def analytic_ddim(p: Process, eta: float = 0.0) -> Sampler:
         z = jnp.sqrt(variance) * process.sample_noise(keys, t, state.x)
         return SamplerState(ddim_mean(prediction, a, b) + jnp.where(s > 0, z, 0), prediction.x_0)
 
-    return Sampler(initial_state, step)
+    return Sampler(init_state, step)

@@ -5,7 +5,7 @@ from jax import Array
 
 from diffusion import process
 from diffusion.process import Process, beta_between, broadcast_right, gather, posterior, q_sample
-from diffusion.samplers.base import Sampler, SamplerState, initial_state
+from diffusion.samplers.base import Sampler, SamplerState, init_state
 from diffusion.targets import Predict, Prediction, p_mean_log_variance
 
 
@@ -22,7 +22,7 @@ def ancestral(p: Process) -> Sampler:
         z = jnp.where(s > 0, process.sample_noise(keys, t, state.x), 0)
         return SamplerState(mean + jnp.exp(0.5 * log_var) * z, prediction.x_0)
 
-    return Sampler(initial_state, step)
+    return Sampler(init_state, step)
 
 
 def check_eta(eta: float) -> None:
@@ -61,4 +61,4 @@ def ddim(p: Process, eta: float = 0.0) -> Sampler:
         x_s = ddim_mean(prediction, a, b) + broadcast_right(jnp.sqrt(variance), z) * z
         return SamplerState(x_s, prediction.x_0)
 
-    return Sampler(initial_state, step)
+    return Sampler(init_state, step)

@@ -38,7 +38,7 @@ class Sampler(NamedTuple):
     evaluations: Callable[[int], int] = lambda n: n
 
 
-def initial_state(x_T: Array) -> SamplerState:
+def init_state(x_T: Array) -> SamplerState:
     """Starts a sampler without memory, with x_0 = 0 before the first prediction."""
     return SamplerState(x_T, jnp.zeros_like(x_T))
 

@@ -8,7 +8,7 @@ from jax import Array, lax, random
 from diffusion import process
 from diffusion.process import Process, beta_between, broadcast_right, gather, q_sample
 from diffusion.samplers.ancestral import ancestral, ddim
-from diffusion.samplers.base import Sampler, SamplerState, initial_state
+from diffusion.samplers.base import Sampler, SamplerState, init_state
 from diffusion.targets import Predict
 
 
@@ -34,7 +34,7 @@ def heun(p: Process) -> Sampler:
 
         return SamplerState(lax.cond(s > 0, corrected, lambda: euler), prediction.x_0)
 
-    return Sampler(initial_state, step, evaluations=lambda n: 2 * n - 1)
+    return Sampler(init_state, step, evaluations=lambda n: 2 * n - 1)
 
 
 PREDICTORS = {"ancestral": ancestral, "ddim": ddim}

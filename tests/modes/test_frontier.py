@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from diffusion.modes import frontier
-from diffusion.modes.frontier import Entry
+from diffusion.modes.frontier import FrontierEntry
 from tests.runs import run, run_two_processes
 
 
 def entry(sampler, steps, evaluations, fd, grid="uniform"):
-    return Entry(sampler, grid, steps, evaluations, 0.1, {"fd_random": fd, "fd_pixels": 1 / fd})
+    return FrontierEntry(
+        sampler, grid, steps, evaluations, 0.1, {"fd_random": fd, "fd_pixels": 1 / fd}
+    )
 
 
 def test_larger_budget_is_named_only_where_it_scores_better():

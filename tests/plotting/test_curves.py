@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from diffusion.plotting.curves import (
-    frontier,
-    loss_curve,
-    quality,
-    rate_distortion,
+    plot_frontier,
+    plot_loss,
+    plot_quality,
+    plot_rate_distortion,
     read_curve,
     smooth,
 )
@@ -90,7 +90,7 @@ INK, RED = (31, 95, 168), (192, 57, 43)
 
 def test_loss_curve_is_drawn_from_the_first_to_the_last_step(tmp_path):
     rows = [{"step": s, "loss": 1 / s} for s in range(1, 1001)]
-    loss_curve(write_log(tmp_path / "m.jsonl", rows), tmp_path / "loss.png")
+    plot_loss(write_log(tmp_path / "m.jsonl", rows), tmp_path / "loss.png")
     with Image.open(tmp_path / "loss.png") as picture:
         assert picture.size == (1200, 675)
     low, high, share = find_colour(tmp_path / "loss.png", INK)
@@ -105,7 +105,7 @@ def test_loss_curve_is_drawn_from_the_first_to_the_last_step(tmp_path):
 )
 def test_loss_curve_of_few_extreme_or_non_finite_values(tmp_path, losses):
     rows = [{"step": 200 * i, "loss": x} for i, x in enumerate(losses)]
-    loss_curve(write_log(tmp_path / "m.jsonl", rows), tmp_path / "loss.png")
+    plot_loss(write_log(tmp_path / "m.jsonl", rows), tmp_path / "loss.png")
     assert find_colour(tmp_path / "loss.png", INK)[2] > 0
     low, high, _ = find_colour(tmp_path / "loss.png", RED)
     if "NaN" in losses:
@@ -116,7 +116,7 @@ def test_loss_curve_of_few_extreme_or_non_finite_values(tmp_path, losses):
 
 def test_loss_curve_whose_only_finite_value_is_at_step_0(tmp_path):
     rows = [{"step": s, "loss": "NaN" if s else 1.0} for s in range(0, 1001, 5)]
-    loss_curve(write_log(tmp_path / "m.jsonl", rows), tmp_path / "loss.png")
+    plot_loss(write_log(tmp_path / "m.jsonl", rows), tmp_path / "loss.png")
     assert find_colour(tmp_path / "loss.png", INK)[2] > 0
 
 
@@ -138,7 +138,7 @@ def test_loss_curve_has_logarithmic_axes_for_a_wide_range(tmp_path, drawn):
         ([10, 500, 990], [5.0, 2.0, 1.01]),
     ]:
         rows = [{"step": s, "loss": x} for s, x in zip(steps, losses, strict=True)]
-        loss_curve(write_log(tmp_path / "m.jsonl", rows), tmp_path / "loss.png")
+        plot_loss(write_log(tmp_path / "m.jsonl", rows), tmp_path / "loss.png")
     scales = [(axes.get_xscale(), axes.get_yscale()) for axes in drawn]
     assert scales == [("log", "log"), ("log", "log"), ("log", "linear"), ("linear", "linear")]
 
@@ -146,12 +146,12 @@ def test_loss_curve_has_logarithmic_axes_for_a_wide_range(tmp_path, drawn):
 def test_loss_curve_without_a_finite_value_is_an_error(tmp_path):
     path = write_log(tmp_path / "m.jsonl", [{"step": 1, "loss": "NaN"}])
     with pytest.raises(ValueError, match="expected finite values of 'loss', found nan"):
-        loss_curve(path, tmp_path / "loss.png")
+        plot_loss(path, tmp_path / "loss.png")
     path.write_text("")
     with pytest.raises(ValueError, match="expected lines with 'loss', found no metric"):
-        loss_curve(path, tmp_path / "loss.png")
+        plot_loss(path, tmp_path / "loss.png")
     with pytest.raises(FileNotFoundError):
-        loss_curve(tmp_path / "none.jsonl", tmp_path / "loss.png")
+        plot_loss(tmp_path / "none.jsonl", tmp_path / "loss.png")
     assert os.listdir(tmp_path) == ["m.jsonl"]
 
 
@@ -167,7 +167,7 @@ def test_import_takes_no_matplotlib():
 def test_quality_has_a_panel_for_each_metric(tmp_path, drawn, n):
     steps = np.arange(0, 1001, 100)
     series = {f"metric {i}": np.linspace(9, i - 1.0, 11) for i in range(n)}
-    quality(tmp_path / "q.png", steps, series)
+    plot_quality(tmp_path / "q.png", steps, series)
     assert [axes.get_title(loc="left") for axes in drawn] == list(series)
     for axes, y in zip(drawn, series.values(), strict=True):
         np.testing.assert_array_equal(axes.lines[0].get_xydata(), np.stack([steps, y], 1))
@@ -176,7 +176,7 @@ def test_quality_has_a_panel_for_each_metric(tmp_path, drawn, n):
 
 def test_rate_distortion_counts_reverse_steps(tmp_path, drawn):
     rate, rmse = np.array([3.0, 2.0, 0.5]), np.array([1.0, 4.0, 9.0])  # of x_1, x_2, x_3
-    rate_distortion(tmp_path / "r.png", rate, rmse)
+    plot_rate_distortion(tmp_path / "r.png", rate, rmse)
     expected = [
         [(1, 9), (2, 4), (3, 1)],
         [(1, 0.5), (2, 2), (3, 3)],
@@ -186,7 +186,7 @@ def test_rate_distortion_counts_reverse_steps(tmp_path, drawn):
 
 
 def test_panels_are_drawn_in_ink(tmp_path):
-    quality(tmp_path / "q.png", np.arange(3), {"a": np.arange(3.0), "b": np.ones(3)})
+    plot_quality(tmp_path / "q.png", np.arange(3), {"a": np.arange(3.0), "b": np.ones(3)})
     with Image.open(tmp_path / "q.png") as picture:
         assert picture.size == (1200, 540)
     assert find_colour(tmp_path / "q.png", INK)[2] > 0
@@ -195,7 +195,7 @@ def test_panels_are_drawn_in_ink(tmp_path):
 def test_frontier_rings_the_pareto_front(tmp_path, drawn):
     """Of (10, 5), (20, 4), (20, 6), (40, 4.5): the first two, in evaluations as in seconds."""
     curves = {"a": [(10, 0.1, 5.0), (20, 0.2, 4.0)], "b": [(20, 0.2, 6.0), (40, 0.4, 4.5)]}
-    frontier(tmp_path / "f.png", "fd", curves)
+    plot_frontier(tmp_path / "f.png", "fd", curves)
     for axes, scale in zip(drawn, (1, 0.01), strict=True):
         ringed = axes.lines[-1].get_xydata()
         np.testing.assert_allclose(ringed, [[10 * scale, 5], [20 * scale, 4]])

@@ -14,7 +14,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 
-from diffusion.data import escape, mismatch, nearest
+from diffusion.data import escape, mismatch, suggest_names
 from diffusion.data.prepare import archives
 from diffusion.data.prepare.archives import Item, Member, Report, Source, reading
 from diffusion.data.prepare.array_formats import CIFAR10, CIFAR100, check_count, cifar, idx, npz
@@ -41,7 +41,7 @@ def open_source(
     report is called with what is being done, the bytes done, and the total. Raises DataError.
     """
     if name not in ORIGINS:
-        raise DataError(f"data.source: {name!r} is not known; {nearest(name, ORIGINS)}")
+        raise DataError(f"data.source: {name!r} is not known; {suggest_names(name, ORIGINS)}")
     remotes = published_files(name)
     if archive:
         path = pathlib.Path(os.path.expanduser(archive))
@@ -65,7 +65,7 @@ def _check_exists(path: pathlib.Path, archive: str) -> None:
     there = ""
     with contextlib.suppress(OSError, ValueError):
         names = sorted(os.listdir(path.parent))
-        there = f"; {nearest(path.name, names, 5)}" if names else f"; {path.parent} is empty"
+        there = f"; {suggest_names(path.name, names, 5)}" if names else f"; {path.parent} is empty"
     raise DataError(f"data.archive: no file or folder {archive!r}{there}")
 
 
