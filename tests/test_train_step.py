@@ -156,7 +156,7 @@ def test_the_optimiser_is_adam_behind_a_clip():
 
 def curve(dtype, steps=60):
     """Losses of a small network trained on blobs; the noise of a step is that of any dtype."""
-    net = unet.UNet(ch=16, ch_mult=(1, 2), num_res_blocks=1, dropout=0.1, dtype=dtype)
+    net = unet.UNet(ch=16, ch_mult=(1,), num_res_blocks=1, dropout=0.1, dtype=dtype)
     betas = schedules.SCHEDULES["linear"](100, 1e-3, 0.2)
     target, variance = targets.TARGETS["eps"], targets.VARIANCES["fixed_large"]
     loss = losses.LOSSES["simple"](process.from_betas(betas), target, variance)
