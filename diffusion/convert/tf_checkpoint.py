@@ -16,7 +16,6 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-import google_crc32c
 import numpy as np
 from google.protobuf import empty_pb2
 from google.protobuf.message import DecodeError
@@ -128,6 +127,8 @@ def _read_array(name: str, entry: IndexEntry, path: pathlib.Path) -> np.ndarray:
 
 def _masked_crc(data: bytes) -> int:
     """Returns CRC-32C as TensorFlow stores it: rotated and offset, for data that holds CRCs."""
+    import google_crc32c  # needed by TensorFlow's files alone
+
     crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
 

@@ -91,7 +91,7 @@ def _is_lost_peer(error: Exception) -> bool:
     """Whether a collective of several processes failed, before JAX's heartbeat has ended them."""
     import jax
 
-    return jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError)
+    return isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1
 
 
 def _help(flag_values: flags.FlagValues, usage: str) -> str:
