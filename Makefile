@@ -5,6 +5,7 @@ VENV := .venv
 GPU = XLA_PYTHON_CLIENT_MEM_FRACTION=0.5 $(VENV)/bin/python main.py --mode=bench
 
 .PHONY: demo test soak bench lint clean
+.DELETE_ON_ERROR: # a Python without ensurepip leaves half an environment
 
 demo: $(VENV)/run ## train on handwritten digits and draw some
 	$(VENV)/bin/python main.py

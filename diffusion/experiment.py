@@ -198,7 +198,7 @@ def make_update(config: ConfigDict, exp: Experiment, resident: bool) -> Callable
 
 
 def fits_on_device(config: ConfigDict, images: data.ImageDataset) -> bool:
-    """Whether the whole data set may lie on every device."""
+    """Returns whether the whole data set may lie on every device."""
     return images.nbytes <= config.data.on_device_gib * 2**30
 
 

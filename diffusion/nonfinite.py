@@ -48,21 +48,22 @@ def guard_update(update: Callable, on_nonfinite: str) -> Callable:
 def first_non_finite(tree: Tree) -> str | None:
     """Returns the name of the first leaf with a NaN or infinity, 'params/conv/kernel', or None."""
     leaves = digests.named(tree)
-    finite = jax.device_get(_are_finite(list(leaves.values())))
-    return next((name for name, ok in zip(leaves, finite, strict=True) if not ok), None)
+    finite = jax.device_get(_are_finite(leaves))
+    return next((name for name in leaves if not finite[name]), None)
 
 
 @jax.jit
-def _are_finite(leaves: list[Array]) -> list[Array]:
-    return [jnp.isfinite(leaf).all() for leaf in leaves]
+def _are_finite(leaves: Tree) -> Tree:
+    return jax.tree.map(lambda x: jnp.isfinite(x).all(), leaves)
 
 
 def norms(tree: Tree) -> dict[str, float]:
     """Returns {'conv/kernel': Euclidean norm of the leaf, ...}."""
     leaves = digests.named(tree)
-    return dict(zip(leaves, map(float, _norms(list(leaves.values()))), strict=True))
+    found = jax.device_get(_norms(leaves))
+    return {name: float(found[name]) for name in leaves}
 
 
 @jax.jit
-def _norms(leaves: list[Array]) -> list[Array]:
-    return [jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum()) for x in leaves]
+def _norms(leaves: Tree) -> Tree:
+    return jax.tree.map(lambda x: jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum()), leaves)

@@ -30,9 +30,8 @@ def log_alpha_bar_spline(p: Process) -> np.ndarray:
     steps. It is exact at the trained times. Raises ValueError if alpha_bar_T = 0.
     """
     if not p.alpha_bar[-1] > 0:
-        raise ValueError(
-            "log_alpha_bar: expected alpha_bar_T > 0; this schedule ends in pure noise"
-        )
+        found = "a schedule that ends in pure noise; use the variational bound"
+        raise ValueError(f"expected alpha_bar_T > 0, found {found}")
     t, log = np.arange(p.T + 1), np.log(p.alpha_bar)
     spline = CubicSpline(t, log)
     turns = spline.derivative().roots(extrapolate=False)

@@ -69,8 +69,10 @@ def drop_labels(key: Array, label: Array, num_classes: int, rate: float) -> Arra
     A hidden label is `num_classes`, which means "no class". Returns None for a model without
     classes. key: of the step.
     """
-    if not num_classes or not rate:
-        return label if num_classes else None
+    if not num_classes:
+        return None
+    if not rate:
+        return label
     hidden = random.bernoulli(random.fold_in(key, LABEL_DROPOUT), rate, label.shape)
     return jnp.where(hidden, num_classes, label)
 

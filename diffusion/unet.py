@@ -70,7 +70,7 @@ def time_embedding(t: jax.Array, dim: int) -> jax.Array:
 
 
 class TimeEmbedding(nn.Module):
-    """t [b] -> float32[b, 4 ch]. Source: official `model`, scope 'temb'."""
+    """Embeds times t [b] as float32[b, 4 ch]. Source: official `model`, scope 'temb'."""
 
     ch: int
 
@@ -82,7 +82,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x [b, h, w, c], temb [b, 4 ch] -> [b, h, w, out_ch]. Source: official `resnet_block`."""
+    """Maps x [b, h, w, c], temb [b, 4 ch] to [b, h, w, out_ch]. Source: `resnet_block`."""
 
     out_ch: int
     conv: Callable[..., nn.Module]
@@ -164,7 +164,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Block, attention at any resolution, block: h, temb -> h."""
+    """Applies a block, attention at any resolution, and a block: h, temb -> h."""
 
     ch: int
     block: Callable[..., nn.Module]

@@ -94,6 +94,34 @@ def official_predict(p, m, v, clip=True, network=toy):
     )
 
 
+def network(x, t, outputs):
+    """Some function of x and t, and a log-variance if outputs is 2."""
+    output = 0.8 * jnp.tanh(x) + 0.1 * jnp.cos(t).reshape(-1, *(1,) * (x.ndim - 1))
+    return jnp.concatenate([output, 0.5 * jnp.sin(x) - 3][:outputs], -1)
+
+
+def poor_denoiser(x, t):
+    """A denoiser that is biased, nonlinear and dependent on t."""
+    return 0.6 * jnp.tanh(x) + 0.2 + 0.1 * jnp.sin(t).reshape(-1, 1, 1, 1)
+
+
+def images():
+    """Returns images [24, 6, 6, 1] on the 256 levels."""
+    x = jax.random.normal(jax.random.key(0), (24, 6, 6, 1))
+    x = jnp.clip(0.3 * x + jax.random.normal(jax.random.key(1), (24, 1, 1, 1)), -1, 1)
+    return jnp.round((x + 1) * 127.5) / 127.5 - 1
+
+
+def column(x):
+    """Returns x [b] as [b, 1, 1, 1]."""
+    return jnp.asarray(x).reshape(-1, 1, 1, 1)
+
+
+def path_cost(costs, ts):
+    """Returns the sum of the costs[s, t] of the steps of a grid."""
+    return float(costs[ts[1:], ts[:-1]].sum())
+
+
 def cheap_noise(keys, t, like):
     """Replaces `process.sample_noise` where any noise will do: threefry is slow to compile."""
     phase = 5 * jnp.asarray(t, like.dtype)

@@ -54,10 +54,24 @@ def _validate(config):
     cli.config_.validate(config, jax.device_count())
 
 
-def start(*args, cwd=ROOT, **extra):
-    """Starts main.py in a process of its own; extra: environment variables."""
+# main.py with a defect in it, which `before` makes.
+SCRIPT = """
+import sys
+import main
+{}
+main.preemption.install()
+sys.exit(main.main(["main.py", *sys.argv[1:]]))
+"""
+
+
+def start(*args, cwd=ROOT, before="", **extra):
+    """Starts main.py in a process of its own, in which the program `before` is executed first.
+
+    extra: environment variables.
+    """
+    program = ["-c", SCRIPT.format(before)] if before else [str(ROOT / "main.py")]
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "main.py"), *map(str, args)],
+        [sys.executable, *program, *map(str, args)],
         cwd=cwd,
         env=environment(**extra),
         stdout=subprocess.PIPE,

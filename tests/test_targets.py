@@ -12,15 +12,11 @@ from diffusion import likelihood, process, schedules, targets
 from diffusion.samplers import ancestral, base
 from diffusion.targets import TARGETS, VARIANCES, Prediction
 from tests import oracle
-from tests.oracle import Gaussian, official, toy
+from tests.oracle import Gaussian, column, network, official, toy
 
 LINEAR = process.from_betas(schedules.linear(1000))
 
 SHORT = process.from_betas(schedules.linear(20, 1e-3, 0.4))
-
-
-def column(x):
-    return jnp.asarray(x).reshape(-1, 1, 1, 1)
 
 
 @official(
@@ -146,12 +142,6 @@ def test_v_is_the_derivative_by_the_angle(x64):
 KEY = random.key(1)
 
 X_T = random.normal(random.key(0), (5, 4, 4, 2))
-
-
-def network(x, t, outputs):
-    """Some function of x and t, and a log-variance if outputs is 2."""
-    output = 0.8 * jnp.tanh(x) + 0.1 * jnp.cos(t).reshape(-1, *(1,) * (x.ndim - 1))
-    return jnp.concatenate([output, 0.5 * jnp.sin(x) - 3][:outputs], -1)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -107,8 +107,14 @@ def test_the_learning_rate_of_later_steps():
 def test_the_average_is_copied_first_and_then_decays_by_its_own_rate():
     """Official float32 1 - decay is 1.00017e-4; ours is rounded once: 1.7e-4 relative."""
     assert OFFICIAL["ema_decay_f32"][0] < 1e-9  # step 0: a decay of nothing, which is a copy
-    ours = np.float32(1 - 0.9999)
-    np.testing.assert_allclose(ours, OFFICIAL["ema_one_minus_decay_f32"][2], rtol=2e-4)
+    tx, decay = optax.set_to_zero(), settings("official")[0]["ema_decay"]
+    step = train_step.make_train_step(lambda params, *_: (params, {}), tx, decay)
+    for i, rate in enumerate(OFFICIAL["ema_one_minus_decay_f32"]):
+        state = train_step.TrainState(
+            jnp.int32(i), {"w": jnp.ones(1)}, {"w": jnp.zeros(1)}, tx.init({})
+        )
+        # From 0 to parameters that stay at 1: the average is the rate.
+        np.testing.assert_allclose(step(state, None, None)[0].ema["w"], [rate], rtol=2e-4)
 
 
 def random_batch(b, n=5):
@@ -156,7 +162,7 @@ def test_the_optimiser_is_adam_behind_a_clip():
 
 def curve(dtype, steps=60):
     """Losses of a small network trained on blobs; the noise of a step is that of any dtype."""
-    net = unet.UNet(ch=16, ch_mult=(1,), num_res_blocks=1, dropout=0.1, dtype=dtype)
+    net = unet.UNet(ch=16, ch_mult=(1, 2), num_res_blocks=1, dropout=0.1, dtype=dtype)
     betas = schedules.SCHEDULES["linear"](100, 1e-3, 0.2)
     target, variance = targets.TARGETS["eps"], targets.VARIANCES["fixed_large"]
     loss = losses.LOSSES["simple"](process.from_betas(betas), target, variance)

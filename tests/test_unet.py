@@ -497,7 +497,7 @@ def test_bfloat16():
 
 
 def test_bfloat16_gradients_are_float32():
-    net = UNet(**ONE_LEVEL, dtype=jnp.bfloat16)
+    net = UNet(**SMALL, dtype=jnp.bfloat16)
     params = weights(net, 8, 8)
     x, t = images(1, 8, 8, 3)
     loss = lambda params: jnp.sum(net.apply({"params": params}, x, t, train=False))  # noqa: E731

@@ -13,8 +13,6 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -25,7 +23,8 @@ import orbax.checkpoint as ocp
 from diffusion.checkpoint import Checkpoints
 from diffusion.utils.errors import WorkdirError
 from tests.conftest import ROOT
-from tests.runs import environment, logged
+from tests.runs import logged, start
+from tests.runs import run_process as run
 from tests.test_checkpoint import abstract, make_state
 
 TINY = (
@@ -35,35 +34,6 @@ TINY = (
 )
 ENDLESS = ("--config.train.steps=1000000", "--config.train.save_every=1000000")
 HEARTBEAT_S = 10
-
-# main.py with a defect in it, which BEFORE makes.
-SCRIPT = """
-import sys
-import main
-{}
-main.preemption.install()
-sys.exit(main.main(["main.py", *sys.argv[1:]]))
-"""
-
-
-def start(*args, before="", **extra):
-    """Starts main.py with these flags; `before` is executed in it first."""
-    program = ["-c", SCRIPT.format(before)] if before else [str(ROOT / "main.py")]
-    return subprocess.Popen(
-        [sys.executable, *program, *map(str, args)],
-        cwd=ROOT,
-        env=environment(**extra),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def run(*args, code=0, before="", **extra):
-    with start(*args, before=before, **extra) as process:
-        out, err = process.communicate()
-    assert process.returncode == code, f"exit {process.returncode}\n{out}\n{err}"
-    return out, err
 
 
 def wait_for(process, pattern):
@@ -110,6 +80,7 @@ def killed_again_and_again(folder, kills, rng, steps=200, every=10):
         last = False
         while not last:
             before = max(logged(workdir), default=0) if (workdir / "metrics.jsonl").exists() else 0
+            line = ""
             with start(*args, f"--workdir={workdir}") as process:
                 if done < kills:
                     timer = threading.Timer(rng.uniform(0, 8), process.kill)
@@ -121,13 +92,12 @@ def killed_again_and_again(folder, kills, rng, steps=200, every=10):
                 if done < kills:
                     timer.cancel()
                     timer.join()
-                    out = line + out if "line" in locals() else out
             if process.returncode == -signal.SIGKILL:
                 done += 1
             else:
                 assert process.returncode == 0 and err == "", err
                 last = True
-            if found := re.search(r"from step ([\d,]+)", out):
+            if found := re.search(r"from step ([\d,]+)", line + out):
                 most = max(most, before - int(found[1].replace(",", "")))
         assert digest(workdir) == expected
         assert temporaries(workdir) == []

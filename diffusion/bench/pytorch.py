@@ -1,7 +1,7 @@
 """The same networks in PyTorch, for --mode=bench, in a process of their own.
 
 In one process the threads of both programs would compete for the cores. Without the packages of
-requirements.txt, or for a network that diffusers does not have, a line says why nothing is
+bench/requirements.txt, or for a network that diffusers does not have, a line says why nothing is
 compared. PyTorch uses a GPU if it has one, channels last, autocast for bfloat16, random weights and
 images.
 """

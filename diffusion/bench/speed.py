@@ -82,11 +82,8 @@ def training_step(
     Returns (the compiled step, a function that takes n steps, seconds of compiling). As in
     training, one step is in flight while the next is dispatched.
     """
-    rng, size, pixels = (
-        np.random.default_rng(0),
-        config.train.batch_size,
-        math.prod(exp.image_shape),
-    )
+    rng, size = np.random.default_rng(0), config.train.batch_size
+    pixels = math.prod(exp.image_shape)
     n = max(size, 2**24 // pixels) if resident else size
     image = rng.integers(0, 256, (n, pixels), np.uint8)
     label = np.zeros(n, np.int32)

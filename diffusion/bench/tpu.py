@@ -4,7 +4,7 @@
     JAX_PLATFORMS=cpu python main.py --config=configs/cifar10.py:bfloat16 --mode=bench --part=tpu
 
 The compiler is the real one, so memory, FLOPs, bytes and collectives are the machine's; the speed
-is not measured but bounded, by the makers' figures. It takes tens of minutes of a few cores.
+is not measured but bounded, by the makers' figures. It takes about ten minutes on two cores.
 """
 
 import math

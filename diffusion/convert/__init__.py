@@ -68,7 +68,7 @@ def to_diffusers(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def flatten_params(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a": {"b": x}} -> {"a/b": x}."""
+    """Flattens nested dicts: {"a": {"b": x}} becomes {"a/b": x}."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): a for path, a in leaves}
 
@@ -107,7 +107,7 @@ def _current_names(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_torch(name: Name, array: Any) -> np.ndarray:
-    """[out, in] -> [in, out], [out, in, 1, 1] likewise, [out, in, h, w] -> [h, w, in, out]."""
+    """Converts [out, in] and [out, in, 1, 1] to [in, out], [out, in, h, w] to [h, w, in, out]."""
     array = np.asarray(array)
     if not name.flax.endswith("/kernel"):
         return array

@@ -73,7 +73,7 @@ def inception(path: str = "", cache: str = "") -> dict[str, np.ndarray]:
 
 
 def _check_digest(path: pathlib.Path) -> None:
-    """NAME-6726825d.pth: the first digits of the SHA-256, as torch.hub names its files."""
+    """Checks the first digits of the SHA-256 in a name like torch.hub's, NAME-6726825d.pth."""
     stated = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     if stated and path.is_file():
         with path.open("rb") as file:

@@ -28,8 +28,8 @@ DTYPES = {
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Returns {name of the node: array} of a graph's numeric constants.
 
-    Raises IntegrityError for another file, and for constants that hold NaN, the same name twice, or
-    another number of values than their shape has.
+    Raises IntegrityError for another file, and for constants that hold NaN, the same name twice,
+    another number of values than their shape has, or together twice the file's size.
     """
     with integrity_errors(path):
         path = pathlib.Path(path)
@@ -40,13 +40,16 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
             graph.ParseFromString(path.read_bytes())
         except DecodeError as error:
             raise ValueError("expected a TensorFlow graph, found another or a cut file") from error
-        arrays = {}
+        arrays, total = {}, 0
         for node in graph.node:
             if node.op != "Const" or node.attr["value"].tensor.dtype not in DTYPES:
                 continue
             if node.name in arrays:
                 raise ValueError(f"{node.name} is there twice")
             arrays[node.name] = _to_array(node.name, node.attr["value"].tensor, size)
+            total += arrays[node.name].nbytes
+            if total > 2 * size:  # one value may stand for a whole array
+                raise ValueError(f"its constants take more than {2 * size:,} bytes")
         if not arrays:
             raise ValueError("expected a frozen TensorFlow graph, found one without constants")
         return arrays

@@ -9,6 +9,7 @@ Sources: leveldb, doc/table_format.md and util/crc32c.h; TensorFlow,
 core/protobuf/tensor_bundle.proto and core/util/tensor_bundle/tensor_bundle.cc.
 """
 
+import collections
 import itertools
 import math
 import pathlib
@@ -93,15 +94,18 @@ def read(bundle: Bundle, names: Iterable[str]) -> dict[str, np.ndarray]:
     """Returns {name: array} of the named arrays; no others are read.
 
     Raises IntegrityError for files that are damaged or missing, and for named arrays that hold
-    NaN, are partitioned, or are of a type that NumPy lacks, such as strings.
+    NaN, overlap, are partitioned, or are of a type that NumPy lacks, such as strings.
     """
-    arrays = {}
+    arrays, done = {}, collections.Counter()
     for name in names:
         entry = bundle.entries[name]
         shard = f"{bundle.prefix.name}.data-{entry.shard:05}-of-{bundle.shards:05}"
         path = bundle.prefix.with_name(shard)
         with integrity_errors(path):
             arrays[name] = check_finite(name, _read_array(name, entry, path))
+            done[path] += entry.size
+            if done[path] > path.stat().st_size:
+                raise ValueError(f"{name}: its arrays overlap: they take more than the file has")
     return arrays
 
 

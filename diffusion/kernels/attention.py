@@ -23,7 +23,7 @@ def attention(q: Array, k: Array, v: Array) -> Array:
 
 
 def _has_flash_kernel(dtype, c) -> bool:
-    """Is this an Ampere GPU or later, in bfloat16, with a head size that cuDNN has kernels for?"""
+    """Returns whether this is an Ampere GPU or later, and cuDNN has a kernel for dtype and c."""
     if jax.default_backend() != "gpu" or dtype != jnp.bfloat16 or c % 8:
         return False
     capability = float(jax.devices()[0].compute_capability)

@@ -89,7 +89,7 @@ def conv(
 def conv_with_vjp(
     x: Array, kernel: Array, strides: Any, padding: Any, *, mesh: Mesh | None = None, **options
 ) -> Array:
-    """`conv` by F4 where it fits, with a custom VJP by the same transform; no JVP.
+    """Returns `conv`, by F4 where it fits, with a custom VJP by the same transform; no JVP.
 
     The rounding error is 1e-5 of the largest output: far below the noise of a batch's gradient, but
     too coarse for evaluation.
@@ -102,7 +102,7 @@ def conv_with_vjp(
 
 
 def _is_faster(min_work, x, kernel, strides, padding, options):
-    """Whether a transform applies (undilated 3x3, float32, even sides) and pays."""
+    """Returns whether a transform applies (undilated 3x3, float32, even sides) and pays."""
     _, height, width, channels = x.shape
     *window, c, o = kernel.shape
     steps = {*strides, *(options.get("lhs_dilation") or ()), *(options.get("rhs_dilation") or ())}
@@ -229,7 +229,7 @@ def _transform_tiles(matrix, m, x, height, width):
 
 
 def _flatten(tiles):
-    """[n, b, i, j, c] -> [n, b i j, c]: with more axes XLA would transpose products in memory."""
+    """Reshapes to [n, b i j, c], as with more axes XLA would transpose products in memory."""
     return tiles.reshape(len(tiles), -1, tiles.shape[-1])
 
 

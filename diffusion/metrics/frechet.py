@@ -106,7 +106,7 @@ def covariance_factor(cov: np.ndarray) -> np.ndarray:
 
 
 def _fast_frechet_distance(part: np.ndarray, b: MeanCov, factor_b: np.ndarray) -> float:
-    """`frechet_distance` of rows [m, d] from eigenvalues of a product, accurate to 1e-8."""
+    """Returns `frechet_distance` of rows [m, d] by eigenvalues of a product, accurate to 1e-8."""
     (mu_b, cov_b), (m, d) = b, part.shape
     mu = part.mean(0, dtype=np.float64)
     rows = (part - mu) / np.sqrt(m - 1)  # A = rows^T rows

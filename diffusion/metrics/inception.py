@@ -124,7 +124,7 @@ def max_pool(x: Array, stride: int = 2) -> Array:
 
 
 class InceptionA(nn.Module):
-    """[b, 35, 35, c] -> [b, 35, 35, 224 + pool_features]."""
+    """Maps [b, 35, 35, c] to [b, 35, 35, 224 + pool_features]."""
 
     pool_features: int
 
@@ -140,7 +140,7 @@ class InceptionA(nn.Module):
 
 
 class InceptionB(nn.Module):
-    """[b, 35, 35, 288] -> [b, 17, 17, 768]."""
+    """Maps [b, 35, 35, 288] to [b, 17, 17, 768]."""
 
     @nn.compact
     def __call__(self, x):
@@ -152,7 +152,7 @@ class InceptionB(nn.Module):
 
 
 class InceptionC(nn.Module):
-    """[b, 17, 17, 768] -> [b, 17, 17, 768], with `width` channels inside the branches."""
+    """Maps [b, 17, 17, 768] to the same shape, with `width` channels inside the branches."""
 
     width: int
 
@@ -170,7 +170,7 @@ class InceptionC(nn.Module):
 
 
 class InceptionD(nn.Module):
-    """[b, 17, 17, 768] -> [b, 8, 8, 1280]."""
+    """Maps [b, 17, 17, 768] to [b, 8, 8, 1280]."""
 
     @nn.compact
     def __call__(self, x):
@@ -183,7 +183,7 @@ class InceptionD(nn.Module):
 
 
 class InceptionE(nn.Module):
-    """[b, 8, 8, c] -> [b, 8, 8, 2048]. The last block pools by maximum, an error of 2015."""
+    """Maps [b, 8, 8, c] to [b, 8, 8, 2048]; the last block pools by maximum, an error of 2015."""
 
     pool_by_maximum: bool
 
@@ -205,11 +205,11 @@ class InceptionE(nn.Module):
 
 
 class Inception(nn.Module):
-    """`apply({"params": fold(...)}, preprocess(images))` -> features, {name: float32[b, n]}."""
+    """Returns features by `apply({"params": fold(...)}, preprocess(images))`."""
 
     @nn.compact
     def __call__(self, x):
-        """Returns all features of images x, float32[b, 299, 299, 3] in [-1, 1).
+        """Returns all features {name: float32[b, n]} of x, float32[b, 299, 299, 3] in [-1, 1).
 
         "64", "192", "768": spatial means after the two max pools and after the last 17x17 block.
         "2048": the mean of the last block, for FID, KID and precision/recall.

@@ -1,25 +1,47 @@
-"""Training steps that were not finite: the policy, the crash file, and the step taken again.
+"""Training steps that are not finite: the guard, the policy, the crash file, the step taken again.
 
 A step is a function of the weights, the batch and its number; the crash file holds all three.
 """
 
 import pathlib
+import time
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax import random
+from jax import Array, random
 
 from diffusion import data, experiment, nonfinite, train_step
 from diffusion.data import augment, loader
 from diffusion.experiment import Experiment
 from diffusion.runtime.config import Run
+from diffusion.sharding import replicated
 from diffusion.train_step import TrainState
-from diffusion.utils import digests
+from diffusion.utils import digests, logging
 from diffusion.utils.errors import ConfigError, NonFiniteError, one_line
 from diffusion.utils.io import save_npz
 from diffusion.utils.multihost import is_primary
+from diffusion.utils.progress import human_time
 
 MAX_IN_A_ROW = {"halt": 0, "skip": 100, "rollback": 10}  # more are no accident
+
+
+def not_halted(exp: Experiment) -> Array:
+    """Returns nonfinite.guard_update's flag of a training that goes on, on every device."""
+    return jax.device_put(jnp.zeros((), bool), replicated(exp.mesh))
+
+
+def compile_update(
+    update: Callable, on_nonfinite: str, state: TrainState, halted: Array, batch: tuple
+) -> jax.stages.Compiled:
+    """Compiles the training step together with its guard against NaN and infinity."""
+    logging.info("compiling  the training step; the next start finds it compiled")
+    began = time.monotonic()
+    guarded = jax.jit(nonfinite.guard_update(update, on_nonfinite), donate_argnums=(0, 1))
+    compiled = guarded.lower(state, halted, *batch).compile()
+    logging.info(f"compiled   in {human_time(time.monotonic() - began)}")
+    return compiled
 
 
 class NonFiniteHandler:

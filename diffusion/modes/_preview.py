@@ -12,7 +12,7 @@ from diffusion.plotting.image_grid import image_grid, save_png
 from diffusion.runtime.config import Run
 from diffusion.train_step import TrainState
 from diffusion.utils import logging
-from diffusion.utils.multihost import is_primary
+from diffusion.utils.multihost import broadcast_from_primary, is_primary
 from diffusion.utils.progress import Progress, human_time
 
 MAX_SHARE = 0.1  # of the training time so far that pictures may take
@@ -23,7 +23,7 @@ FORWARD_SHARE = 1 / 3  # of a training step's time per image that one network ev
 def make_evaluate(run: Run, exp: Experiment) -> Callable[[Any], dict[str, float]] | None:
     """Builds params -> {bpd, bpd_error, fd_random, ...}; None where train.eval_every is 0.
 
-    Raises ConfigError, DataError.
+    Raises ConfigError, DataError; what is built raises preemption.Stopped.
     """
     config = run.config
     if not config.train.eval_every:
@@ -66,11 +66,13 @@ class Preview:
           trained_s: seconds of training so far; done: the steps that took them.
 
         Returns {"raw": grid uint8[H, W, 3], "ema": ...}, or {} where the pictures are left out.
+        Raises preemption.Stopped.
         """
         evaluations = 2 * self._sampler.size * self._sampler.evaluations
         images = max(done * self._run.config.train.batch_size, 1)
         seconds = evaluations * FORWARD_SHARE * trained_s / images
-        if seconds > max(FREE_S, MAX_SHARE * trained_s):
+        # One process decides for all: their clocks differ, and drawing takes all of them.
+        if broadcast_from_primary(seconds > max(FREE_S, MAX_SHARE * trained_s)):
             about = f"{self._about}: about {human_time(seconds)}"
             logging.info(f"no preview {about}; see train.preview")
             return {}

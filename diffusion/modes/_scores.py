@@ -39,6 +39,7 @@ class Scorer(NamedTuple):
     missing: DataError | None = None
 
     def batch_size(self, n: int) -> int:
+        """Returns eval.batch_size, or n where that is less, for whole devices."""
         return batch_size(self.exp, self.config.eval.batch_size, n)
 
     def read(self, images: ImageSet, partial: pathlib.Path | None = None) -> dict[str, FeatureSet]:

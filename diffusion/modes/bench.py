@@ -11,6 +11,7 @@ from diffusion.modes._common import describe_devices
 from diffusion.runtime.config import Run
 from diffusion.utils import logging
 from diffusion.utils.io import save_json
+from diffusion.utils.multihost import is_primary
 
 PARTS = {  # in the order of --part=all; "tpu", which needs a compiler of its own, is not among them
     "train": speed.train_part,
@@ -41,5 +42,6 @@ def report(run: Run, part: str, device: str, measurements: Iterator[Measured]) -
         logging.info(measured.line())
         lines.append(measured._asdict())
     path = run.workdir / "bench" / f"{part}.json"
-    save_json(path, {"device": device, "jax": jax.__version__, "measured": lines})
+    if is_primary():
+        save_json(path, {"device": device, "jax": jax.__version__, "measured": lines})
     logging.info(f"done       {path}")

@@ -18,14 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import random
 
-from diffusion import checkpoint, data, experiment, nonfinite, process
+from diffusion import checkpoint, data, experiment, process
 from diffusion.data import augment
 from diffusion.experiment import Experiment
-from diffusion.modes._common import describe_data
+from diffusion.modes._common import describe_data, describe_devices
+from diffusion.modes._nonfinite import compile_update, not_halted
 from diffusion.plotting.image_grid import image_grid, save_png
 from diffusion.runtime import workdir
 from diffusion.runtime.config import Run
-from diffusion.sharding import replicated
 from diffusion.utils import digests, logging
 from diffusion.utils.errors import DataError, NonFiniteError, WorkdirError
 from diffusion.utils.progress import human_bytes, human_time
@@ -40,8 +40,7 @@ def run(run: Run) -> None:
     """Runs all trials in the order of a training. Raises DDPMError."""
     config, exp = run.config, experiment.build(run.config)
     workdir.check_owner(run.workdir, config)
-    devices = jax.devices()
-    logging.info(f"devices    {len(devices)} x {devices[0].device_kind}, JAX {jax.__version__}")
+    logging.info(f"devices    {describe_devices()}, JAX {jax.__version__}")
     images = experiment.load_split(config, exp)
     sample = check_data(run, images)
     abstract = experiment.abstract_state(exp)
@@ -80,13 +79,12 @@ def temporary_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """Makes a folder where the checkpoints will lie and removes it again. Raises WorkdirError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix="check_", dir=folder))
+        options = {"prefix": "check_", "dir": folder, "ignore_cleanup_errors": True}
+        temporary = tempfile.TemporaryDirectory(**options)
     except OSError as error:
         raise WorkdirError(f"{folder}: cannot write there: {error.strerror}") from error
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with temporary as path:
+        yield pathlib.Path(path)
 
 
 def take_steps(run: Run, exp: Experiment, images: data.ImageDataset) -> Any:
@@ -94,12 +92,9 @@ def take_steps(run: Run, exp: Experiment, images: data.ImageDataset) -> Any:
     config = run.config
     update, make_inputs = experiment.make_input_pipeline(config, exp, images)
     inputs, state = make_inputs(0), experiment.make_initial_state(config, exp)
-    halted, batch = jax.device_put(jnp.zeros((), bool), replicated(exp.mesh)), next(inputs)
-    began = time.monotonic()
-    guarded = jax.jit(nonfinite.guard_update(update, "halt"), donate_argnums=(0, 1))
-    compiled = guarded.lower(state, halted, *batch).compile()
-    took = human_time(time.monotonic() - began)
-    logging.info(f"compiled   in {took}; {describe_memory(compiled)}")
+    halted, batch = not_halted(exp), next(inputs)
+    compiled = compile_update(update, "halt", state, halted, batch)
+    logging.info(f"memory     {describe_memory(compiled)}")
     state, halted, metrics = jax.block_until_ready(compiled(state, halted, *batch))
     began, done, most = time.monotonic(), 0, min(STEPS, config.train.steps - 1)
     while done < most and time.monotonic() - began < SECONDS:

@@ -48,8 +48,7 @@ def run(run: Run) -> None:
     """Draws figures.names into workdir/figures/STEP/, except those that are there already."""
     exp = experiment.build(run.config)
     check(run.config, exp)
-    with preemption.defer():
-        draw_figures(_sampling.load_for_sampling(run, exp))
+    draw_figures(_sampling.load_for_sampling(run, exp))
 
 
 def check(config: ConfigDict, exp: Experiment) -> None:
@@ -113,18 +112,19 @@ def grid_file(name: str, images: np.ndarray, columns: Sequence[str], **options) 
 
 
 def times(context: FigureContext, positions: Sequence[int], prefix: str = "") -> list[str]:
+    """Returns the times of positions as labels, ["1,000", "500", ...]."""
     return [f"{prefix}{context.sampler.ts[i]:,}" for i in positions]
 
 
 def samples(context: FigureContext) -> Files:
-    """Figs. 1, 3, 11-20: a grid of samples."""
+    """Draws Figs. 1, 3, 11-20: a grid of samples."""
     x, _ = first_samples(context, context.config.figures.num, (0, context.sampler.steps))
     page = image_grid.image_grid(x[-1])
     return {"samples.png": functools.partial(image_grid.save_png, image=page)}
 
 
 def progressive(context: FigureContext, columns: int = 12) -> Files:
-    """Figs. 6, 14: the predicted x_0 at evenly spaced t."""
+    """Draws Figs. 6, 14: the predicted x_0 at evenly spaced t."""
     positions = editing.evenly_spaced(context.sampler.steps, columns, first=1)
     _, x_0 = first_samples(context, context.config.figures.rows, (0, *positions))
     labels, note = times(context, positions - 1), "the image predicted from xₜ, at t ="
@@ -133,7 +133,7 @@ def progressive(context: FigureContext, columns: int = 12) -> Files:
 
 
 def denoising(context: FigureContext, columns: int = 12) -> Files:
-    """Fig. 2: x_t at evenly spaced t."""
+    """Draws Fig. 2: x_t at evenly spaced t."""
     positions = editing.evenly_spaced(context.sampler.steps, columns)
     x, _ = first_samples(context, context.config.figures.rows, positions)
     words = {"title": "The reverse process", "note": "xₜ, at t ="}
@@ -143,7 +143,7 @@ def denoising(context: FigureContext, columns: int = 12) -> Files:
 def shared(
     context: FigureContext, depths: Sequence[float] = (1, 0.75, 0.5, 0.25), draws: int = 8
 ) -> Files:
-    """Fig. 7: samples from p(x_0 | x_t) that share x_t, in a row for each t = depth * T."""
+    """Draws Fig. 7: samples from p(x_0 | x_t) that share x_t, a row for each t = depth * T."""
     ts, steps = context.sampler.ts, context.sampler.steps
     number = np.arange(draws, dtype=np.uint32)
     positions = sorted({editing.nearest_index(ts, depth) for depth in depths})
@@ -164,7 +164,7 @@ def shared(
 
 
 def interpolation(context: FigureContext, depth: float = 0.5) -> Files:
-    """Fig. 8: interpolations of pairs of real images in x_t, t = depth * T."""
+    """Draws Fig. 8: interpolations of pairs of real images in x_t, t = depth * T."""
     n, position = context.config.figures.rows, editing.nearest_index(context.sampler.ts, depth)
     image, label = read_real(context.config, context.trained.exp, 2 * n)
     pairs = [(i, image[[i, i + n]], label[[i, i + n]], position) for i in range(n)]
@@ -173,7 +173,7 @@ def interpolation(context: FigureContext, depth: float = 0.5) -> Files:
 
 
 def coarse_to_fine(context: FigureContext, n: int = 9) -> Files:
-    """Fig. 9: interpolations of a pair of real images in x_t for t = T, 7/8 T, ..., 0."""
+    """Draws Fig. 9: interpolations of two real images in x_t for t = T, 7/8 T, ..., 0."""
     image, label = read_real(context.config, context.trained.exp, 2)
     positions = [editing.nearest_index(context.sampler.ts, depth) for depth in np.linspace(1, 0, n)]
     positions = list(dict.fromkeys(positions))  # a short chain has fewer than n
@@ -213,7 +213,7 @@ def _interpolate(context: FigureContext, name: str, pairs: Sequence[tuple], **wo
 
 
 def quality(context: FigureContext, points: int = 11) -> Files:
-    """Fig. 10: the distance of the predicted x_0 to the data and to the sample, over the chain."""
+    """Draws Fig. 10: the distance of the predicted x_0 to the data and to the sample, over t."""
     positions = editing.evenly_spaced(context.sampler.steps, points, first=1)
     x, x_0 = first_samples(context, context.config.figures.scored, (0, *positions))
     final = x[-1].astype(np.float32)
@@ -232,7 +232,7 @@ def quality(context: FigureContext, points: int = 11) -> Files:
 
 
 def nearest(context: FigureContext, k: int = 8) -> Files:
-    """Figs. 12, 15: the nearest training images of samples, in pixels and in context.features."""
+    """Draws Figs. 12, 15: the training images nearest to samples, in pixels and in features."""
     config = context.config
     x, _ = first_samples(context, config.figures.rows, (0, context.sampler.steps))
     drawn, images = x[-1], experiment.load_split(config, context.trained.exp, "train")
@@ -258,7 +258,7 @@ def nearest(context: FigureContext, k: int = 8) -> Files:
 
 
 def inpainting(context: FigureContext, draws: int = 6) -> Files:
-    """Completions of real images by replacement with resampling (RePaint, arXiv:2201.09865)."""
+    """Completes real images by replacement with resampling (RePaint, arXiv:2201.09865)."""
     config, exp, c = context.config, context.trained.exp, context.config.figures
     known = known_mask(config, *exp.image_shape[:2])
     ts = context.sampler.ts[editing.evenly_spaced(context.sampler.steps, INPAINTING_STEPS + 1)]
@@ -304,7 +304,7 @@ def known_mask(config: ConfigDict, h: int, w: int) -> np.ndarray:
 
 
 def animation(context: FigureContext, n: int = 16, frames: int = 32) -> Files:
-    """An animation of the reverse process: x_t beside the predicted x_0."""
+    """Animates the reverse process: x_t beside the predicted x_0."""
     c = context.config.figures
     positions = editing.evenly_spaced(context.sampler.steps, frames, first=1)
     x, x_0 = first_samples(context, min(n, c.num), (0, *positions))

@@ -10,12 +10,13 @@ import time
 from ml_collections import ConfigDict
 
 from diffusion import experiment
+from diffusion.data import error_text, mismatch
 from diffusion.data.prepare import pipeline, sources
 from diffusion.data.prepare.image_decoding import ImageSpec
 from diffusion.plotting import image_grid
 from diffusion.runtime.config import Run
 from diffusion.utils import logging
-from diffusion.utils.errors import DataError, WorkdirError
+from diffusion.utils.errors import WorkdirError
 from diffusion.utils.io import save_text
 from diffusion.utils.progress import Progress, human_bytes
 
@@ -68,8 +69,8 @@ def _holdout(c: ConfigDict) -> float | list[str]:
     try:
         lines = pathlib.Path(c.holdout_names).expanduser().read_text().splitlines()
     except (OSError, ValueError) as error:
-        message = f"data.holdout_names: {c.holdout_names}: cannot be read: {error}"
-        raise DataError(message) from error
+        found = f"{c.holdout_names}, which cannot be read: {error_text(error)}"
+        raise mismatch("data.holdout_names", "a file of names, one a line", found) from error
     return list(filter(None, lines))
 
 

@@ -8,14 +8,16 @@ from diffusion import experiment
 from diffusion.modes._nonfinite import replay_step
 from diffusion.runtime.config import Run
 from diffusion.utils import logging
-from diffusion.utils.errors import NonFiniteError
+from diffusion.utils.errors import ConfigError, NonFiniteError
 
 
 def run(run: Run) -> None:
     """Prints the step's metrics and the norm of every gradient.
 
-    Raises NonFiniteError where the step is not finite again.
+    Raises NonFiniteError where the step is not finite again, ConfigError for another file.
     """
+    if not run.flags.replay:
+        raise ConfigError("--mode=replay: expected --replay=FILE, a step_N.npz of crash/")
     exp, path = experiment.build(run.config), pathlib.Path(run.flags.replay)
     metrics, where, norms = replay_step(run, exp, path)
     for name, value in metrics.items():

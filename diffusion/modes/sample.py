@@ -6,7 +6,6 @@ from diffusion import experiment
 from diffusion.modes import _sampling
 from diffusion.modes._common import Trained
 from diffusion.plotting import image_grid
-from diffusion.runtime import preemption
 from diffusion.runtime.config import Run
 from diffusion.utils import io, logging
 from diffusion.utils.multihost import is_primary
@@ -16,8 +15,7 @@ GRID_IMAGES = 100  # in the picture
 
 def run(run: Run) -> None:
     """Draws sample.num images into workdir/samples/STEP_WEIGHTS_SEED_SAMPLER_DIGEST/."""
-    with preemption.defer():
-        save_samples(_sampling.load_for_sampling(run, experiment.build(run.config)))
+    save_samples(_sampling.load_for_sampling(run, experiment.build(run.config)))
 
 
 def save_samples(trained: Trained) -> None:

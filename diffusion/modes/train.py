@@ -4,18 +4,16 @@
 """
 
 import contextlib
-import time
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from diffusion import experiment, nonfinite
 from diffusion.checkpoint import Checkpoints
 from diffusion.modes import _preview
 from diffusion.modes._common import describe_data, describe_devices, open_checkpoints
+from diffusion.modes._nonfinite import compile_update, not_halted
 from diffusion.modes._session import Session
 from diffusion.plotting import curves
 from diffusion.runtime import preemption, workdir
@@ -25,7 +23,7 @@ from diffusion.train_step import TrainState
 from diffusion.utils import logging, metric_writer
 from diffusion.utils.errors import NonFiniteError
 from diffusion.utils.multihost import is_primary
-from diffusion.utils.progress import GoodputTimer, human_time
+from diffusion.utils.progress import GoodputTimer
 
 
 def run(run: Run) -> None:
@@ -35,7 +33,7 @@ def run(run: Run) -> None:
     experiment.make_sampler(config, exp)  # what --mode=sample could not use is refused now
     images = experiment.load_split(config, exp)
     update, make_inputs = experiment.make_input_pipeline(config, exp, images)
-    evaluate, previews = _preview.make_evaluate(run, exp), _preview.Preview(run, exp)
+    previews = _preview.Preview(run, exp)
     workdir.open_workdir(run.workdir, config)
     workdir.check_dataset(run.workdir, images)
     workdir.check_disk_space(run.workdir, experiment.abstract_state(exp), c.keep)
@@ -52,7 +50,7 @@ def run(run: Run) -> None:
         logging.info(f"nothing to do: trained for {start:,} steps already; raise train.steps")
         return
 
-    inputs = make_inputs(start)
+    evaluate, inputs = _preview.make_evaluate(run, exp), make_inputs(start)
     batch, halted = next(inputs), not_halted(exp)
     update = compile_update(update, c.on_nonfinite, state, halted, batch)
     logging.info(f"training   from step {start:,}")
@@ -75,14 +73,15 @@ def run(run: Run) -> None:
                 save_state(session, checkpoints, step, state)
             if stop:
                 break
-            if evaluate and step % c.eval_every == 0:
-                evaluate_state(session, checkpoints, evaluate, step, state)
-            if is_preview_due(run, step):
-                preview(session, previews, step, state, step - start)
+            with contextlib.suppress(preemption.Stopped):  # the next step saves and stops
+                if evaluate and step % c.eval_every == 0:
+                    evaluate_state(session, checkpoints, evaluate, step, state)
+                if is_preview_due(run, step):
+                    preview(session, previews, step, state, step - start)
             batch = batch if last else next(inputs)
     shares = ", ".join(f"{timer.share(name):.1%} {name}" for name in timer.seconds)
     logging.info(f"time       {timer.goodput():.1%} training, {shares}")
-    if stop:
+    if preemption.should_stop():
         raise preemption.Stopped(f"at step {step:,}, saved")
     logging.info(
         f"done       look at {run.workdir}/samples and {run.workdir}/figures; more samples:"
@@ -95,23 +94,6 @@ def restore_or_init(run: Run, exp: experiment.Experiment, checkpoints: Checkpoin
     if checkpoints.latest() is None:
         return experiment.make_initial_state(run.config, exp)
     return checkpoints.restore(experiment.abstract_state(exp))
-
-
-def not_halted(exp: experiment.Experiment) -> Array:
-    """Returns nonfinite.guard_update's flag of a training that goes on, on every device."""
-    return jax.device_put(jnp.zeros((), bool), replicated(exp.mesh))
-
-
-def compile_update(
-    update: Callable, on_nonfinite: str, state: TrainState, halted: Array, batch: tuple
-) -> Callable:
-    """Compiles the training step together with its guard against NaN and infinity."""
-    logging.info("compiling  the training step; the next start finds it compiled")
-    began = time.monotonic()
-    guarded = jax.jit(nonfinite.guard_update(update, on_nonfinite), donate_argnums=(0, 1))
-    compiled = guarded.lower(state, halted, *batch).compile()
-    logging.info(f"compiled   in {human_time(time.monotonic() - began)}")
-    return compiled
 
 
 def roll_back(session: Session, checkpoints: Checkpoints, step: int) -> TrainState:
@@ -146,7 +128,7 @@ def evaluate_state(
 
 
 def is_preview_due(run: Run, step: int) -> bool:
-    """Whether pictures follow this step: every train.sample_every steps and at the end."""
+    """Returns whether pictures follow this step: every train.sample_every steps and at the end."""
     c = run.config.train
     return bool(c.sample_every) and (step % c.sample_every == 0 or step == c.steps)
 

@@ -72,8 +72,9 @@ def plot_loss(jsonl_path: PathLike, png_path: PathLike, name: str = "loss") -> N
     """Plots a metric of a metrics.jsonl against the step: as logged, faint, and smoothed.
 
     An axis is logarithmic where its values are positive and span a factor of 100 (steps) or 5
-    (metric). Steps whose value is not finite are counted and marked in red at the step axis.
-    Raises ValueError if the metric has no finite value.
+    (metric). The curve is smoothed as it is shown, in logarithms on a logarithmic axis, where means
+    of the values would lie above a steep curve. Steps whose value is not finite are counted and
+    marked in red at the step axis. Raises ValueError if the metric has no finite value.
     """
     steps, values = read_curve(jsonl_path, name)
     finite = np.isfinite(values)
@@ -83,7 +84,8 @@ def plot_loss(jsonl_path: PathLike, png_path: PathLike, name: str = "loss") -> N
     if log_x:
         values, finite, steps = values[steps > 0], finite[steps > 0], steps[steps > 0]
     x, y = steps[finite], values[finite]
-    curve = smooth(np.log(x) if log_x else x, y)
+    curve = smooth(np.log(x) if log_x else x, np.log(y) if log_y else y)
+    curve = np.exp(curve) if log_y else curve
 
     with _panels(png_path, 1, (8, 4.5)) as (axes,):
         axes.plot(steps, np.where(finite, values, np.nan), color=BLUE, alpha=0.3, linewidth=0.8)

@@ -79,7 +79,8 @@ def main(
         return _end(preemption.Stopped("interrupted"))
     except Exception as error:  # a defect of this program or of a library
         if _is_lost_peer(error):
-            return _end(LostPeerError("a collective failed; the same command resumes"))
+            what = f"a collective failed: {one_line(error)}; the same command resumes"
+            return _end(LostPeerError(what))
         trace = run and workdir.write_traceback(run.workdir, error)
         if not trace:
             raise
@@ -91,7 +92,8 @@ def _is_lost_peer(error: Exception) -> bool:
     """Whether a collective of several processes failed, before JAX's heartbeat has ended them."""
     import jax
 
-    return isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1
+    lost = isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1
+    return lost and "RESOURCE_EXHAUSTED" not in str(error)  # too little memory is no lost peer
 
 
 def _help(flag_values: flags.FlagValues, usage: str) -> str:
@@ -110,7 +112,7 @@ def check_flags(run: Run) -> None:
         if run.flags[name].present and run.mode not in modes:
             where = " and ".join(f"--mode={mode}" for mode in modes)
             raise ConfigError(f"--{name}: not used by --mode={run.mode}; it is for {where}")
-    if run.mode in ("sample", "eval", "figures"):
+    if run.mode in ("train", "sample", "eval", "figures"):
         config_.check_sampler_options(run)
 
 
@@ -158,13 +160,12 @@ def start_distributed(config: ConfigDict) -> None:
             jax.distributed.initialize(address, int(n), int(i), **options)
         else:
             jax.distributed.initialize(**options)
-    except ValueError:
+    except ValueError as error:
         if address:
             missing = ", ".join(name for name in CLUSTER if not os.environ.get(name))
-            raise ConfigError(
-                f"{CLUSTER[0]}: expected {CLUSTER[1]} and {CLUSTER[2]} beside it, "
-                f"found no {missing}; set all three"
-            ) from None
+            found = f"no {missing}; set all three" if missing else one_line(error)
+            wanted = f"expected the numbers {CLUSTER[1]} and {CLUSTER[2]} beside it"
+            raise ConfigError(f"{CLUSTER[0]}: {wanted}, found {found}") from None
     if jax.distributed.is_initialized() and jax.process_count() == 1:
         preemption.install()  # JAX has taken SIGTERM for itself
 

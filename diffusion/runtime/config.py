@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from configs import default
 from diffusion.utils.errors import ConfigError, one_line
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -63,7 +64,8 @@ def resolve(flag_values: flags.FlagValues, argv: list[str], load: Callable) -> R
     Raises: ConfigError.
     """
     argv = [_from_root(argument) for argument in argv]
-    if not any(_name(argument) == "config" for argument in argv[1:]):
+    given = any(_name(argument) == "config" for argument in argv[1:])
+    if not given:
         argv = [argv[0], f"--config={DEFAULT}", *argv[1:]]
     config_flags.DEFINE_config_file(
         "config", None, "configs/NAME.py[:VARIANT]", flag_values=flag_values, sys_argv=argv
@@ -76,12 +78,11 @@ def resolve(flag_values: flags.FlagValues, argv: list[str], load: Callable) -> R
     if len(rest) > 1:
         raise ConfigError(f"{rest[1]}: expected only flags such as --mode=sample; see --help")
     flag = flag_values["config"]
-    filename = config_flags.get_config_filename(flag)
     overrides = config_flags.get_override_values(flag)
-    path, _, variant = filename.partition(":")
+    path, _, variant = config_flags.get_config_filename(flag).partition(":")
     name = "-".join([pathlib.Path(path).stem, *filter(None, variant.split(","))])
     workdir = pathlib.Path(flag_values.workdir or pathlib.Path("runs", name))
-    config, given = flag.value, filename != DEFAULT
+    config = flag.value
     if not given and (stored := load(workdir)):
         config = fill_defaults(stored)
         config.update_from_flattened_dict(overrides)
@@ -106,17 +107,19 @@ def _explain(argv: list[str], error: Exception, flag_values: flags.FlagValues) -
     named = [a.partition("=")[2] for a in argv if _name(a) == "config"]
     config = named[-1] if named else ""
     path, _, variant = config.partition(":")
+    module: dict[str, Any] = {}
     try:
         module = runpy.run_path(path)
         known = flatten(module["get_config"](*([variant] if variant else [])))
     except OSError:
         files = [f"configs/{f.name}" for f in (ROOT / "configs").glob("*.py")]
         return f"--config={config}: cannot be read; {suggest(path, files)}"
-    except KeyError:
-        wrong = [v for v in variant.split(",") if v not in module.get("VARIANTS", {})]
-        if not wrong:
-            raise
-        return f"--config={config}: no such variant; {suggest(wrong[0], module['VARIANTS'])}"
+    except Exception as cause:
+        variants = module.get("VARIANTS", {})
+        for name in filter(None, variant.split(",")):
+            if name not in variants:
+                return f"--config={config}: no such variant; {suggest(name, variants)}"
+        return f"--config={config}: cannot be used: {type(cause).__name__}: {one_line(cause)}"
     for argument in argv[1:]:
         name, _, value = argument.lstrip("-").partition("=")
         key = name.removeprefix("config.")
@@ -152,7 +155,7 @@ def check_sampler_options(run: Run) -> None:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    """Flattens {"a": {"b": 1}} to {"a.b": 1}."""
     flat = {}
     for key, value in config.items():
         nested = isinstance(value, Mapping | ConfigDict)
@@ -161,7 +164,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a.b": 1} -> {"a": {"b": 1}}: the inverse of `flatten`."""
+    """Nests {"a.b": 1} as {"a": {"b": 1}}: the inverse of `flatten`."""
     nested: dict = {}
     for key, value in flat.items():
         *path, last = key.split(".")
@@ -177,21 +180,13 @@ def with_overrides(config: ConfigDict, flat: Mapping[str, Any]) -> ConfigDict:
     return ConfigDict(unflatten(flatten(config) | dict(flat)))
 
 
-def default_config() -> ConfigDict:
-    """Returns configs/default.py's configuration."""
-    from configs import default
-
-    return default.get_config()
-
-
 def fill_defaults(stored: Mapping[str, Any]) -> ConfigDict:
     """Returns a config read from JSON, with defaults for keys that are younger than it."""
     flat = flatten(_with_tuples(stored))
     for old, new in MOVED.items():
         if old in flat:
             flat[new] = flat.pop(old)
-    young = {k: v for k, v in flatten(default_config()).items() if not k.startswith("loss.")}
-    return ConfigDict(unflatten(young | flat))
+    return ConfigDict(unflatten(flatten(default.get_config()) | flat))
 
 
 def _with_tuples(x: Any) -> Any:
@@ -252,12 +247,9 @@ def cache_dir() -> pathlib.Path:
 # Validation
 
 
-def _at_least(low: float) -> tuple[Callable[[Any], bool], str]:
-    return lambda x: x >= low, f"an int of {low} or more"
-
-
 POSITIVE = (lambda x: x > 0, "a number above 0")
-COUNT, TWO = _at_least(1), _at_least(2)
+COUNT = (lambda x: x >= 1, "an int of 1 or more")
+TWO = (lambda x: x >= 2, "an int of 2 or more")
 NONE_OR_TWO = (lambda x: x == 0 or x >= 2, "an int of 2 or more, or 0 for none")
 FRACTION = (lambda x: x < 1, "a number in [0, 1)")
 BETA = (lambda x: 0 < x <= 1, "a number in (0, 1]")
@@ -327,43 +319,43 @@ def validate(config: ConfigDict, devices: int = 1) -> None:
 
     devices: that share each batch. Raises ConfigError.
     """
-    flat, default = flatten(config), flatten(default_config())
-    for key in default:
+    flat, known = flatten(config), flatten(default.get_config())
+    for key in known:
         if key not in flat:
             raise ConfigError(f"{key}: missing in the config; configs/default.py has every key")
     for key, value in flat.items():
-        if key in default:
-            _check_value(key, value, default[key])
+        if key in known:
+            _check_value(key, value, known[key])
         elif not key.startswith("loss."):
-            raise ConfigError(f"{key}: no such key; {suggest(key, default)}")
+            raise ConfigError(f"{key}: no such key; {suggest(key, known)}")
     for key, table in _tables().items():
         lookup(table, key, flat[key])
     _check_batch(config, devices)
     _check_classes(config, flat)
 
 
-def _check_value(key: str, value: Any, default: Any) -> None:
+def _check_value(key: str, value: Any, example: Any) -> None:
     numbers = value if isinstance(value, tuple | list) else [value]
     numbers = [x for x in numbers if isinstance(x, int | float) and not isinstance(x, bool)]
     low = -math.inf if key in SIGNED else 0
     test, wanted = VALIDATORS.get(key, (lambda x: True, "a number of 0 or more"))
-    if not _same_type(value, default):
-        raise ConfigError(f"{key}: expected {_type_name(default)}, found {value!r}")
+    if not _same_type(value, example):
+        raise ConfigError(f"{key}: expected {_type_name(example)}, found {value!r}")
     if not all(math.isfinite(x) and x >= low for x in numbers) or not test(value):
         raise ConfigError(f"{key}: expected {wanted}, found {value!r}")
 
 
-def _same_type(value: Any, default: Any) -> bool:
-    if isinstance(default, tuple):
-        element = default[0] if default else 0
+def _same_type(value: Any, example: Any) -> bool:
+    if isinstance(example, tuple):
+        element = example[0] if example else 0
         return isinstance(value, tuple | list) and all(_same_type(x, element) for x in value)
-    kinds = (int, float) if isinstance(default, float) else type(default)
-    return isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
+    kinds = (int, float) if isinstance(example, float) else type(example)
+    return isinstance(value, kinds) and isinstance(value, bool) == isinstance(example, bool)
 
 
-def _type_name(default: Any) -> str:
+def _type_name(example: Any) -> str:
     names = {bool: "True or False", str: "a name", float: "a number", int: "an int"}
-    return names.get(type(default)) or f"a tuple such as {default or (1, 2)}"
+    return names.get(type(example)) or f"a tuple such as {example or (1, 2)}"
 
 
 def _check_batch(config: ConfigDict, devices: int) -> None:

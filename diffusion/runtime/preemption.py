@@ -66,7 +66,7 @@ def defer() -> Iterator[None]:
 
 
 def should_stop() -> bool:
-    """Whether a stop was requested; asked by all processes at the same places.
+    """Returns whether a stop was requested; asked by all processes at the same places.
 
     Several processes get True at the same call, whichever of them received the signal.
     """

@@ -121,8 +121,8 @@ def analytic_variance(x0_variance: np.ndarray, decoder: np.ndarray | None = None
     def trained_times(p: Process) -> np.ndarray:
         times = np.round(p.model_t).astype(int) + 1
         if times[-1] >= len(x0_variance):
-            end = len(x0_variance) - 1
-            raise ValueError(f"analytic: the table ends at t = {end} < {times[-1]}")
+            found = f"found {len(x0_variance)}"
+            raise ValueError(f"analytic: expected variances for t = 0..{times[-1]}, {found}")
         return times
 
     def log_var(p: Process, extra: Array | None, t: Array) -> Array:

@@ -3,8 +3,8 @@
 Samplers are pure functions of their state, so a chain can be interrupted at any of its times.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +41,13 @@ class Sampler(NamedTuple):
 def init_state(x_T: Array) -> SamplerState:
     """Starts a sampler without memory, with x_0 = 0 before the first prediction."""
     return SamplerState(x_T, jnp.zeros_like(x_T))
+
+
+def choose(option: str, choices: Mapping[str, Any], name: str) -> Any:
+    """Returns choices[name]. Raises ValueError for another name, with the name of the option."""
+    if name not in choices:
+        raise ValueError(f"{option}: expected one of {', '.join(choices)}, found {name}")
+    return choices[name]
 
 
 def _check(ts: np.ndarray, x_T: Array) -> None:

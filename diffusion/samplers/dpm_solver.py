@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 
 from diffusion.process import Process, broadcast_right, gather, log_snr_step
-from diffusion.samplers.base import Sampler
+from diffusion.samplers.base import Sampler, choose
 from diffusion.targets import Predict
 
 # Gauss-Legendre quadrature on [0, 1], because the closed forms of the integrals cancel in float32.
@@ -127,7 +127,7 @@ def _multistep(p: Process, order: int, rules, final_times, corrector=()) -> Samp
         return MultistepState(x_T, *none, (none,) * (kept - 1), x_T if corrector else None)
 
     def order_of(nodes: Sequence[Node], s: Array) -> Array:
-        """The number of predictions made, up to `order`, and up to k for s <= final_times[k-1]."""
+        """Counts the predictions made, up to `order`, and up to k for s <= final_times[k-1]."""
         most = jnp.full_like(s, order)
         for k, time in reversed([*enumerate(final_times, 1)]):
             most = jnp.where(s <= time, min(k, order), most)
@@ -148,12 +148,6 @@ def _multistep(p: Process, order: int, rules, final_times, corrector=()) -> Samp
     return Sampler(init, step)
 
 
-def _choose(option: str, choices: dict[str, Rule], name: str) -> Rule:
-    if name not in choices:
-        raise ValueError(f"{option}: expected one of {', '.join(choices)}, found {name}")
-    return choices[name]
-
-
 def dpmpp_2m(p: Process, solver: str = "midpoint", final_times: Sequence[int] = ()) -> Sampler:
     """Builds DPM-Solver++ (2M), second order (Lu et al. 2022, arXiv:2211.01095, Alg. 2).
 
@@ -161,7 +155,7 @@ def dpmpp_2m(p: Process, solver: str = "midpoint", final_times: Sequence[int] = 
     final_times[k - 1] has at most order k, which helps with few steps: the last times visited,
     lowest first. The step to 0 always has order 1.
     """
-    rule = _choose("solver", {"midpoint": half_expm1, "heun": exact}, solver)
+    rule = choose("solver", {"midpoint": half_expm1, "heun": exact}, solver)
     return _multistep(p, 2, [rule], final_times)
 
 
@@ -170,7 +164,7 @@ def dpmpp_3m(p: Process, solver: str = "released", final_times: Sequence[int] = 
 
     final_times is as in dpmpp_2m; diffusers gives ts[:-3:-1] below 15 steps.
     """
-    rule = _choose("solver", {"released": released_3m, "exact": exact}, solver)
+    rule = choose("solver", {"released": released_3m, "exact": exact}, solver)
     return _multistep(p, 3, [half_expm1, rule], final_times)
 
 
@@ -188,7 +182,7 @@ def unipc(
     """
     if order not in (1, 2, 3):
         raise ValueError(f"order: expected 1, 2 or 3, found {order}")
-    two = _choose("variant", {"bh1": lambda h, r: [0.5 * h], "bh2": half_expm1}, variant)
+    two = choose("variant", {"bh1": lambda h, r: [0.5 * h], "bh2": half_expm1}, variant)
     rules = [two, exact, exact]
     return _multistep(p, order, rules[: order - 1], final_times, rules[:order] if corrector else ())
 

@@ -8,7 +8,7 @@ from jax import Array, lax, random
 from diffusion import process
 from diffusion.process import Process, beta_between, broadcast_right, gather, q_sample
 from diffusion.samplers.ancestral import ancestral, ddim
-from diffusion.samplers.base import Sampler, SamplerState, init_state
+from diffusion.samplers.base import Sampler, SamplerState, choose, init_state
 from diffusion.targets import Predict
 
 
@@ -56,15 +56,12 @@ def predictor_corrector(
         corrections: the number of Langevin steps after each predictor step.
         snr: the paper's r; the stationary distribution is q(x_s) only as r -> 0.
     """
-    if predictor not in PREDICTORS:
-        known = ", ".join(PREDICTORS)
-        raise ValueError(f"predictor: expected one of {known}, found {predictor}")
+    inner = choose("predictor", PREDICTORS, predictor)(p)
     if not (isinstance(corrections, int) and corrections >= 1 and snr > 0):
         raise ValueError(
             f"corrections, snr: expected an integer of 1 or more and a number above 0, "
             f"found {corrections} and {snr}"
         )
-    inner = PREDICTORS[predictor](p)
     one_minus_beta = np.append(1.0, p.alpha_bar[1:] / p.alpha_bar[:-1])
 
     def norm(x: Array) -> Array:

@@ -12,9 +12,9 @@ from diffusion.process import Process, broadcast_right, gather, half_log_snr, re
 from diffusion.targets import Predict, Variance, p_mean_log_variance, posterior_log_var
 
 
-def _check(p: Process, steps: int) -> None:
-    if not 1 <= steps <= p.T:
-        raise ValueError(f"sampler steps: expected 1 to {p.T} (the trained chain), found {steps}")
+def _check(T: int, steps: int) -> None:
+    if not 1 <= steps <= T:
+        raise ValueError(f"sampler steps: expected 1 to {T} (the trained chain), found {steps}")
 
 
 def _round(T: int, times: np.ndarray) -> np.ndarray:
@@ -27,19 +27,19 @@ def _round(T: int, times: np.ndarray) -> np.ndarray:
 
 def uniform(p: Process, steps: int) -> np.ndarray:
     """Spaces the times evenly in t (diffusers: trailing)."""
-    _check(p, steps)
+    _check(p.T, steps)
     return _round(p.T, np.linspace(p.T, 0, steps + 1))
 
 
 def quadratic(p: Process, steps: int) -> np.ndarray:
     """Spaces the times evenly in sqrt(t): Song et al. 2021 (arXiv:2010.02502), appendix D.2."""
-    _check(p, steps)
+    _check(p.T, steps)
     return _round(p.T, p.T * np.linspace(1, 0, steps + 1) ** 2)
 
 
 def _evenly_in(p: Process, steps: int, values: np.ndarray) -> np.ndarray:
     """Spaces the times 1..T evenly in the rising values[t - 1]; the last step is 1 -> 0."""
-    _check(p, steps)
+    _check(p.T, steps)
     if not np.isfinite(values[0]) or not np.isfinite(values[-1]):
         raise ValueError("sampler grid: this schedule ends in pure noise; use uniform or quadratic")
     times = np.interp(np.linspace(values[-1], values[0], steps), values, np.arange(1, p.T + 1))
@@ -73,8 +73,7 @@ def least_cost(costs: np.ndarray, steps: int) -> np.ndarray:
     O(steps T^2). More steps may cost more, if the network errs or the decoder does better.
     """
     T = len(costs) - 1
-    if not 1 <= steps <= T:
-        raise ValueError(f"least_cost: expected 1 to {T} steps (the trained chain), found {steps}")
+    _check(T, steps)
     # least[t] is the least cost from t to 0 in k steps, whose first one leads to next_times[k][t].
     least, next_times = costs[0], [np.zeros(T + 1, np.int32)]
     for _ in range(steps - 1):

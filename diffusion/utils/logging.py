@@ -22,7 +22,7 @@ def silence(silent: bool) -> None:
 
 
 def is_silent() -> bool:
-    """Whether this process prints nothing."""
+    """Returns whether this process prints nothing."""
     return _silent
 
 

@@ -6,7 +6,7 @@ from jax.experimental import multihost_utils
 
 
 def is_primary() -> bool:
-    """Whether this is process 0, the one that writes files."""
+    """Returns whether this is process 0, the one that writes files."""
     return jax.process_index() == 0
 
 

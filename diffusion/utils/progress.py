@@ -152,7 +152,7 @@ class Progress(contextlib.AbstractContextManager):
 
 
 def _is_terminal(stream: TextIO) -> bool:
-    """Whether the stream is a terminal wide enough for a bar; in a container it may be 0 wide."""
+    """Returns whether the stream is a terminal with room for a bar; a container's may be 0 wide."""
     if not stream.isatty():
         return False
     with contextlib.suppress(OSError):  # not a terminal of the operating system

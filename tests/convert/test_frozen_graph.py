@@ -108,6 +108,11 @@ def test_false_graphs_are_refused(tmp_path):
     write(node_def_pb2.NodeDef(name="x", op="Relu"))
     refused(frozen_graph.read, path, "found one without constants")
     bad = constant("x", NUMBERS)
+    filled = constant("x", np.array([1], np.float32), packed=False)
+    filled.attr["value"].tensor.tensor_shape.dim[0].size = 200
+    nodes = [node_def_pb2.NodeDef(name=f"x{i}", op="Const", attr=filled.attr) for i in range(20)]
+    write(*nodes)
+    refused(frozen_graph.read, path, "its constants take more than")
     lies = {(4,): "expected 4 values for [4], found 3", (-1,): "expected a shape, found none"}
     lies |= {(2**40,): "claims the shape", (0, 2**40): "claims the shape"}
     for sizes, words in lies.items():

@@ -286,6 +286,13 @@ def test_names_out_of_order_or_without_end_are_refused(prefix, monkeypatch):
     refused(prefix, "more than 100 names")
 
 
+def test_arrays_that_overlap_are_refused(prefix):
+    """Entries of a few bytes that all point to one array would take its size in memory each."""
+    items = write(prefix, {"a": A})
+    rewrite(prefix, items | {b"b": items[b"a"]})
+    refused(prefix, "b: its arrays overlap")
+
+
 def test_nan_is_refused(prefix):
     write(prefix, {"a": np.float32([1, np.nan])})
     refused(prefix, r"a holds nan at \[1\]")

@@ -26,7 +26,7 @@ def p_uniform(counts):
     return stats.chi2.sf(((counts - expected) ** 2 / expected).sum(), counts.size - 1)
 
 
-@pytest.mark.parametrize("n", [*range(1, 33), 257, 1797, 50_000])
+@pytest.mark.parametrize("n", [*range(1, 301), 1024, 1025, 1797, 50_000])
 def test_an_epoch_is_a_permutation(n):
     for order in orders(n, 3, seed=n):
         assert order.dtype == np.int32
@@ -34,9 +34,9 @@ def test_an_epoch_is_a_permutation(n):
 
 
 def test_all_orders_of_a_small_set_are_equally_likely():
-    """6,000 epochs over n! <= 24 orders. The seed is fixed: 1e-3 is met by 999 seeds of 1000."""
-    for n in (2, 3, 4):
-        _, counts = np.unique(orders(n, 6000) @ n ** np.arange(n), return_counts=True)
+    """20,000 epochs over n! <= 120 orders. The seed is fixed: 1e-3 is met by 999 seeds of 1000."""
+    for n in (2, 3, 4, 5):
+        _, counts = np.unique(orders(n, 20_000) @ n ** np.arange(n), return_counts=True)
         assert len(counts) == np.prod(np.arange(1, n + 1))
         assert p_uniform(counts) > 1e-3
 
@@ -53,9 +53,9 @@ def test_consecutive_epochs_and_seeds_are_independent():
 
 
 def test_pairs_of_places_are_equally_likely_in_a_larger_set():
-    """What stands at places 0 and 1 of 10: 90 pairs; and at 0 and 9. 1e-3 as above."""
-    n = 10
-    x = orders(n, 6000)
+    """What stands at places 0 and 1 of 20: 380 pairs; and at 0 and 19. 1e-3 as above."""
+    n = 20
+    x = orders(n, 20_000)
     for other in (1, n - 1):
         counts = np.zeros((n, n))
         np.add.at(counts, (x[:, 0], x[:, other]), 1)

@@ -136,7 +136,7 @@ def test_a_folder_of_diffusers(tmp_path, capsys):
     source, workdir = folder_of_diffusers(tmp_path / "theirs", flat=True), tmp_path / "runs" / "x"
     config, state = import_and_restore(source, workdir)
     assert config.variance == "fixed_large" and config.data.image_size == 16
-    assert "data.image_size: was " in capsys.readouterr().out
+    assert "data.image_size: was 8, now 16" in capsys.readouterr().out
     assert_equal(state.ema, convert.from_diffusers(listed("tiny", test_diffusers.recipe)))
     assert_equal(state.params, state.ema)
     assert int(state.step) == 0

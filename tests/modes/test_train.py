@@ -11,6 +11,7 @@ from PIL import Image
 
 from diffusion import experiment
 from diffusion.modes import _preview, _sampling
+from diffusion.runtime import preemption
 from diffusion.runtime.config import Run, with_overrides
 from tests.runs import (
     TINY,
@@ -26,6 +27,7 @@ from tests.runs import (
 from tests.test_configs import config_of
 
 NO_PREVIEW = "--config.train.sample_every=0"
+FEW_STEPS = ("--config.train.preview.steps=1",)  # a preview that no slow machine leaves out
 
 
 def test_a_run_leaves_what_it_promises(trained):
@@ -106,6 +108,25 @@ def test_stopped_saves_and_goes_on(tmp_path, with_signal):
     assert f"from step {step:,}" in out
 
 
+@pytest.mark.parametrize("reading", ["sample_every", "eval_every"])
+def test_stopped_while_it_draws_saves_the_steps_so_far(tmp_path, monkeypatch, reading):
+    """A preview, or a reading of distances, after step 3 is broken off; step 4 is saved."""
+    draw = _sampling.draw
+
+    def stopped(*args):
+        monkeypatch.setattr(preemption, "_requested", True)
+        return draw(*args)
+
+    monkeypatch.setattr(_sampling, "draw", stopped)
+    args = (TINY, NO_PREVIEW, f"--workdir={tmp_path}", "--config.train.save_every=100")
+    out, err = run(*args, *FEW_STEPS, f"--config.train.{reading}=3", code=75)
+    assert err == "" and re.search(r"stopped +at step 4, saved", out), out
+    assert not list(tmp_path.glob("samples/*"))
+    out, _ = run(*args)
+    assert "from step 4" in out and re.search(r"^done ", out, re.M)
+
+
+GRIDS = {"00000008_raw.png", "00000008_ema.png"}
 STREAMED = ("--config.data.on_device_gib=0", "--config.data.workers=1")
 
 
@@ -113,19 +134,18 @@ STREAMED = ("--config.data.on_device_gib=0", "--config.data.workers=1")
 def by_devices(tmp_path_factory):
     """The same run on one device, on four, and on two processes of two devices each.
 
-    The last stops half-way, and reads its data in the other way after that.
+    The last stops half-way, and reads its data in the other way after that; it draws a preview and
+    reads bits/dim and distances at the end.
     """
     folder = tmp_path_factory.mktemp("devices")
-    args = (TINY, NO_PREVIEW)
-
-    def two_processes(name, *more):
-        return run_two_processes(*args, *more, f"--workdir={folder / name}")
-
-    run_process(*args, f"--workdir={folder / '1'}", JAX_NUM_CPU_DEVICES=1)
-    run(*args, f"--workdir={folder / '4'}")
-    assert "on every device" in two_processes("2x2", "--config.train.steps=4")
-    said = two_processes("2x2", *STREAMED)
-    assert ", streamed" in said and "from step 4" in said
+    two = (TINY, f"--workdir={folder / '2x2'}")
+    run_process(TINY, NO_PREVIEW, f"--workdir={folder / '1'}", JAX_NUM_CPU_DEVICES=1)
+    run(TINY, NO_PREVIEW, f"--workdir={folder / '4'}")
+    said = run_two_processes(*two, NO_PREVIEW, "--config.train.steps=4")
+    assert "on every device" in said
+    said = run_two_processes(*two, *STREAMED, *FEW_STEPS, "--config.train.eval_every=8")
+    assert ", streamed" in said and "from step 4" in said and "bits/dim   " in said
+    assert {p.name for p in (folder / "2x2" / "samples").iterdir()} == GRIDS
     return folder
 
 
@@ -150,12 +170,12 @@ def test_devices_and_processes_change_nothing_but_rounding(by_devices, other):
 def test_a_second_start_compiles_nothing(tmp_path):
     cache = tmp_path / "cache"
     # A config that no other test has compiled into memory or cache.
-    args = (TINY, "--config.train.batch_size=24", NO_PREVIEW)
+    args = (TINY, "--config.train.batch_size=24", *FEW_STEPS)
     entries = []
     for name in ("first", "second"):
         run_process(*args, f"--workdir={tmp_path / name}", JAX_COMPILATION_CACHE_DIR=cache)
         entries.append({p.name for p in cache.iterdir() if not p.name.endswith("-atime")})
-    assert len(entries[0]) > 2
+    assert len(entries[0]) > 3
     assert entries[0] == entries[1]
 
 
@@ -175,6 +195,11 @@ def test_a_preview_that_would_take_too_long_is_left_out(tmp_path, capsys):
     """10 steps of batch 16 pay for 160 images; 20 steps for 2 x 1000 images cost 40,000 / 3."""
     assert draw_preview(tmp_path, 60.0, {"train.preview.num": 1000}) == {}
     assert "no preview" in capsys.readouterr().out and not list(tmp_path.rglob("*.png"))
+
+
+def test_process_0_decides_for_all_whether_to_draw(tmp_path, monkeypatch):
+    monkeypatch.setattr(_preview, "broadcast_from_primary", lambda mine: True)
+    assert draw_preview(tmp_path, 0.0) == {}
 
 
 def test_a_preview_comes_from_its_own_fast_sampler(tmp_path, capsys):

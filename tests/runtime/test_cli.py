@@ -7,6 +7,9 @@ import sys
 
 import pytest
 
+from configs import default
+from diffusion.runtime import cli
+from diffusion.utils.errors import ConfigError
 from tests.conftest import ROOT
 from tests.runs import TINY, environment, run, run_process
 
@@ -34,10 +37,16 @@ WRONG = {
         ["/nowhere"],
     ),
     "config file": (["--config=configs/digit.py"], 2, ["configs/digit.py", "configs/digits.py"]),
+    "nothing to replay": (["--mode=replay"], 2, ["--replay=FILE"]),
     "variant": (["--config=configs/digits.py:tyni"], 2, ["tyni", "tiny"]),
     "flag": (["--wrokdir=x"], 2, ["wrokdir", "--workdir"]),
     "mode": (["--mode=sampel"], 2, ["sampel", "sample"]),
     "moved key": (["--config.train.num_samples=3"], 2, ["train.preview.num=3"]),
+    "option of another sampler": (
+        ["--config.sampler.eta=0.5"],
+        2,
+        ["sampler.eta", "ancestral has no", "ddim"],
+    ),
     "flag of another mode": (["--output=x"], 2, ["--output", "--mode=export"]),
     "no flag": (["train"], 2, ["train", "--mode"]),
     "source to prepare": (
@@ -85,9 +94,19 @@ def test_so_it_does_in_a_process_of_its_own(name, tmp_path):
     assert err.count("\n") == 1 and all(word in err for word in words), err
 
 
-def test_a_config_is_found_from_any_directory(tmp_path):
+def test_a_config_is_found_from_any_directory(tmp_path, trained):
     _, err = run("--config=configs/digits.py:tiny", "--mode=sample", code=4, cwd=tmp_path)
     assert "expected a trained work directory" in err
+    _, err = run("--config=configs/digits.py", f"--workdir={trained[0]}", code=4, cwd=tmp_path)
+    assert "belongs to another config" in err  # and is not taken for the default
+
+
+def test_a_cluster_that_is_not_numbered_is_refused(monkeypatch):
+    for name, value in zip(cli.CLUSTER, ("localhost:1", "two", "0"), strict=True):
+        monkeypatch.setenv(name, value)
+    message = r"JAX_COORDINATOR_ADDRESS: expected the numbers .*, found .*'two'"
+    with pytest.raises(ConfigError, match=message):
+        cli.start_distributed(default.get_config())
 
 
 def test_help_lists_flags_and_every_key():

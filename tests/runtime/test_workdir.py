@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 
+from configs import default
 from diffusion import data
 from diffusion.runtime import workdir
-from diffusion.runtime.config import default_config
 from diffusion.utils.errors import DataError, WorkdirError
 from tests.conftest import ROOT
 
@@ -108,11 +108,11 @@ def test_without_kernel_locks_the_last_of_two_writers_has_it(tmp_path, monkeypat
 def test_a_directory_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(WorkdirError, match=r"file/run: cannot be written: Not a directory; choose"):
-        workdir.open_workdir(tmp_path / "file" / "run", default_config())
+        workdir.open_workdir(tmp_path / "file" / "run", default.get_config())
 
 
 def test_remembers_its_config_and_refuses_another(tmp_path):
-    config = default_config()
+    config = default.get_config()
     assert workdir.load_config(tmp_path) is None
     workdir.open_workdir(tmp_path / "run", config)
     assert workdir.load_config(tmp_path / "run")["seed"] == config.seed

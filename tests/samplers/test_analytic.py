@@ -12,27 +12,19 @@ from diffusion.likelihood import vlb_terms
 from diffusion.samplers import analytic, ancestral, timesteps, trajectory
 from diffusion.targets import TARGETS, VARIANCES
 from tests import oracle
-from tests.oracle import Gaussian
+from tests.oracle import Gaussian, column, path_cost
 
 SHORT = process.from_betas(schedules.linear(20, 1e-3, 0.4))
 KEY = random.key(3)
 
 
-def network(x, t):
-    """A poor denoiser: biased, nonlinear and dependent on t."""
-    return 0.6 * jnp.tanh(x) + 0.2 + 0.1 * jnp.sin(t).reshape(-1, 1, 1, 1)
-
-
 def make_predict(variance):
-    return targets.make_predict(SHORT, network, TARGETS["eps"], variance)
+    return targets.make_predict(SHORT, oracle.poor_denoiser, TARGETS["eps"], variance)
 
 
 @pytest.fixture(scope="module")
 def images():
-    """Images on the 256 levels."""
-    x = random.normal(random.key(0), (24, 6, 6, 1))
-    x = jnp.clip(0.3 * x + random.normal(random.key(1), (24, 1, 1, 1)), -1, 1)
-    return jnp.round((x + 1) * 127.5) / 127.5 - 1
+    return oracle.images()
 
 
 @pytest.fixture(scope="module")
@@ -152,10 +144,6 @@ def test_the_paper_s_estimate_is_worse_for_a_poor_network(images, optimum, measu
     assert ours.sum() < 0.99 * measured(analytic.analytic_variance(paper, optimum.decoder)).sum()
 
 
-def path_cost(costs, ts):
-    return float(costs[ts[1:], ts[:-1]].sum())
-
-
 @pytest.mark.parametrize("K", [3, 6])
 def test_cost_model_is_the_measured_bound(K, optimum, measured):
     """Term by term on the draws of the estimate, so the least cost is the least bound."""
@@ -220,10 +208,6 @@ def test_optimum_of_gaussian_data():
     assert np.all(np.abs(out.decoder_bits[1:] - density) < 5 * error + 7e-3)
 
 
-def column(x):
-    return jnp.asarray(x).reshape(-1, 1, 1, 1)
-
-
 RESPACED = [np.arange(1, 21), np.array([2, 7, 8, 20]), np.array([9, 1, 10])]
 
 
@@ -258,7 +242,7 @@ def test_analytic_tables_are_checked():
     for tables in ([[0, -1.0]], [[0, 1.0], [0, 1.0, 2.0]], [[[0, 1.0]]], [[0, np.nan]]):
         with pytest.raises(ValueError, match=r"expected T \+ 1 numbers"):
             analytic.analytic_variance(*tables)
-    with pytest.raises(ValueError, match="ends at t = 3 < 20"):
+    with pytest.raises(ValueError, match=r"expected variances for t = 0\.\.20, found 4"):
         analytic.analytic_variance(np.ones(4)).log_var(SHORT, None, jnp.array([1]))
 
 

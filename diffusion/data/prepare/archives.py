@@ -106,7 +106,7 @@ def byte_order(name: str) -> bytes:
 
 
 def leads_outside(name: str) -> bool:
-    """Whether a path is absolute or contains '..', also as Windows would read it."""
+    """Returns whether a path is absolute or contains '..', also as Windows would read it."""
     return ".." in re.split(r"[/\\]", name) or bool(re.match(r"[/\\]|[A-Za-z]:", name))
 
 

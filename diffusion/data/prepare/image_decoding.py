@@ -219,7 +219,7 @@ def _ignore_pillow_warnings() -> None:
 
 
 def _follows(image: Image.Image, content: bytes, spec: ImageSpec) -> bool:
-    """Whether a file can be stored as it is, and every decoder reads the same pixels from it."""
+    """Returns whether a file can be stored as it is: every decoder reads the same pixels."""
     # format is None once anything was done to the image.
     if image.format == "PNG":  # one frame, 8 bits a level, nothing cut off or added
         plain = image.n_frames == 1 and content[24] == 8 and content.endswith(PNG_END)

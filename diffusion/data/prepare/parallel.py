@@ -92,7 +92,12 @@ def _chunks(items: Iterable[Item], nbytes: Callable[[Item], int]) -> Iterator[tu
 
 def _make_pool(workers: int) -> ProcessPoolExecutor:
     spawn = multiprocessing.get_context("spawn")  # a fork copies the locks of threads as they are
-    return ProcessPoolExecutor(workers, spawn, initializer=_end_with_parent)
+    # The process that removes the semaphores of a killed one, started with them, would warn of it.
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
+    try:
+        return ProcessPoolExecutor(workers, spawn, initializer=_end_with_parent)
+    finally:
+        sys.warnoptions.pop()
 
 
 def _end_with_parent() -> None:

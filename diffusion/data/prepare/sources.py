@@ -169,7 +169,7 @@ def _is_image(name: str) -> bool:
 
 
 def _is_junk(name: str) -> bool:
-    """Whether a path is hidden, or left behind by a system; '..' is neither."""
+    """Returns whether a path is hidden, or left behind by a system; '..' is neither."""
     parts = name.split("/")
     return any(x in JUNK or (x.startswith(".") and x not in (".", "..")) for x in parts)
 

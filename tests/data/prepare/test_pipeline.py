@@ -391,6 +391,11 @@ def test_errors_of_one_line(tmp_path, of, options, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_unknown_choice_is_refused():
+    with pytest.raises(ValueError, match="on_error: expected skip or fail, found 'ignore'"):
+        pipeline.survey(arrays(1), SPEC, on_error="ignore", workers=1)
+
+
 def test_an_existing_set_is_refused_before_the_source_is_read(tmp_path):
     pipeline.prepare(arrays(3), SPEC, tmp_path, "tiny", workers=1)
     before = tree(tmp_path)
@@ -485,7 +490,8 @@ def test_ctrl_c_ends_all_without_a_word(tmp_path):
 def test_a_killed_start_leaves_no_set_and_no_processes(tmp_path):
     with endless(tmp_path) as process:
         process.kill()  # the workers are left to notice
-        process.communicate(timeout=60)  # ends when no process has its end of the pipes
+        _, err = process.communicate(timeout=60)
+    assert err == ""
     (left,) = (tmp_path / "out" / "tiny").iterdir()
     assert left.name == ".incomplete-1.0.0"
     with pytest.raises(tfds.core.DatasetNotFoundError):

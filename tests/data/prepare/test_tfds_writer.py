@@ -1,7 +1,6 @@
 """TFDS reads what was written; a data set is complete or not there, whatever happens."""
 
 import fcntl
-import io
 import json
 import resource
 import signal
@@ -11,19 +10,13 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from PIL import Image
 
 from diffusion.data.prepare import tfds_writer
 from diffusion.utils.errors import DataError
 from tests.conftest import ROOT
+from tests.tiny_tfds import png
 
 SHAPE = (4, 5, 3)
-
-
-def png(x):
-    file = io.BytesIO()
-    Image.fromarray(x).save(file, "png")
-    return file.getvalue()
 
 
 def images(n):
