@@ -146,7 +146,7 @@ def get_config() -> ConfigDict:
 # Seconds instead of days, for tests: an overlay of every config.
 TINY = {
     "model.ch": 8,
-    "model.ch_mult": (1, 2),
+    "model.ch_mult": (1,),
     "model.num_res_blocks": 1,
     "process.T": 20,
     "process.beta_end": 0.4,

@@ -7,14 +7,20 @@ import os
 import pathlib
 import time
 
-# Compilation is what the suite costs: half of it is XLA's polish, which tiny shapes never earn.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # beside XLA's threads more only wait for each other
-os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
 
 import jax
 import pytest
+
+# Compilation is what the suite costs: half of it is XLA's polish, which tiny shapes never earn.
+FLAGS = [
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
+if jax.__version_info__ < (0, 11):  # later versions have one way to compile fused operations
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join(FLAGS)
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"

@@ -67,8 +67,9 @@ def test_official_terms_of_one_time(official):
             np.testing.assert_allclose(bits[1:], theirs[1:], rtol=2e-4, atol=3e-7, err_msg=key)
             # Decoder: with the first network as x_0 or mu most pixels are so far in the tail that
             # float32 differences of the CDF are noise and meet the floor of 1e-12; the official
-            # formula in float64 is 4 % from its own float32. Elsewhere plain float32.
-            rtol = 0.06 if name == "vb" and m != "eps" else 1e-5
+            # formula in float64 is 4 % from its own float32. Elsewhere float32 masses: the official
+            # ones are 1e-5 from float64, and ours up to 4e-5, as the compiler approximates tanh.
+            rtol = 0.06 if name == "vb" and m != "eps" else 5e-5
             official.close(key + "bpd", bits, rtol=rtol, atol=3e-7)
             if name == "vb":
                 # Float32, amplified by 157 (eps) or 7800 (mu) at t = T where nothing clips.

@@ -15,7 +15,14 @@ def test_the_check_tries_everything_and_leaves_a_picture(tmp_path):
     workdir = tmp_path / "new"
     out, err = run(TINY, f"--workdir={workdir}", "--mode=check")
     assert err == ""
-    words = ("1,501 images of 8x8x1", "MB", "steps/s", "bit for bit", "finite", "nothing stands")
+    words = (
+        "1,501 images of 8x8x1",
+        "on each device",
+        "steps/s",
+        "bit for bit",
+        "finite",
+        "nothing stands",
+    )
     for word in words:
         assert word in out, out
     files = [p.relative_to(workdir).as_posix() for p in workdir.rglob("*") if p.is_file()]

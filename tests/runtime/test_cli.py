@@ -28,7 +28,11 @@ WRONG = {
     "sampler steps": (["--config.sampler.steps=21"], 2, ["sampler", "21", "20"]),
     "simple and learned": (["--config.variance=learned"], 2, ["loss", "variance", "vlb"]),
     "devices": (["--config.train.batch_size=15"], 2, ["train.batch_size", "15", "12 or 16"]),
-    "size": (["--config.data.image_size=9"], 2, ["9x9", "divisible by 2"]),
+    "size": (
+        ["--config.data.image_size=9", "--config.model.ch_mult=(1,2)"],
+        2,
+        ["9x9", "divisible by 2"],
+    ),
     "size of the data": (["--config.data.image_size=16"], 3, ["16x16x1", "8x8x1"]),
     "no data_dir": (["--config=configs/cifar10.py:tiny"], 3, ["data_dir"]),
     "no data there": (
