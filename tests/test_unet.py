@@ -315,11 +315,7 @@ def check_initialisation(config):
     net = UNet(**kwargs)
     x, t = images(2, size, size, 3)
     key = jax.random.key(0, impl="rbg")  # compiles in a fourth of threefry's time
-    # The suite compiles without optimisation, but here millions of numbers are drawn.
-    options = {"xla_backend_optimization_level": 2, "xla_llvm_disable_expensive_passes": False}
-    options = options if size > 16 else None
-    init = jax.jit(lambda key: net.init(key, x, t, train=False), compiler_options=options)
-    params = init(key)["params"]
+    params = jax.jit(lambda key: net.init(key, x, t, train=False))(key)["params"]
     ours = convert.to_official(params)
     limits = OFFICIAL[f"{config}.init.limit"]
     for name, limit in zip(OFFICIAL[f"{config}.var_names"], limits, strict=True):
