@@ -1,6 +1,6 @@
 """Every configuration key once, with its meaning; the values are the paper's CIFAR-10 experiment.
 
-The other files of this folder write only what differs. `python main.py --help` prints this page.
+The other files of this folder write only what differs. `python main.py --help` prints its keys.
 """
 
 from collections.abc import Mapping
@@ -19,22 +19,30 @@ def get_config() -> ConfigDict:
                 "ch_mult": (1, 2, 2, 2),  # level i has ch * ch_mult[i] channels
                 "num_res_blocks": 2,  # per level; one more on the way up
                 "attn_resolutions": (16,),  # longer sides of the levels with attention
-                "dropout": 0.1,
+                "dropout": 0.1,  # share of the activations that training sets to 0
                 "num_classes": 0,  # 0: unconditional
+                "null_class": -1,  # label of "no class"; -1: one after all classes; -2: none
+                # As in diffusers' networks, by its names; its defaults are 8, 1, True, 0 and 1e-5.
+                "attention_head_dim": 0,  # channels of an attention head; 0: one head has all
+                "downsample_padding": 0,  # 0: at the bottom and right; 1: on every side
+                "flip_sin_to_cos": False,  # the time embedding begins with the cosines
+                "freq_shift": 1,  # 1: its lowest frequency is 1/10000; 0: the one after the last
+                "norm_eps": 1e-6,  # added to the variance by group normalisation
                 "dtype": "float32",  # of the convolutions and products; or bfloat16
                 "remat": False,  # recompute every block in the backward pass, to save memory
             },
             "process": {
                 "schedule": "linear",  # a key of schedules.SCHEDULES
-                "T": 1000,
-                "beta_start": 1e-4,
-                "beta_end": 0.02,
+                "T": 1000,  # steps of the chain
+                "beta_start": 1e-4,  # beta_1, where the schedule has a choice
+                "beta_end": 0.02,  # beta_T
+                "betas": (),  # all T of them, instead of schedule, beta_start and beta_end
             },
             "target": "eps",  # what the network predicts: a key of targets.TARGETS
             "variance": "fixed_large",  # of the reverse steps: a key of targets.VARIANCES
             "loss": {"name": "simple"},  # a key of losses.LOSSES, and that function's own arguments
             "optim": {
-                "lr": 2e-4,
+                "lr": 2e-4,  # learning rate of Adam
                 "warmup": 5000,  # steps of linear warm-up
                 "clip": 1.0,  # largest norm of the gradient
                 "clip_groups": 1,  # clip this many parts of the batch separately (official: 8)
@@ -42,102 +50,118 @@ def get_config() -> ConfigDict:
                 "ema": 0.9999,  # decay of the averaged weights
             },
             "train": {
-                "batch_size": 128,
-                "steps": 800_000,
+                "batch_size": 128,  # images of a step, on all devices together
+                "steps": 800_000,  # 0: not known, of imported weights
                 "label_dropout": 0.0,  # share of the labels hidden, for classifier-free guidance
-                "log_every": 100,
-                "save_every": 5_000,
+                "log_every": 100,  # steps between two readings of the loss
+                "save_every": 5_000,  # steps between two checkpoints
                 "keep": 3,  # newest checkpoints that stay
                 "keep_every": 0,  # multiples of this step stay too; 0: none
                 "keep_best": 0,  # checkpoints with the fewest bits/dim that stay too
                 "sample_every": 20_000,  # preview pictures; 0: none
-                "preview": {"sampler": "dpmpp_2m", "steps": 20, "num": 64},
+                "preview": {
+                    "sampler": "dpmpp_2m",  # a key of samplers.SAMPLERS
+                    "steps": 20,  # of that sampler
+                    "num": 64,  # samples in a picture
+                },
                 "eval_every": 10_000,  # a quick reading of bits/dim and distances; 0: none
                 "on_nonfinite": "halt",  # or skip, or rollback
                 "hang_s": 1800.0,  # abort if no step ends for so many seconds; 0: never
                 "heartbeat_s": 30.0,  # abort if another process is silent for so many seconds
             },
             "data": {
-                "source": "cifar10",  # a key of data.SOURCES or of data.prepare.sources.ORIGINS
+                # A key of data.SOURCES or of data.prepare.sources.ORIGINS; "": not known.
+                "source": "cifar10",
                 "name": "cifar10",  # of the TFDS data set in data_dir
-                "data_dir": "data",
+                "data_dir": "data",  # folder of the prepared data sets
                 "image_size": 32,  # height
                 "image_width": 0,  # 0: as wide as high
-                "channels": 3,
+                "channels": 3,  # 3: RGB; 1: grey
                 "flip": True,  # mirror a random half of the images
                 "on_device_gib": 4.0,  # larger sets are streamed from the host
                 "workers": 0,  # processes that decode streamed images; 0: threads
                 # Of --mode=prepare:
                 "archive": "",  # file or folder to prepare from; "": download
-                "accept_incomplete": False,
+                "accept_incomplete": False,  # take an archive with fewer images than published
                 "on_error": "skip",  # an image that cannot be used: skip or fail
                 "holdout": 0.0,  # fraction of the images for the split `test`
                 "holdout_names": "",  # or a file with their names
-                "background": (255, 255, 255),  # under transparent images
+                "background": (255, 255, 255),  # under transparent and around padded images
+                "fit": "crop",  # of another aspect: crop to the middle, pad, or stretch
+                "include": ("*",),  # patterns of the paths of images to take: * is any text
+                "exclude": (),  # and of those to leave out
             },
             "sampler": {
                 "name": "ancestral",  # a key of samplers.SAMPLERS
                 "grid": "uniform",  # a key of samplers.GRIDS
-                "steps": 1000,
+                "steps": 1000,  # of the chain, 1 to T
                 "times": (),  # explicit times instead of grid and steps
-                "clip": True,  # clip x_0 to [-1, 1]
+                "clip": True,  # clip x_0
+                "clip_range": 1.0,  # to [-clip_range, clip_range]
                 "threshold": 0.0,  # quantile of dynamic thresholding instead; 0: none
+                "threshold_max": 0.0,  # largest value of that quantile; 0: any
                 "variance": "",  # "": as trained; a key of targets.VARIANCES; or analytic
-                "estimate": 256,  # training images that `analytic` is measured on
+                "estimate": 256,  # at most so many training images for `analytic`
                 "guidance": 0.0,  # weight w of classifier-free guidance; 0: none
                 # Read by some samplers only; "" is the sampler's own default.
-                "eta": 0.0,
-                "order": 2,
-                "variant": "bh2",
-                "corrector": True,
-                "solver": "",
-                "predictor": "ancestral",
-                "corrections": 1,
-                "snr": 0.1,
+                "eta": 0.0,  # noise of ddim and analytic_ddim: 0: none; 1: as ancestral
+                "order": 2,  # of unipc: 1, 2 or 3
+                "variant": "bh2",  # of unipc: bh1 or bh2
+                "corrector": True,  # of unipc
+                "solver": "",  # of dpmpp_2m: midpoint or heun; of dpmpp_3m: released or exact
+                "predictor": "ancestral",  # of predictor_corrector: or ddim
+                "corrections": 1,  # Langevin steps after each step of predictor_corrector
+                "snr": 0.1,  # signal-to-noise ratio of these
             },
-            "sample": {"num": 64, "batch_size": 64, "seed": 0, "label": -1},  # -1: every class
+            "sample": {
+                "num": 64,  # images
+                "batch_size": 64,  # images at a time
+                "seed": 0,  # of their noise
+                "label": -1,  # their class; -1: all classes in turn
+            },
             "bpd": {
-                "split": "test",
+                "split": "test",  # or train
                 "num": 0,  # images; 0: all
                 "quick": 200,  # images of the reading during training
-                "batch_size": 100,
-                "seed": 0,
+                "batch_size": 100,  # images at a time
+                "seed": 0,  # of their noise
                 "estimate": 0,  # training images for optimal variances (Analytic-DPM); 0: none
                 "steps": (),  # also the bound on so many least-cost steps
                 "ode": 0,  # images for the probability-flow ODE; 0: none
             },
             "eval": {
                 "num": 50_000,  # samples
-                "batch_size": 250,
-                "seeds": (0,),
+                "batch_size": 250,  # images at a time
+                "seeds": (0,),  # each draws a set of samples; errors are over the sets
                 "weights": ("ema",),  # ema, raw or both
-                "features": ("inception", "random", "pixels"),
+                "features": ("available",),  # inception, random, pixels; or what there is of them
                 "inception": "",  # file of the Inception weights; "": download
                 "references": ("train", "test"),  # splits, statistics (npz) or folders of images
                 "reference_num": 0,  # images of a reference; 0: all
+                "resize": False,  # bring images of files to the data's size, as prepare does
                 "keep": 10_000,  # features kept for precision, recall, KID
                 "quick": 500,  # samples of the reading during training; 0: none
             },
             "figures": {
-                "names": (
+                "names": (  # keys of modes.figures.FIGURES
                     *("samples", "progressive", "denoising", "shared", "interpolation"),
                     *("coarse_to_fine", "quality", "nearest", "inpainting", "animation"),
                 ),
-                "seed": 0,
+                "seed": 0,  # of the samples and of the choice of real images
                 "num": 64,  # samples in a grid
-                "rows": 8,
+                "rows": 8,  # images in the other pictures
                 "split": "test",  # real images are taken from here
                 "scored": 1_000,  # samples of the figure `quality`
                 "mask": "right",  # inpainted part: left, right, centre or a picture
-                "jump": 10,  # RePaint's jump length and number of resamplings
-                "repeats": 10,
+                "jump": 10,  # RePaint's jump length
+                "repeats": 10,  # and number of resamplings
                 "animation": "webp",  # or gif
             },
             "frontier": {
-                "samplers": ("ancestral", "ddim", "dpmpp_2m", "unipc", "heun"),
-                "grids": ("uniform", "logsnr"),
-                "steps": (5, 10, 20, 50),
-                "num": 1_000,
+                "samplers": ("ancestral", "ddim", "dpmpp_2m", "unipc", "heun"),  # of SAMPLERS
+                "grids": ("logsnr",),  # of GRIDS
+                "steps": (5, 10, 20),  # each with each sampler on each grid
+                "num": 1_000,  # samples by each
             },
         }
     )

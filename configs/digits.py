@@ -40,6 +40,7 @@ CHANGES = {
     "eval.features": ("random", "pixels"),
     "eval.quick": 100,
     "figures.scored": 256,
+    "frontier.num": 200,
 }
 
 VARIANTS = {

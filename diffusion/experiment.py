@@ -34,7 +34,7 @@ from diffusion.sharding import (
     make_global_array,
     replicated,
 )
-from diffusion.utils.errors import DataError
+from diffusion.utils.errors import ConfigError, DataError
 
 ANALYTIC = "analytic"  # a sampler.variance that is measured first (modes._common.with_analytic)
 MIN_PIXELS_PER_DEVICE = 16 * 16  # smaller images are over before CPU devices have synchronised
@@ -72,7 +72,7 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
     variance = lookup(targets.VARIANCES, "variance", c.variance)
     make_loss = lookup(losses.LOSSES, "loss.name", c.loss.name)
 
-    betas = schedule(c.process.T, c.process.beta_start, c.process.beta_end)
+    betas = c.process.betas or schedule(c.process.T, c.process.beta_start, c.process.beta_end)
     process = call_for_key(from_betas, "process", betas)
     arguments = {key: value for key, value in c.loss.items() if key != "name"}
     loss = call_for_key(make_loss, "loss", process, target, variance, **arguments)
@@ -132,8 +132,9 @@ def cpu_devices(config: ConfigDict) -> int:
 def initial_state(exp: Experiment, seed: int) -> train_step.TrainState:
     """Returns the state before the first step, a function of the seed."""
     images, times = jnp.zeros((1, *exp.image_shape)), jnp.zeros(1)
+    labels = jnp.zeros(1, jnp.int32) if exp.net.num_classes else None
     key = train_step.training_keys(seed).params
-    params = exp.net.init(key, images, times, train=False)["params"]
+    params = exp.net.init(key, images, times, labels, train=False)["params"]
     return train_step.create_train_state(params, exp.tx)
 
 
@@ -179,7 +180,6 @@ def make_update(config: ConfigDict, exp: Experiment, resident: bool) -> Callable
     """
     keys = train_step.training_keys(config.seed)
     step = train_step.make_train_step(make_config_grad_fn(config, exp), exp.tx, config.optim.ema)
-    classes, rate = config.model.num_classes, config.train.label_dropout
     whole, sharded = replicated(exp.mesh), batch_sharded(exp.mesh)
 
     def update(state, *inputs):
@@ -191,10 +191,17 @@ def make_update(config: ConfigDict, exp: Experiment, resident: bool) -> Callable
         image, label = jax.lax.with_sharding_constraint((image, label), sharded)
         x_0 = augment.augment(image, keys.augment, state.step, config.data.flip)
         key = random.fold_in(keys.steps, state.step)
-        return step(state, key, (x_0, train_step.drop_labels(key, label, classes, rate)))
+        return step(state, key, (x_0, training_labels(config, exp, key, label)))
 
     shardings = (whole,) * 4 if resident else (whole, sharded, sharded)
     return jax.jit(update, in_shardings=shardings, out_shardings=whole, donate_argnums=0)
+
+
+def training_labels(config: ConfigDict, exp: Experiment, key: Array, label: Array) -> Array | None:
+    """Returns a step's labels int[b], a share of them hidden; None for a model without classes."""
+    if not exp.net.num_classes:
+        return None
+    return train_step.drop_labels(key, label, exp.net.null_label, config.train.label_dropout)
 
 
 def fits_on_device(config: ConfigDict, images: data.ImageDataset) -> bool:
@@ -208,8 +215,11 @@ def make_input_pipeline(
     """Returns (update, start -> iterator over what update takes at steps start, start + 1, ...).
 
     A data set that fits lies on every device; a larger one is streamed. Both give the same batches.
-    Raises DataError, at once or while reading.
+    Raises ConfigError, and DataError at once or while reading.
     """
+    if not config.train.steps:
+        why = "as these weights came without their training"
+        raise ConfigError(f"train.steps: expected 1 or more, found 0, {why}; give it")
     size, whole = config.train.batch_size, replicated(exp.mesh)
     if not fits_on_device(config, images):
         return make_update(config, exp, False), functools.partial(_stream, config, exp, images)
@@ -258,13 +268,16 @@ def make_predictor(
     x_0 is clipped or thresholded, and guided towards the label, as config.sampler says. variance:
     of the reverse steps; None: exp.sample_variance.
     """
-    c, null = config.sampler, config.model.num_classes
-    clip = guidance.dynamic_threshold(c.threshold) if c.threshold else c.clip
+    c = config.sampler
+    clip = c.clip and functools.partial(jnp.clip, min=-c.clip_range, max=c.clip_range)
+    if c.threshold:
+        clip = guidance.dynamic_threshold(c.threshold, c.threshold_max or np.inf)
 
     def predictor(params: Any, label: Array) -> targets.Predict:
         apply = functools.partial(apply_model, exp, params)
         network = functools.partial(apply, y=label)
         if c.guidance:
+            null = exp.net.null_label
             network = guidance.classifier_free_guidance(apply, label, null, c.guidance)
         used = variance or exp.sample_variance
         return targets.make_predict(exp.process, network, exp.target, used, clip)
@@ -292,17 +305,22 @@ def make_sampler(config: ConfigDict, exp: Experiment) -> tuple[samplers.Sampler,
 def load_split(config: ConfigDict, exp: Experiment, split: str = "train") -> data.ImageDataset:
     """Opens a split and checks that its images are what the config says.
 
-    Raises DataError.
+    Raises ConfigError, DataError.
     """
     c = config.data
+    if not c.source:
+        why = "as these weights came without their data"
+        how = "give it, data.name and data.data_dir, and to train also train.steps"
+        raise ConfigError(f"data.source: expected a source, found none, {why}; {how}")
     source = c.source if c.source in data.SOURCES else "tfds"  # the others are prepared beforehand
     images = data.open_dataset(source, split, name=c.name, data_dir=c.data_dir)
     if images.shape != exp.image_shape:
         found, wanted = ("x".join(map(str, shape)) for shape in (images.shape, exp.image_shape))
         keys = "data.image_size, data.image_width, data.channels"
         raise DataError(f"data: expected images of {wanted} ({keys}), found {found}; change these")
-    if config.model.num_classes not in (0, images.num_classes):
+    found = config.model.num_classes
+    labels = found - (0 < found == config.model.null_class + 1)  # a last one that is "no class"
+    if labels not in (0, images.num_classes):
         wanted = f"the data's {images.num_classes}, or 0 for a model without classes"
-        found = config.model.num_classes
         raise DataError(f"model.num_classes: expected {wanted}, found {found}")
     return images

@@ -55,6 +55,12 @@ def cosine(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarr
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
 
 
+def sigmoid(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
+    """Makes the betas a logistic function of t from -6 to 6 (arXiv:2203.02923, its code)."""
+    weight = 1 / (1 + np.exp(-np.linspace(-6, 6, T, dtype=np.float64)))
+    return beta_start + weight * (beta_end - beta_start)
+
+
 SCHEDULES = {
     "linear": linear,
     "quad": quad,
@@ -63,4 +69,5 @@ SCHEDULES = {
     "warmup50": warmup50,
     "jsd": jsd,
     "cosine": cosine,
+    "sigmoid": sigmoid,
 }

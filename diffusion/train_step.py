@@ -63,18 +63,15 @@ def make_optimizer(lr: float, warmup_steps: int, clip: float) -> optax.GradientT
     return optax.chain(optax.clip_by_global_norm(clip), optax.adam(schedule))
 
 
-def drop_labels(key: Array, label: Array, num_classes: int, rate: float) -> Array | None:
+def drop_labels(key: Array, label: Array, null: int | None, rate: float) -> Array:
     """Hides a share `rate` of the labels int[b] (Ho and Salimans 2022, arXiv:2207.12598, Alg. 1).
 
-    A hidden label is `num_classes`, which means "no class". Returns None for a model without
-    classes. key: of the step.
+    A hidden label is `null`, which means "no class". key: of the step.
     """
-    if not num_classes:
-        return None
     if not rate:
         return label
     hidden = random.bernoulli(random.fold_in(key, LABEL_DROPOUT), rate, label.shape)
-    return jnp.where(hidden, num_classes, label)
+    return jnp.where(hidden, null, label)
 
 
 def make_grad_fn(

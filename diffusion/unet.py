@@ -42,6 +42,7 @@ class GroupNorm(nn.Module):
     """
 
     norm: Callable = group_norm.group_norm
+    eps: float = group_norm.EPSILON
     dtype: Any = jnp.float32
     activation: Callable[[jax.Array], jax.Array] = jax.nn.identity
 
@@ -51,21 +52,23 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
         groups = 32 if c % 32 == 0 else math.gcd(c, c // 4)
-        return self.norm(x, scale, bias, groups, self.activation, self.dtype)
+        return self.norm(x, scale, bias, groups, self.activation, self.dtype, self.eps)
 
 
-def time_embedding(t: jax.Array, dim: int) -> jax.Array:
+def time_embedding(t: jax.Array, dim: int, freq_shift: int = 1, flip: bool = False) -> jax.Array:
     """Returns sines, then cosines, of t [b] at dim // 2 frequencies from 1 to 1/10000.
 
-    The result is float32[b, dim]; an odd dim ends in a zero. Raises ValueError for dim < 4.
-    Source: official `nn.py`, `get_timestep_embedding`.
+    The result is float32[b, dim]; an odd dim ends in a zero. freq_shift and flip are those of
+    `UNet`. Raises ValueError for dim < 4. Source: official `nn.py`, `get_timestep_embedding`.
     """
     if dim < 4:
         raise ValueError(f"ch: expected 4 channels or more, found {dim}; use a larger ch")
     half = dim // 2
-    frequencies = jnp.exp(jnp.arange(half, dtype=jnp.float32) * (-math.log(10000) / (half - 1)))
+    step = -math.log(10000) / (half - freq_shift)
+    frequencies = jnp.exp(jnp.arange(half, dtype=jnp.float32) * step)
     angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
-    embedding = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
+    waves = [jnp.sin(angles), jnp.cos(angles)]
+    embedding = jnp.concatenate(waves[::-1] if flip else waves, axis=1)
     return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
 
 
@@ -73,11 +76,13 @@ class TimeEmbedding(nn.Module):
     """Embeds times t [b] as float32[b, 4 ch]. Source: official `model`, scope 'temb'."""
 
     ch: int
+    freq_shift: int = 1
+    flip: bool = False
 
     @nn.compact
     def __call__(self, t):
         layer = partial(nn.Dense, 4 * self.ch, kernel_init=default_init())
-        temb = layer(name="dense0")(time_embedding(t, self.ch))
+        temb = layer(name="dense0")(time_embedding(t, self.ch, self.freq_shift, self.flip))
         return layer(name="dense1")(nn.swish(temb))
 
 
@@ -104,31 +109,40 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention with one head over all pixels, [b, h, w, c]. Source: official `attn_block`."""
+    """Self-attention over all pixels, [b, h, w, c], officially with one head.
+
+    Source: official `attn_block`.
+    """
 
     norm: Callable[..., nn.Module]
     dense: Callable[..., nn.Module]
+    head_dim: int = 0
 
     @nn.compact
     def __call__(self, x):
         b, _, _, c = x.shape
+        head_dim = self.head_dim or c
+        if c % head_dim:
+            raise ValueError(f"attention_head_dim: expected a divisor of {c}, found {head_dim}")
         h = self.norm(name="norm")(x)
         q, k, v = (self.dense(c, name=name)(h).reshape(b, -1, c) for name in "qkv")
-        h = attention(q, k, v).reshape(x.shape)
+        h = attention(q, k, v, c // head_dim).reshape(x.shape)
         return x + self.dense(c, kernel_init=NEARLY_ZERO, name="proj_out")(h)
 
 
 class Downsample(nn.Module):
     """Strided convolution, [b, h, w, c] -> [b, h / 2, w / 2, c]. Source: official `downsample`.
 
-    An even size is padded at the bottom and right only, as by 'SAME' in TensorFlow.
+    padding: 0: at the bottom and right only, for an even size, as by 'SAME' in TensorFlow; 1: on
+    every side.
     """
 
     conv: Callable[..., nn.Module]
+    padding: int = 0
 
     @nn.compact
     def __call__(self, h):
-        return self.conv(h.shape[-1], strides=2, name="conv")(h)
+        return self.conv(h.shape[-1], strides=2, padding=self.padding or "SAME", name="conv")(h)
 
 
 class Upsample(nn.Module):
@@ -186,7 +200,14 @@ class UNet(nn.Module):
     attn_resolutions: tuple[int, ...] = (16,)  # a level has attention if its longer side is listed
     dropout: float = 0.1  # rate inside the blocks
     out_ch: int = 3  # the image's channels, or twice as many for a learned variance
-    num_classes: int = 0  # number of labels; one more label, num_classes, means "no class"
+    num_classes: int = 0  # number of labels
+    null_class: int = -1  # label of "no class"; -1: one more, num_classes; -2: none
+    # Where diffusers' networks differ, by its names; its defaults are 8, 1, True, 0 and 1e-5.
+    attention_head_dim: int = 0  # channels of an attention head; 0: one head has all
+    downsample_padding: int = 0  # before a strided convolution, see `Downsample`
+    flip_sin_to_cos: bool = False  # whether the time embedding begins with the cosines
+    freq_shift: int = 1  # its lowest of n frequencies is 10000^(-(n - 1) / (n - freq_shift))
+    norm_eps: float = group_norm.EPSILON  # added to the variance by normalisations
     dtype: Any = jnp.float32  # or bfloat16, or their names
     remat: bool = False  # recompute every block in the backward pass, to save memory
     conv: Callable = lax.conv_general_dilated  # or another function of this signature
@@ -198,7 +219,7 @@ class UNet(nn.Module):
 
         x: float[b, h, w, c], data in [-1, 1] plus noise; h and w divisible by 2^(levels - 1).
         t: int[b] or float[b], embedded as it is.
-        y: int[b] in 0..num_classes, others give NaN; None means "no class".
+        y: int[b], a label or null_label, others give NaN; None means "no class".
         train: whether to apply dropout, with the 'dropout' key.
         Raises ValueError for other shapes and dtypes. Source: paper appendix B, official `model`.
         """
@@ -207,35 +228,41 @@ class UNet(nn.Module):
         options = {"kernel_init": default_init(), "dtype": dtype}
         conv = partial(nn.Conv, kernel_size=(3, 3), conv_general_dilated=self.conv, **options)
         dense = partial(nn.Dense, **options)
-        norm = partial(GroupNorm, norm=self.norm, dtype=dtype)
+        norm = partial(GroupNorm, norm=self.norm, eps=self.norm_eps, dtype=dtype)
         block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock  # 3: train
         block = partial(block, conv=conv, norm=norm, dense=dense, dropout=self.dropout)
-        attention = partial(Attention, norm, dense)
+        attention = partial(Attention, norm, dense, self.attention_head_dim)
+        down = partial(Downsample, conv, self.downsample_padding, name="downsample")
         ch = [self.ch * mult for mult in self.ch_mult]
         sides = [max(x.shape[1:3]) // 2**i for i in levels]
         attentions = [attention if side in self.attn_resolutions else None for side in sides]
 
-        temb = TimeEmbedding(self.ch, name="temb")(t)
+        temb = TimeEmbedding(self.ch, self.freq_shift, self.flip_sin_to_cos, name="temb")(t)
         if self.num_classes:
-            y = jnp.full(t.shape, self.num_classes) if y is None else y
+            y = jnp.full(t.shape, self.null_label) if y is None else y
             # Scaled as one-hot labels of unit variance (EDM): class and time weigh the same.
-            rows = self.num_classes + 1
+            rows = self.num_classes + (self.null_class == -1)
             table = nn.Embed(rows, 4 * self.ch, embedding_init=default_init(rows), name="class_emb")
             temb += table(y)
 
         skips = [conv(self.ch, name="conv_in")(x)]
         for i in levels:
-            down = partial(Downsample, conv, name="downsample") if i < levels[-1] else None
-            level = Level(ch[i], block, attentions[i], down, name=f"down_{i}")
+            after = down if i < levels[-1] else None
+            level = Level(ch[i], block, attentions[i], after, name=f"down_{i}")
             skips += level(skips[-1], temb, [None] * self.num_res_blocks, train)
         h = Middle(ch[-1], block, attention, name="mid")(skips[-1], temb, train)
         for i in reversed(levels):
-            up = partial(Upsample, conv, name="upsample") if i > 0 else None
-            level = Level(ch[i], block, attentions[i], up, name=f"up_{i}")
+            after = partial(Upsample, conv, name="upsample") if i > 0 else None
+            level = Level(ch[i], block, attentions[i], after, name=f"up_{i}")
             h = level(h, temb, [skips.pop() for _ in range(self.num_res_blocks + 1)], train)[-1]
         # In float32, or bfloat16 would round the output itself to three digits.
         h = norm(dtype=jnp.float32, activation=nn.swish, name="norm_out")(h)
         return conv(self.out_ch, kernel_init=NEARLY_ZERO, dtype=jnp.float32, name="conv_out")(h)
+
+    @property
+    def null_label(self) -> int | None:
+        """The label of "no class"; None where no label means that."""
+        return {-1: self.num_classes, -2: None}.get(self.null_class, self.null_class)
 
     def _check(self, x, t, y):
         found, multiple = f"{x.dtype}{list(x.shape)}", 2 ** (len(self.ch_mult) - 1)
@@ -248,6 +275,8 @@ class UNet(nn.Module):
             raise ValueError(f"x: expected a height and width {expected}, found {found}")
         if jnp.shape(t) != (b,):
             raise ValueError(f"t: expected one time per image, [{b}], found {list(jnp.shape(t))}")
+        if y is None and self.num_classes and self.null_label is None:
+            raise ValueError('y: expected labels, as none means "no class"; found None')
         if y is not None and not self.num_classes:
             raise ValueError("y: expected None without classes, found labels; set num_classes")
         if y is not None and (y.shape != (b,) or not jnp.issubdtype(y.dtype, jnp.integer)):

@@ -134,6 +134,7 @@ def test_the_settings_are_the_papers(name, lr, batch, steps, dropout, flip, vari
         "T": 1000,
         "beta_start": 1e-4,
         "beta_end": 0.02,
+        "betas": (),
     }
 
 

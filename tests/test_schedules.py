@@ -7,6 +7,7 @@ import pytest
 
 from diffusion.process import from_betas
 from diffusion.schedules import SCHEDULES
+from tests.conftest import GOLDEN
 from tests.oracle import official
 
 
@@ -57,6 +58,15 @@ def test_jsd(T):
     # T roundings of 1e-16 in a product whose factors 1 - beta lose at most one digit near the end.
     np.testing.assert_allclose(p.alpha_bar, (T - np.arange(T + 1)) / T, rtol=1e-12)
     assert p.alpha_bar[-1] == 0
+
+
+def test_sigmoid():
+    """diffusers 0.42.1 on PyTorch 2.13.0: every hundredth of DDPMScheduler("sigmoid").betas."""
+    theirs = np.load(GOLDEN / "diffusers_defaults.npz")["sigmoid.betas"]
+    betas = SCHEDULES["sigmoid"](1000)
+    np.testing.assert_allclose(betas[::100], theirs, rtol=1e-6)  # theirs are float32
+    # The logistic function is symmetric about its middle, at the mean of the bounds.
+    np.testing.assert_allclose(betas + betas[::-1], 0.0201, rtol=1e-14)  # float64 rounding
 
 
 def test_warmups():

@@ -91,7 +91,7 @@ def jit_per_shape(conv, norm):
     names = ("dimension_numbers", "lhs_dilation", "rhs_dilation", "feature_group_count")
     names += ("precision", "preferred_element_type")
     conv = jax.jit(conv, static_argnums=(2, 3), static_argnames=names)
-    return dict(conv=conv, norm=jax.jit(norm, static_argnums=(3, 4, 5)))
+    return dict(conv=conv, norm=jax.jit(norm, static_argnums=(3, 4, 5, 6)))
 
 
 def official_loss(config, **options):
@@ -566,6 +566,7 @@ IMAGE, TIME = np.zeros((1, 8, 8, 3), np.float32), np.zeros(1, np.int32)
         ({"num_classes": 2}, IMAGE, TIME, np.zeros(2, np.int32), r"\[1\], found int32\[2\]"),
         ({"num_classes": 2}, IMAGE, TIME, np.zeros(1), r"integer label.*, found float64\[1\]"),
         ({"ch": 2}, IMAGE, TIME, None, "4 channels or more, found 2; use a larger ch"),
+        ({"attention_head_dim": 3}, IMAGE, TIME, None, "expected a divisor of 16, found 3"),
     ],
 )
 def test_errors_say_what_was_expected_in_one_line(config, x, t, y, message):

@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import os
+import pathlib
 import re
 import resource
 import shutil
@@ -242,6 +243,67 @@ def stopped_together(workdir):
     step = int(re.search(r"at step ([\d,]+), saved", out)[1].replace(",", ""))
     assert steps_of(workdir) == [step]
     return {"s": round(seconds, 1)}
+
+
+PROGRESS = r".* ETA "
+# {mode: (what makes its work last some seconds, the line before it compiles)}
+WORK = {
+    "train": (("--config.train.steps=400", "--config.train.save_every=1000"), "compiling "),
+    "sample": (("--config.sample.num=400",), "sampling "),
+    "eval": (("--config.eval.num=400",), "drawing "),
+    "bpd": (("--config.bpd.split=train", "--config.bpd.batch_size=2"), "reading "),
+    "figures": (("--config.figures.names=('quality',)", "--config.figures.scored=400"), "drawing "),
+    "frontier": (("--config.frontier.num=100",), "drawing "),
+}
+PHASES = ("importing", "compiling", "working")
+SIGNALS = {
+    "SIGTERM": (signal.SIGTERM,),
+    "SIGINT": (signal.SIGINT,),
+    "two SIGTERM 50 ms apart": (signal.SIGTERM, signal.SIGTERM),
+}
+
+
+def stopped_in(folder, mode, processes, phase, how):
+    """R27: a mode is asked to stop in a phase, and the same command goes on.
+
+    Of two processes that work SIGTERM is sent to the second alone, everything else to both.
+
+    Returns the exit codes, and the seconds to the line that says so and to the end of all.
+    """
+    work, before = WORK[mode]
+    cache = {"JAX_COMPILATION_CACHE_DIR": folder / "cache"} if phase == "compiling" else {}
+    args = (*TINY, f"--mode={mode}", f"--workdir={folder / 'run'}", *work)
+
+    def begin():
+        return start_pair(*args, **cache) if processes == 2 else [start(*args, **cache)]
+
+    running = begin()
+    if phase == "importing":
+        for process in running:
+            while "jaxlib" not in pathlib.Path(f"/proc/{process.pid}/maps").read_text():
+                time.sleep(0.01)
+    else:
+        wait_for(running[0], before if phase == "compiling" else PROGRESS)
+    alone = processes == 2 and phase == "working" and how == "SIGTERM"
+    began, heard = time.monotonic(), None
+    for i, signum in enumerate(SIGNALS[how]):
+        time.sleep(0.05 * bool(i))
+        for process in running[alone:]:
+            process.send_signal(signum)
+    for line in running[0].stdout:
+        if heard is None and line.startswith("stopp"):
+            heard = time.monotonic() - began
+    found = [ended(process) for process in running]
+    seconds, codes = time.monotonic() - began, [code for code, *_ in found]
+    assert codes[0] == 75 and not any("Traceback" in err for *_, err in found), found
+    assert heard is not None or "ddpm: stopped; " in found[0][3], found
+    if phase == "working":
+        again = begin()
+        outputs = [process.communicate(timeout=300) for process in again]
+        assert [process.returncode for process in again] == [0] * processes, outputs
+        if mode in ("train", "sample"):
+            assert re.search(r"from step [1-9]|resuming ", outputs[0][0]), outputs
+    return codes, round(seconds if heard is None else heard, 1), round(seconds, 1)
 
 
 def peer_lost(workdir, how, which):

@@ -62,7 +62,7 @@ def inception(path: str = "", cache: str = "") -> dict[str, np.ndarray]:
         _check_digest(found)
     elif cache:
         found = pathlib.Path(cache).expanduser() / INCEPTION.file
-        instead = f"{INSTEAD} of a copy, or put it at {found}; {WITHOUT}"
+        instead = f"{INSTEAD} or a copy in {found.parent}; {WITHOUT}"
         download(INCEPTION, found, lambda *progress: None, instead)
     else:
         how = f"fetch {INCEPTION.url} and give {INSTEAD}; {WITHOUT}"

@@ -1,7 +1,7 @@
 """Writes the model card of exported weights: README.md of the folder, for people and the Hub.
 
-It states what the weights are, what they were trained on and for how long, and the scores that the
-work directory holds.
+It states what the weights are, what they were trained on and for how long, as far as that is known,
+and the scores that the work directory holds.
 """
 
 import json
@@ -9,7 +9,11 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-SHOWN = ("model.", "process.", "target", "variance", "loss.", "optim.", "train.batch_size", "seed")
+from diffusion.utils.errors import one_line
+
+IMPORT_FILE = "import.json"  # in a work directory: where its weights are from
+SHOWN = ("model.", "process.", "target", "variance")
+SHOWN_OF_TRAINING = ("loss.", "optim.", "train.batch_size", "seed")
 
 
 def render(
@@ -21,24 +25,41 @@ def render(
       name: of the exported folder.
       flat: the configuration's flat keys.
       step: of the weights.
-      workdir: whose scores are listed.
+      workdir: whose origin and scores are stated.
       for_diffusers: whether the folder has files for diffusers.
     """
     height, classes = flat["data.image_size"], flat["model.num_classes"]
+    null = flat["model.null_class"]
+    data = flat["data.name"] or flat["data.source"]
+    no_class = {-1: f", or {classes} for no class", -2: ""}.get(null, f"; {null} is no class")
     usage = (CONDITIONAL if classes else UNCONDITIONAL) if for_diffusers else NOT_FOR_DIFFUSERS
     scores = list(_read_scores(workdir))
-    config = [(key, f"`{value}`") for key, value in flat.items() if key.startswith(SHOWN)]
+    shown = SHOWN + SHOWN_OF_TRAINING * (flat["train.steps"] > 0)
+    values = [(key, one_line(value, 100)) for key, value in flat.items() if key.startswith(shown)]
+    config = [(key, f"`{value}`") for key, value in values]
     return FRONT * for_diffusers + CARD.format(
         name=name,
-        data=flat["data.name"] or flat["data.source"],
+        data=f" of `{data}`" if data else "",
         size=f"{height}x{flat['data.image_width'] or height}",
         channels=flat["data.channels"],
-        step=f"{step:,}",
-        batch=flat["train.batch_size"],
-        usage=usage.format(name=name, classes=classes, last=classes - 1),
+        origin=_origin(workdir, step, flat["train.batch_size"]),
+        usage=usage.format(name=name, last=classes - 1, no_class=no_class),
         scores=_table(("step", "what", "value"), *scores) if scores else "None was measured.\n",
         config=_table(("key", "value"), *config),
     )
+
+
+def _origin(workdir: pathlib.Path, step: int, batch: int) -> str:
+    """Returns how the weights came about: trained here, imported, or both."""
+    try:
+        record = json.loads((workdir / IMPORT_FILE).read_text())
+        source, first = record["input"], record["step"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return f"after {step:,} steps of batch {batch}. Trained with JAX and Flax."
+    source = source if record.get("revision") else pathlib.Path(source).name or source
+    text = f"imported from {source}" + (f" at step {first:,}" if first else "")
+    steps = f", then trained for {step - first:,} steps of batch {batch} with JAX and Flax"
+    return text + (steps if step > first else "") + "."
 
 
 def _table(*rows: tuple[str, ...]) -> str:
@@ -86,8 +107,8 @@ tags:
 """
 CARD = """# {name}
 
-A denoising diffusion model (Ho et al. 2020, arXiv:2006.11239) of `{data}`, {size} with {channels}
-channels, after {step} steps of batch {batch}. Trained with JAX and Flax.
+A denoising diffusion model (Ho et al. 2020, arXiv:2006.11239){data}, {size} with {channels}
+channels, {origin}
 
 ## Use
 
@@ -120,7 +141,6 @@ unet = UNet2DModel.from_pretrained("{name}", subfolder="unet")
 scheduler = DDPMScheduler.from_pretrained("{name}", subfolder="scheduler")
 ```
 
-The network takes `class_labels`: 0 to {last}, or {classes} for no class. `DDPMPipeline` loads it,
-but gives it none.
+The network takes `class_labels`: 0 to {last}{no_class}. `DDPMPipeline` loads it, but gives it none.
 """
 NOT_FOR_DIFFUSERS = "diffusers has no form for this model.\n"

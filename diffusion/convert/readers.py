@@ -78,9 +78,7 @@ def _read_diffusers(path: pathlib.Path) -> Weights | None:
         stated = diffusers_config.from_diffusers_config(network, scheduler)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
-    found, classes = _read_file(weights), stated["model.num_classes"]
-    note = (f"class {classes}, the last one, is taken as no class",) if classes else ()
-    return found._replace(kind="diffusers", stated=stated, notes=(*found.notes, *note))
+    return _read_file(weights)._replace(kind="diffusers", stated=stated)
 
 
 def _read_tensorflow(path: pathlib.Path) -> Weights | None:
@@ -108,7 +106,12 @@ def _read_file(path: pathlib.Path) -> Weights | None:
             return from_flax(arrays)
         if any(name.startswith("model/") for name in arrays):
             return from_official_checkpoint(arrays)
-        return _weights("a file of diffusers' names", convert.from_diffusers(arrays), {}, 0)
+        found = _weights("a file of diffusers' names", convert.from_diffusers(arrays), {}, 0)
+        if "class_emb" not in found.params:
+            return found
+        note = 'none of the classes is known as "no class", which guidance needs: if class N is one'
+        notes = (*found.notes, f"{note}, give --config.model.null_class=N")
+        return found._replace(stated={"model.null_class": -2}, notes=notes)
 
 
 READERS = (_read_exported, _read_diffusers, _read_tensorflow, _read_file)

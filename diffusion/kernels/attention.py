@@ -1,4 +1,4 @@
-"""Self-attention with one head, by cuDNN's flash attention where it applies."""
+"""Self-attention, by cuDNN's flash attention where it applies."""
 
 import math
 
@@ -7,11 +7,19 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def attention(q: Array, k: Array, v: Array) -> Array:
+def attention(q: Array, k: Array, v: Array, heads: int = 1) -> Array:
     """Returns softmax(q kᵀ / sqrt(c)) v, [b, n, c], for q, k, v [b, n, c].
 
-    Logits and softmax are float32.
+    Logits and softmax are float32. heads: divides c; each has c / heads neighbouring channels.
     """
+    if heads > 1:
+        b, n, c = q.shape
+
+        def split(a):
+            return a.reshape(b, n, heads, -1).swapaxes(1, 2).reshape(b * heads, n, -1)
+
+        out = attention(*map(split, (q, k, v)))
+        return out.reshape(b, heads, n, -1).swapaxes(1, 2).reshape(b, n, c)
     if _has_flash_kernel(q.dtype, q.shape[-1]):
         heads = (a[:, :, None] for a in (q, k, v))
         with jax.numpy_dtype_promotion("standard"):  # assumed by JAX's own function

@@ -11,27 +11,33 @@ EPSILON = 1e-6
 
 
 def group_norm(
-    x: Array, scale: Array, bias: Array, groups: int, activation: Callable, dtype: Any
+    x: Array,
+    scale: Array,
+    bias: Array,
+    groups: int,
+    activation: Callable,
+    dtype: Any,
+    epsilon: float = EPSILON,
 ) -> Array:
     """Returns activation(GroupNorm(x)) as `dtype`, computed in float32.
 
     x: [b, h, w, c]. scale, bias: float32[c]. groups: a divisor of c. activation: an elementwise
-    function, such as `nn.swish`.
+    function, such as `nn.swish`. epsilon: added to the variance.
     Source: official `normalize` (`tf.contrib.layers.group_norm` and its default epsilon).
     """
-    return _forward(x, scale, bias, groups, activation, dtype)[0]
+    return _forward(x, scale, bias, groups, activation, dtype, epsilon)[0]
 
 
-def _forward(x, scale, bias, groups, activation, dtype):
+def _forward(x, scale, bias, groups, activation, dtype, epsilon):
     """Returns the output and the residuals of the backward pass."""
-    mean, rstd = _statistics(x, groups)
+    mean, rstd = _statistics(x, groups, epsilon)
     (x_again,) = _recompute_casts(x)
     y = (x_again.astype(jnp.float32) - mean[:, None, None]) * (rstd * scale[None])[:, None, None]
     y = activation(y + bias[None, None, None])
     return y.astype(dtype), (x, mean, rstd, scale, bias)
 
 
-def _backward(groups, activation, dtype, residuals, g):
+def _backward(groups, activation, dtype, epsilon, residuals, g):
     """Returns the gradients with respect to x, scale and bias, from two passes over x and g."""
     x, mean, rstd, scale, bias = residuals
 
@@ -53,7 +59,7 @@ def _backward(groups, activation, dtype, residuals, g):
 
 
 # With a custom VJP that saves x, mean and rstd per channel, to move fewer bytes; no JVP.
-group_norm_with_vjp = jax.custom_vjp(group_norm, nondiff_argnums=(3, 4, 5))
+group_norm_with_vjp = jax.custom_vjp(group_norm, nondiff_argnums=(3, 4, 5, 6))
 group_norm_with_vjp.defvjp(_forward, _backward)
 
 
@@ -67,7 +73,7 @@ def _recompute_casts(*arrays):
     )
 
 
-def _statistics(x, groups):
+def _statistics(x, groups, epsilon):
     """Returns (mean, rstd) of each channel's group, float32[b, c], in one pass over x."""
     # Moments around a pixel of the image: E[x²] - E[x]² loses digits where the mean is large.
     shift = lax.stop_gradient(x[:, x.shape[1] // 2, x.shape[2] // 2]).astype(jnp.float32)
@@ -76,7 +82,7 @@ def _statistics(x, groups):
     channel_mean = shift + first
     mean = _group_mean(channel_mean, groups)
     variance = second - jnp.square(first) + jnp.square(channel_mean - mean)
-    return mean, lax.rsqrt(jnp.maximum(_group_mean(variance, groups), 0) + EPSILON)
+    return mean, lax.rsqrt(jnp.maximum(_group_mean(variance, groups), 0) + epsilon)
 
 
 def _group_mean(per_channel, groups):

@@ -31,6 +31,8 @@ class Metric(NamedTuple):
     generated: str  # the field that is read: "stats", "features" or "classes"
     reference: str  # the same; "" if no reference is needed
     lower: bool  # whether lower is better
+    # What the scores are computed from, in words, where it is not all of both sets.
+    about: Callable[[FeatureSet, FeatureSet | None], str] = lambda generated, reference: ""
 
 
 def _fd(generated, reference):
@@ -60,6 +62,13 @@ def _kid(generated, reference):
     mean, stderr, full_stderr = pairwise.kid(generated.features, reference.features)
     full = pairwise.polynomial_mmd(generated.features, reference.features)
     return {"kid": Score(mean, stderr), "kid_full": Score(full, full_stderr)}
+
+
+def _about_kid(generated, reference):
+    number, size = pairwise.kid_subsets(len(generated.features), len(reference.features))
+    of = f"{number} random subsets of {size:,}" if number > 1 else f"all {size:,}"
+    fewer = size < pairwise.KID_SUBSET_SIZE
+    return f"{of} images" + fewer * f" (torch-fidelity's with --kid-subset-size={size})"
 
 
 def _precision_recall(generated, reference):
@@ -138,7 +147,7 @@ METRICS = {
     "fd": Metric(_fd, "stats", "stats", lower=True),
     "fd_infinity": Metric(_fd_infinity, "features", "stats", lower=True),
     "is": Metric(_is, "classes", "", lower=False),
-    "kid": Metric(_kid, "features", "features", lower=True),
+    "kid": Metric(_kid, "features", "features", lower=True, about=_about_kid),
     "precision_recall": Metric(_precision_recall, "features", "features", lower=False),
     "density_coverage": Metric(_density_coverage, "features", "features", lower=False),
 }

@@ -17,7 +17,12 @@ from jax.sharding import Mesh
 from diffusion.data import ImageDataset
 from diffusion.data.loader import iterate_split
 from diffusion.data.prepare.archives import Item
-from diffusion.data.prepare.image_decoding import ImageSpec, NormalizedImage, normalize_image
+from diffusion.data.prepare.image_decoding import (
+    FITS,
+    ImageSpec,
+    NormalizedImage,
+    normalize_image,
+)
 from diffusion.data.prepare.sources import open_source
 from diffusion.metrics import features, inception
 from diffusion.metrics.feature_set import FeatureSet, add, begin, from_arrays, to_arrays
@@ -69,11 +74,18 @@ def image_set_from_array(name: str, images: np.ndarray) -> ImageSet:
     return ImageSet(name, n, images.shape[1:], batches)
 
 
-def image_set_from_files(path: str, channels: int = 0, max_images: int = 0) -> ImageSet:
-    """Returns the images of a folder, zip, tar or npz as they are, without cropping or resizing.
+def image_set_from_files(
+    path: str, channels: int = 0, max_images: int = 0, form: ImageSpec | None = None
+) -> ImageSet:
+    """Returns the images of a folder, zip, tar or npz, as they are or brought to a form.
 
-    channels is 1, 3, or 0 for those of the first image; max_images is 0 for all. Raises DataError
-    for fewer than two images; while reading, for an image that is damaged or of another size.
+    Args:
+      channels: 1, 3, or 0 for those of the first image.
+      max_images: 0 for all.
+      form: what every image is cropped and resized to, as by --mode=prepare; None: nothing is done.
+
+    Raises DataError for fewer than two images; while reading, for an image that is damaged or, if
+    there is no form, of another size.
     """
     if not os.path.exists(os.path.expanduser(path)):
         raise DataError(f"{path}: expected images, found no file or folder")
@@ -82,15 +94,14 @@ def image_set_from_files(path: str, channels: int = 0, max_images: int = 0) -> I
     n = min(max_images or source.count, source.count)
     if first is None or n < 2:
         raise DataError(f"{path}: expected two images or more, found {n}")
-    original = _decode(path, first, ImageSpec(1, 1, 3))
+    original = _decode(path, first, ImageSpec(1, 1, 3), any_size=True)
     is_file = isinstance(first.content, bytes)
     is_grey = original.mode[0] in "L1I" if is_file else first.content[0, 0].size == 1
-    channels = channels or (1 if is_grey else 3)
-    spec = ImageSpec(*original.size, channels)
+    spec = form or ImageSpec(*original.size, channels or (1 if is_grey else 3))
 
     def batches(batch_size, rows, first):
         items = itertools.islice(source.items(), first * batch_size, n)
-        pixels = (_decode(path, item, spec).pixels for item in items)
+        pixels = (_decode(path, item, spec, form is not None).pixels for item in items)
         while batch := list(itertools.islice(pixels, batch_size)):
             batch += batch[-1:] * (batch_size - len(batch))
             yield np.stack(batch)[rows]
@@ -98,14 +109,18 @@ def image_set_from_files(path: str, channels: int = 0, max_images: int = 0) -> I
     warnings = []
     if is_file and first.content.startswith(b"\xff\xd8"):
         warnings.append("JPEG files: what their compression lost is part of every score")
-    if is_grey != (channels == 1):
+    if is_grey != (spec.channels == 1):
         warnings.append("grey images" if is_grey else "colour images, read as grey")
-    name = pathlib.Path(path).name
-    return ImageSet(name, n, (*original.size, channels), batches, "; ".join(warnings))
+    if form:
+        sizes = "{}x{} (the first one) to {}x{}".format(*original.size, *form[:2])
+        how = f"as by --mode=prepare: {FITS[form.fit]}; Lanczos, bicubic to enlarge"
+        warnings.append(f"resized from {sizes} {how}")
+    name, shape = pathlib.Path(path).name, (spec.height, spec.width, spec.channels)
+    return ImageSet(name, n, shape, batches, "; ".join(warnings))
 
 
-def _decode(path: str, item: Item, spec: ImageSpec) -> NormalizedImage:
-    """Decodes an image; unless spec is 1x1, its size must be the spec's."""
+def _decode(path: str, item: Item, spec: ImageSpec, any_size: bool) -> NormalizedImage:
+    """Decodes an image, whose size must be the spec's unless any_size."""
     try:
         if isinstance(item.content, DataError):
             raise item.content
@@ -113,10 +128,10 @@ def _decode(path: str, item: Item, spec: ImageSpec) -> NormalizedImage:
     except DataError as error:  # says nothing of the file
         raise DataError(f"{path}: {item.name}: {error}") from error
     size = spec.height, spec.width
-    if image.size != size and size != (1, 1):
+    if image.size != size and not any_size:
         wanted = f"expected images of one size, {size[0]}x{size[1]} like the first"
         found = f"found {image.size[0]}x{image.size[1]} ({item.name})"
-        raise DataError(f"{path}: {wanted}, {found}; resize them alike")
+        raise DataError(f"{path}: {wanted}, {found}; resize them, or --config.eval.resize=True")
     return image
 
 

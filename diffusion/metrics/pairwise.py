@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 MAX_PAIRS_PER_BLOCK = 2**22  # 32 MB in float64
+KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1000, 2020  # torch-fidelity's
 
 
 def _check_sets(a: np.ndarray, b: np.ndarray, min_rows: int, name: str) -> None:
@@ -23,7 +24,7 @@ def _blocks(rows: int, columns: int) -> Iterator[slice]:
 
 def _kernel_sum(x: np.ndarray, y: np.ndarray) -> float:
     blocks = (x[rows] @ y.T / x.shape[1] + 1 for rows in _blocks(len(x), len(y)))
-    return sum(float((block**3).sum()) for block in blocks)
+    return sum(float(np.vdot(block * block, block)) for block in blocks)
 
 
 def polynomial_mmd(x: np.ndarray, y: np.ndarray) -> float:
@@ -43,23 +44,43 @@ def polynomial_mmd(x: np.ndarray, y: np.ndarray) -> float:
     return float(mean_within(x) + mean_within(y) - 2 * mean_across)
 
 
+def kid_subsets(
+    m: int, n: int, subsets: int = KID_SUBSETS, subset_size: int = KID_SUBSET_SIZE
+) -> tuple[int, int]:
+    """Returns how many subsets `kid` takes of sets of m and n features, and their size.
+
+    The size is at most that of the smaller set; all subsets of two whole sets are one.
+    """
+    size = min(subset_size, m, n)
+    return (1 if size == m == n else subsets), size
+
+
 def kid(
-    x: np.ndarray, y: np.ndarray, subsets: int = 100, subset_size: int = 1000
+    x: np.ndarray, y: np.ndarray, subsets: int = KID_SUBSETS, subset_size: int = KID_SUBSET_SIZE
 ) -> tuple[float, float, float]:
     """Returns the Kernel Inception Distance of features [m, d] and [n, d] over random subsets.
 
-    A subset has at most half of the smaller set. Returns the mean, its standard error, and the
-    standard error of `polynomial_mmd` of all features, both by the delete-d jackknife (Shao and Wu
-    1989), since subsets overlap. Raises ValueError for fewer than four features in a set.
+    The subsets are torch-fidelity's, drawn in its order from its seed; where a set has fewer
+    features than subset_size, which torch-fidelity refuses, they have the size of the smaller set.
+    Returns the mean, its standard error, and the standard error of `polynomial_mmd` of all
+    features, both by the delete-d jackknife (Shao and Wu 1989) of subsets of at most half of the
+    smaller set, since subsets overlap. Raises ValueError for fewer than four features in a set.
     """
     _check_sets(x, y, 4, "kid")
     m = min(len(x), len(y))
-    size, rng = min(subset_size, m // 2), np.random.RandomState(0)
-    draws = ([z[rng.permutation(len(z))[:size]] for z in (x, y)] for _ in range(subsets))
-    values = [polynomial_mmd(*draw) for draw in draws]
-    variance = np.var(values, ddof=1)
-    full = variance * size / (m - size)
-    return float(np.mean(values)), float(np.sqrt(full + variance / subsets)), float(np.sqrt(full))
+    number, size = kid_subsets(len(x), len(y), subsets, subset_size)
+    values = halves = _subset_mmds(x, y, number, size)
+    if size > (half := min(subset_size, m // 2)):
+        halves = _subset_mmds(x, y, subsets, half)
+    full = np.var(halves, ddof=1) * half / (m - half)
+    error = np.sqrt(full + np.var(values) / number)
+    return float(np.mean(values)), float(error), float(np.sqrt(full))
+
+
+def _subset_mmds(x: np.ndarray, y: np.ndarray, number: int, size: int) -> list[float]:
+    rng = np.random.RandomState(KID_SEED)
+    draws = ([z[rng.permutation(len(z))[:size]] for z in (x, y)] for _ in range(number))
+    return [polynomial_mmd(*draw) for draw in draws]
 
 
 # Squared distances |x|^2 + |y|^2 - 2 x.y come from float32 products on the accelerator, with bounds

@@ -113,7 +113,7 @@ def replay_step(
         return {}, f"the weights before it, {name}", {}
     c, flips = run.config, train_step.training_keys(run.config.seed).augment
     x_0 = augment.augment(image, flips, step - 1, c.data.flip)
-    label = train_step.drop_labels(key, label, c.model.num_classes, c.train.label_dropout)
+    label = experiment.training_labels(c, exp, key, label)
     gradients, metrics = jax.jit(experiment.make_config_grad_fn(c, exp))(params, key, (x_0, label))
     name = nonfinite.first_non_finite(gradients)
     found = {k: float(v) for k, v in metrics.items()}

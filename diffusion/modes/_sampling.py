@@ -23,7 +23,14 @@ from diffusion.data import augment
 from diffusion.experiment import Experiment
 from diffusion.modes._common import Trained, load_trained
 from diffusion.runtime import preemption, workdir
-from diffusion.runtime.config import TRAINING_KEYS, Run, differences, flatten, with_overrides
+from diffusion.runtime.config import (
+    TRAINING_KEYS,
+    Run,
+    differences,
+    flatten,
+    with_overrides,
+    without_younger_defaults,
+)
 from diffusion.samplers import editing
 from diffusion.sharding import batch_sharded, replicated
 from diffusion.utils import digests, io, logging, partial_results
@@ -64,6 +71,7 @@ class CompiledSampler(NamedTuple):
       ts: int32[steps + 1], falling from T to 0.
       evaluations: network evaluations per image.
       label: sample.label.
+      x_T: float32[n, h, w, c] that images 0..n-1 start from; None: noise of the seed.
     """
 
     start: Callable
@@ -73,6 +81,7 @@ class CompiledSampler(NamedTuple):
     size: int
     evaluations: int
     label: int
+    x_T: np.ndarray | None = None
 
     @property
     def steps(self) -> int:
@@ -159,7 +168,8 @@ def draw(
     """
     for batch, at in enumerate(range(first, n, sampler.size)):
         indices, done = np.arange(at, at + sampler.size, dtype=np.int32), batch * sampler.steps
-        start = sampler.start(np.uint32(seed), np.int32(sampler.label), indices)
+        x = () if sampler.x_T is None else (None, sampler.x_T.take(indices, 0, mode="clip"))
+        start = sampler.start(np.uint32(seed), np.int32(sampler.label), indices, *x)
         *_, state = iterate_states(sampler, params, start, (0, sampler.steps), report, done)
         yield np.asarray(sampler.finish(state.x))[: n - at]
 
@@ -193,7 +203,9 @@ def describe_sampler(config: ConfigDict) -> str:
     c = config.sampler
     words = [c.name, f"{len(c.times) or c.steps} steps"]
     words += [f"{key} {c[key]}" for key in ("variance", "guidance") if c[key]]
-    if c.guidance and not config.train.label_dropout:
+    if c.times and max(c.times) < config.process.T:
+        words.append(f"from noise at t = {max(c.times):,} in place of T = {config.process.T:,}")
+    if c.guidance and config.train.steps and not config.train.label_dropout:
         words.append("by a model that was never trained without labels")
     return ", ".join(words)
 
@@ -218,17 +230,22 @@ class SampleStore(NamedTuple):
 
 def sample_setting(config: ConfigDict, step: int, weights: str, seed: int) -> dict[str, Any]:
     """Returns all that an image depends on besides its index, as JSON has it."""
-    flat = flatten(json.loads(json.dumps(config.to_dict())))  # tuples become lists
+    flat = without_younger_defaults(flatten(config))  # so that folders keep their names
+    flat = json.loads(json.dumps(flat))  # tuples become lists
     keys = (*TRAINING_KEYS, "sampler.", "sample.label")
     setting = {key: value for key, value in flat.items() if key.startswith(keys)}
     return setting | {"step": step, "weights": weights, "sample.seed": seed}
 
 
 def sample_name(setting: dict[str, Any]) -> str:
-    """Returns a folder's name, ema_seed0_ddim20_3fa9c1, that ends in the setting's digest."""
+    """Returns a folder's name, ema_seed0_ddim20_3fa9c1, that ends in the setting's digest.
+
+    The setting of a set that starts from given noise has the noise's SHA-256 as x_T.
+    """
     steps = len(setting["sampler.times"]) or setting["sampler.steps"]
     label = f"_label{setting['sample.label']}" if setting["sample.label"] >= 0 else ""
-    name = f"{setting['weights']}_seed{setting['sample.seed']}{label}"
+    noise = f"_noise{setting['x_T'][:6]}" if "x_T" in setting else ""
+    name = f"{setting['weights']}_seed{setting['sample.seed']}{label}{noise}"
     return f"{name}_{setting['sampler.name']}{steps}_{setting_digest(setting)}"
 
 
@@ -251,7 +268,8 @@ def fill(store: SampleStore, sampler: CompiledSampler, params: Any, n: int) -> N
         logging.info(f"{action} {done:,} samples in {store.folder}; {n:,} are asked for")
     if done < n:
         seed, steps = store.setting["sample.seed"], num_steps(sampler, n - done)
-        with Progress(steps, unit="sampling step") as progress:
+        rate = sampler.size / sampler.steps  # images per step
+        with Progress(steps, batch_size=rate, unit="sampling step") as progress:
             for images in draw(sampler, params, seed, n, progress, first=done):
                 if is_primary():
                     io.save_json(store.folder / "samples.json", {"setting": store.setting})

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from diffusion import convert, data, experiment, metrics
 from diffusion.convert import files
+from diffusion.data.prepare.image_decoding import ImageSpec
 from diffusion.experiment import Experiment
 from diffusion.metrics import Score, extraction, feature_set, features, frechet, inception
 from diffusion.metrics.extraction import FeatureExtractor, ImageSet
@@ -23,15 +24,16 @@ from diffusion.utils import digests, logging
 from diffusion.utils.errors import DataError, DDPMError
 from diffusion.utils.io import save_npz
 from diffusion.utils.multihost import all_processes, barrier, broadcast_from_primary, is_primary
-from diffusion.utils.progress import Progress
+from diffusion.utils.progress import QUIET_S, Progress
 
 # The sampler of a quick reading, the same at every step of a training.
 QUICK = {"sampler.name": "ddim", "sampler.grid": "uniform", "sampler.times": (), "sampler.eta": 0.0}
 QUICK_STEPS, QUICK_REFERENCE_NUM = 20, 10_000
+AVAILABLE = "available"  # in eval.features: all that need no weights, and Inception's with theirs
 
 
 class Scorer(NamedTuple):
-    """Extracts the features of images. missing: why Inception's are missing, or None."""
+    """Extracts the features of images. missing: why features asked for by name are missing."""
 
     config: ConfigDict
     exp: Experiment
@@ -46,8 +48,6 @@ class Scorer(NamedTuple):
         """Extracts the features of an image set, with progress, resuming from `partial`."""
         kinds = ", ".join(self.extractor.kinds)
         logging.info(f"reading    {images.n:,} images of {images.name}: {kinds}")
-        if images.warning:
-            logging.info(f"           {images.warning}")
         size, keep = self.batch_size(images.n), self.config.eval.keep
         with Progress(images.n, unit="image") as progress:
 
@@ -62,18 +62,21 @@ class Scorer(NamedTuple):
 def make_scorer(config: ConfigDict, exp: Experiment, shape: tuple[int, int, int]) -> Scorer:
     """Builds the extractor of eval.features for images (h, w, c).
 
-    Without Inception weights the other features are used, and `missing` says how to get them.
-    Raises ConfigError.
+    Without Inception weights the other features are used; `missing` says so where the config names
+    Inception's. Raises ConfigError; DataError if they are all that it names.
     """
-    names, weights, missing = list(config.eval.features), None, None
+    named, weights, missing = list(config.eval.features), None, None
+    names = ["inception", *features.FEATURES] if AVAILABLE in named else named
     if "inception" in names:
         weights, problem = _load_inception(config.eval.inception)
         if not all_processes(weights is not None):
             problem = problem or "another process has no Inception weights"
-            names = [name for name in names if name != "inception"] or list(features.FEATURES)
-            scores = " and ".join(f"fd_{name}" for name in names)
-            missing = DataError(f"{problem}; without them only {scores} can be scored")
-            logging.info(f"warning    no Inception weights: only {scores} will be scored")
+            missing = DataError(problem) if "inception" in named else None
+            if names == ["inception"]:
+                raise missing
+            names = [name for name in names if name != "inception"]
+            why = "the error follows the other scores" if missing else problem
+            logging.info(f"warning    no Inception weights: {why}")
     args = names, shape, exp.mesh, weights
     extractor = call_for_key(extraction.make_extractor, "eval.features", *args)
     return Scorer(config, exp, extractor, missing)
@@ -114,9 +117,9 @@ def load_reference(name: str, scorer: Scorer) -> Reference:
     if path.suffix == ".npz" and (found := load_statistics(path, extractor)):
         return Reference(name, found, {"statistics": name, "sha256": digest_of(path)})
     if path.exists() and (path.suffix or len(path.parts) > 1):  # a bare word is a split
-        images = extraction.image_set_from_files(name, extractor.shape[2], n)
+        images = open_images(config, name, extractor.shape[2], n)
         _check_shape(name, images.shape, extractor)
-        about = {"images": images.n, "sha256": digest_of(path)}
+        about = {"images": images.n, "sha256": digest_of(path), "note": images.warning}
         return Reference(name, scorer.read(images), about)
     split = experiment.load_split(config, scorer.exp, name)
     _check_shape(name, split.shape, extractor)
@@ -124,6 +127,13 @@ def load_reference(name: str, scorer: Scorer) -> Reference:
     fingerprint = data.fingerprint(split)
     about = {"split": name, "images": images.n, "hash": fingerprint}
     return Reference(name, _read_cached(images, fingerprint, scorer), about)
+
+
+def open_images(config: ConfigDict, path: str, channels: int = 0, n: int = 0) -> ImageSet:
+    """Opens images of files; eval.resize brings them to the data's shape, as --mode=prepare."""
+    c = config.data
+    form = ImageSpec(*experiment.image_shape(config), tuple(c.background), c.fit)
+    return extraction.image_set_from_files(path, channels, n, form if config.eval.resize else None)
 
 
 def _read_cached(images: ImageSet, fingerprint: str, scorer: Scorer) -> dict[str, FeatureSet]:
@@ -193,7 +203,7 @@ def _check_shape(name: str, shape: tuple[int, ...], extractor: FeatureExtractor)
     if shape != extractor.shape:
         wanted, found = ("x".join(map(str, s)) for s in (extractor.shape, shape))
         message = f"{name}: expected images of {wanted} like those that are scored, found {found}"
-        raise DataError(f"{message}; give --config of their data, or resize them alike")
+        raise DataError(f"{message}; give --config of their data, or --config.eval.resize=True")
 
 
 # Scores
@@ -206,7 +216,8 @@ def score(
 ) -> Scores:
     """Computes every applicable score of a set of images against every reference.
 
-    notes: gets a line for each score that fails, and for each that has too few images.
+    notes: gets a line for each score that fails, that has too few images, or that is computed from
+    a part of them.
     """
     scores: Scores = {}
     nothing = Reference("", dict.fromkeys(generated), {})  # of scores that need no reference
@@ -223,6 +234,8 @@ def score(
                     continue
                 public = {metrics.metric_name(k, kind, images.n): s for k, s in found.items()}
                 scores.setdefault(reference.name, {}).update(public)
+                if about := metrics.METRICS[name].about(images, real):
+                    notes.append(f"{name} against {reference.name}: {about}")
     sets = [("", generated), *((f" of {r.name}", r.feature_sets) for r in references)]
     for name, each in sets:
         for kind, images in each.items():
@@ -277,7 +290,9 @@ def make_quick_distances(trained: Trained) -> Callable[[Any], dict[str, float]]:
     distances = make_distances(scorer, load_reference("train", scorer))
 
     def of(params):
-        images = _sampling.draw(sampler, params, config.sample.seed, n)
-        return distances(np.concatenate(list(images)))
+        steps = _sampling.num_steps(sampler, n)
+        with Progress(steps, unit="sampling step", quiet_s=QUIET_S) as progress:
+            images = list(_sampling.draw(sampler, params, config.sample.seed, n, progress))
+        return distances(np.concatenate(images))
 
     return of

@@ -27,9 +27,12 @@ from diffusion.sharding import batch_sharded, local_rows, make_global_array, rep
 from diffusion.utils import logging, partial_results
 from diffusion.utils.errors import DataError
 from diffusion.utils.multihost import is_primary
-from diffusion.utils.progress import Progress
+from diffusion.utils.progress import QUIET_S, Progress, human_time
 
 READ_FRACTION = 10  # a quick reading of the bound evaluates T / READ_FRACTION times
+# Of sampler.variance=analytic. An error of 5% in a variance costs a step 0.05^2 / 4 nats/dim.
+TOLERANCE, CHECK_EVERY = 0.05, 32  # asked after so many images
+STOPS = 25  # of a batch, in between its times, where a stop request is followed
 
 
 class MeanAndStderr(NamedTuple):
@@ -101,16 +104,17 @@ class SplitPass(NamedTuple):
     exp: Experiment
     setting: str = ""
 
-    def compile(self, chain: ChainModel, reading: Callable) -> Callable:
-        """Compiles (params, batch) -> reading(process, predict, keys, x_0), e.g. vlb_terms."""
+    def compile(self, chain: ChainModel, reading: Callable, more: int = 0) -> Callable:
+        """Compiles (params, batch, *more) -> reading(process, predict, keys, x_0, *more)."""
         whole, sharded = replicated(self.exp.mesh), batch_sharded(self.exp.mesh)
 
-        def on_batch(params, batch):
+        def on_batch(params, batch, *more):
             predict = chain.predictor(params, batch.label)
             x_0 = augment.scale(batch.image)
-            return reading(chain.process, predict, self.keys(batch), x_0)
+            return reading(chain.process, predict, self.keys(batch), x_0, *more)
 
-        return jax.jit(on_batch, in_shardings=(whole, sharded), out_shardings=whole)
+        shardings = (whole, sharded, *[whole] * more)
+        return jax.jit(on_batch, in_shardings=shardings, out_shardings=whole)
 
     def keys(self, batch: SplitBatch) -> Array:
         """Returns one key per image, a function of its number."""
@@ -171,8 +175,12 @@ def accumulate(
     run: Callable[[SplitBatch], np.ndarray],
     path: pathlib.Path,
     progress: Callable[[int], None],
+    enough: Callable[[RunningSums], bool] = lambda sums: False,
 ) -> RunningSums:
-    """Sums run(batch) -> [b, ...] over a pass, which resumes from `path` after an interruption."""
+    """Sums run(batch) -> [b, ...] over a pass, which resumes from `path` after an interruption.
+
+    progress: called with the images done; enough: whether the pass may end after so many.
+    """
     stored = partial_results.load(path, work.setting)
     done, sums = 0, RunningSums()
     if stored:
@@ -183,52 +191,106 @@ def accumulate(
     for batch, real in work.batches(done):
         sums, done = sums.add(run(batch)[:real]), done + 1
         progress(sums.n)
-        due = time.monotonic() - saved > partial_results.SAVE_EVERY_S
-        if is_primary() and (due or sums.n == work.n):
+        due, last = time.monotonic() - saved > partial_results.SAVE_EVERY_S, enough(sums)
+        if is_primary() and (due or last or sums.n == work.n):
             partial_results.save(path, work.setting, done=done, **sums._asdict())
             saved = time.monotonic()
+        if last:
+            break
     return sums
 
 
+class MeasuredVariance(NamedTuple):
+    """Optimal variances, of how many images, and their largest relative standard error over t."""
+
+    optimum: analytic.OptimalVariance
+    images: int
+    error: float
+
+    def __str__(self) -> str:
+        return f"of {self.images:,} training images, standard error {self.error:.1%} at most"
+
+
 def measure_optimal_variance(
-    work: SplitPass, chain: ChainModel, params: Any
-) -> analytic.OptimalVariance:
-    """Measures the variances that give these images the least bound; shows progress."""
-    read = work.compile(chain, analytic.timestep_errors)
+    work: SplitPass, chain: ChainModel, params: Any, path: pathlib.Path, tolerance: float = 0.0
+) -> MeasuredVariance:
+    """Measures the variances that give these images the least bound; resumes from `path`.
 
-    def errors(progress):
-        done = 0
-        for batch, real in work.batches():
-            out = jax.device_get(read(params, batch))
-            yield analytic.TimestepErrors(*(a[:real] for a in out))
-            progress(done := done + real)
+    It says how long it will take, shows progress, and ends before all images are read where the
+    standard error of each variance is within `tolerance` of it. Raises preemption.Stopped.
+    """
+    T, seen = chain.process.T, 0
+    read = work.compile(chain, analytic.timestep_errors, 1)
+    first, _ = next(work.batches())
+    for _ in range(2):  # the first one compiles
+        began = time.monotonic()
+        jax.block_until_ready(read(params, first, np.array([1], np.int32)))
+    seconds = (time.monotonic() - began) * T * -(-work.n // work.size)
+    most = f"{'at most ' if tolerance else ''}{work.n:,} training images"
+    logging.info(f"measuring  optimal variances on {most}, about {human_time(seconds)}")
 
-    logging.info(f"measuring  optimal variances on {work.n:,} training images")
-    with Progress(work.n, unit="image") as progress:
-        return analytic.optimal_variance(chain.process, errors(progress))
+    def run(batch):
+        parts = []
+        for t in range(1, T + 1):
+            parts.append(jax.device_get(read(params, batch, np.array([t], np.int32))))
+            progress(seen * T + min(work.size, work.n - seen) * t)
+            if t % -(-T // STOPS) == 0:
+                preemption.raise_if_requested()
+        mse, decoder = (np.concatenate(part, 1) for part in zip(*parts, strict=True))
+        return np.concatenate([mse[..., None], decoder], 2)
+
+    def on_images(n):
+        nonlocal seen
+        seen = n
+        progress(n * T)
+
+    def relative_error(sums):
+        mean, error = (table[:, 0] for table in sums.mean_and_stderr())
+        return float((error / np.maximum(mean, np.finfo(np.float32).tiny)).max())
+
+    def enough(sums):
+        return sums.n % CHECK_EVERY == 0 and relative_error(sums) <= tolerance
+
+    with Progress(work.n * T, unit="evaluation") as progress:
+        sums = accumulate(work, run, path, on_images, enough)
+    mean = sums.mean_and_stderr().mean[None]
+    errors = analytic.TimestepErrors(mean[..., 0], mean[..., 1:])
+    optimum = analytic.optimal_variance(chain.process, [errors])
+    measured = MeasuredVariance(optimum, sums.n, relative_error(sums))
+    logging.info(f"measured   optimal variances {measured}")
+    return measured
 
 
 def with_analytic(trained: Trained) -> Trained:
     """Returns the model with the variance that sampler.variance names for its samples.
 
-    "analytic" (Bao et al. 2022, arXiv:2201.06503) is measured on sampler.estimate training images,
-    once for each checkpoint, and kept in workdir/eval/STEP/analytic_WEIGHTS.npz. Raises DataError.
+    "analytic" (Bao et al. 2022, arXiv:2201.06503) is measured on at most sampler.estimate training
+    images, once for each checkpoint, and kept in workdir/eval/STEP/analytic_WEIGHTS.npz. Its noise
+    follows from the training's seed. Raises DataError.
     """
     config, exp = trained.config, trained.exp
     if config.sampler.variance != experiment.ANALYTIC:
         return trained
     images = experiment.load_split(config, exp)
-    work = make_pass(trained, "train", min(config.sampler.estimate, images.n))
+    n = min(config.sampler.estimate, images.n)
+    size = batch_size(exp, min(config.bpd.batch_size, CHECK_EVERY), n)
+    work = make_pass(trained, "train", n)._replace(size=size, seed=config.seed)
     folder = trained.workdir / "eval" / f"{trained.step:08d}"
     path = folder / f"analytic_{trained.weights}.npz"
-    setting = f"{work.n} images, {config.bpd.seed}, {config.sampler.clip}"
-    tables = partial_results.load(path, setting)
-    if tables is None:
-        best = measure_optimal_variance(work, trained_chain(trained), trained.params)
-        tables = {"x0_variance": best.x0_variance, "decoder": best.decoder}
+    c = config.sampler
+    setting = f"{n} images, {TOLERANCE}, {c.clip and c.clip_range}"
+    if kept := partial_results.load(path, setting):
+        optimum = analytic.OptimalVariance(*map(kept.get, analytic.OptimalVariance._fields))
+        measured = MeasuredVariance(optimum, int(kept["images"]), float(kept["error"]))
+        logging.info(f"keeping    optimal variances {measured}")
+    else:
+        partial, chain = path.with_name(f"{path.stem}_partial.npz"), trained_chain(trained)
+        measured = measure_optimal_variance(work, chain, trained.params, partial, TOLERANCE)
         if is_primary():
-            partial_results.save(path, setting, **tables)
-    variance = analytic.analytic_variance(tables["x0_variance"], tables["decoder"])
+            more = {"images": measured.images, "error": measured.error}
+            partial_results.save(path, setting, **more, **measured.optimum._asdict())
+            partial.unlink(missing_ok=True)
+    variance = analytic.analytic_variance(measured.optimum.x0_variance, measured.optimum.decoder)
     return trained._replace(exp=exp._replace(sample_variance=variance))
 
 
@@ -246,7 +308,11 @@ def make_bpd_fn(trained: Trained) -> Callable[[Any], MeanAndStderr]:
     read = work.compile(trained_chain(trained), reading)
 
     def bits_per_dim(params):
-        bits = [jax.device_get(read(params, batch))[:real] for batch, real in work.batches()]
+        bits, done = [], 0
+        with Progress(work.n, unit="image", quiet_s=QUIET_S) as progress:
+            for batch, real in work.batches():
+                bits.append(jax.device_get(read(params, batch))[:real])
+                progress(done := done + real)
         return mean_and_stderr(np.concatenate(bits))
 
     return bits_per_dim

@@ -7,13 +7,13 @@ by their features and their count: only 50,000 samples and the published network
 import hashlib
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
-from diffusion import experiment
+from diffusion import experiment, metrics
 from diffusion.experiment import Experiment
 from diffusion.metrics.extraction import image_set_from_files
 from diffusion.modes import _sampling, _scores, _split_pass
@@ -34,8 +34,8 @@ GRID = 100  # samples in grid.png
 def run(run: Run) -> None:
     """Scores eval.num samples of the last checkpoint, or the images that --input names.
 
-    Without Inception weights all other scores are computed before the DataError that says how to
-    get them.
+    Where eval.features names Inception's, whose weights are missing, all other scores are computed
+    before the DataError that says how to get them.
     """
     exp, inputs = experiment.build(run.config), run.flags.input
     if len(inputs) > 2:
@@ -56,6 +56,7 @@ def evaluate_samples(run: Run, exp: Experiment) -> None:
     models = load_models(run, exp)
     step, folder = models[0].step, run.workdir / "eval" / f"{models[0].step:08d}"
     scorer = _scores.make_scorer(config, exp, exp.image_shape)
+    announce(scorer, c.num, c.references)
     references = [_scores.load_reference(name, scorer) for name in c.references]
     size = min(c.num, c.batch_size)
     samplers = [_sampling.compile_sampler(config, model.exp, size) for model in models]
@@ -63,7 +64,7 @@ def evaluate_samples(run: Run, exp: Experiment) -> None:
     logging.info(f"drawing    {what}")
     sets = len(c.seeds) * len(models)
     seconds = sets * _sampling.estimate_seconds(samplers[0], models[0].params, c.num)
-    logging.info(f"           {sets} sets, about {human_time(seconds)} in all")
+    logging.info(f"           {sets} set{'s' * (sets > 1)}, about {human_time(seconds)} in all")
     results, notes, folders = {}, [], [folder]
     for model, sampler in zip(models, samplers, strict=True):
         scores = []
@@ -100,17 +101,26 @@ def load_models(run: Run, exp: Experiment) -> list[Trained]:
 
 def evaluate_images(run: Run, exp: Experiment, path: str, *others: str) -> None:
     """Scores the images at `path` against those of the other, or against eval.references."""
-    images, names = image_set_from_files(path), list(others or run.config.eval.references)
+    images, names = _scores.open_images(run.config, path), others or run.config.eval.references
     scorer = _scores.make_scorer(run.config, exp, images.shape)
+    announce(scorer, images.n, names)
     references = [_scores.load_reference(name, scorer) for name in names]
     notes = [images.warning] if images.warning else []
     scores = over_seeds([_scores.score(scorer.read(images), references, notes)])
     digest = _scores.digest_of(pathlib.Path(path).expanduser())
     content = {"input": path, "sha256": digest, "samples": images.n}
     content |= {"scores": {"input": scores}, "notes": notes}
-    key = "\n".join([*map(os.path.abspath, (path, *others)), *names])
+    shape = [str(images.shape)] if run.config.eval.resize else []
+    key = "\n".join([*map(os.path.abspath, (path, *others)), *names, *shape])
     name = f"{pathlib.Path(path).stem}_{hashlib.sha256(key.encode()).hexdigest()[:6]}"
     report(content, [run.workdir / "eval" / name / "metrics.json"], references, scorer)
+
+
+def announce(scorer: Scorer, n: int, references: Sequence[str]) -> None:
+    """Says what will be scored."""
+    scores = ", ".join(metrics.metric_name("fd", kind, n) for kind in scorer.extractor.kinds)
+    against = f"against {' and '.join(references)}"
+    logging.info(f"scoring    {scores} and others by the same features, {against}")
 
 
 def over_seeds(each: list[Scores]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -138,9 +148,10 @@ def report(
 ) -> None:
     """Prints the scores and writes metrics.json with all that they follow from.
 
-    Raises the error of missing Inception weights, if they were asked for.
+    Raises the error of missing Inception weights, if they were asked for by name.
     """
-    notes, config = list(dict.fromkeys(content["notes"])), scorer.config
+    about = [f"{r.name}: {r.about['note']}" for r in references if r.about.get("note")]
+    notes, config = list(dict.fromkeys([*content["notes"], *about])), scorer.config
     for images, found in content["scores"].items():
         for line in table(images, found):
             logging.info(line)

@@ -27,7 +27,7 @@ from diffusion.runtime.config import Run, with_overrides
 from diffusion.utils import logging
 from diffusion.utils.io import save_json, save_text
 from diffusion.utils.multihost import broadcast_from_primary, is_primary
-from diffusion.utils.progress import human_time
+from diffusion.utils.progress import QUIET_S, Progress, human_time
 
 KEYS = ("sampler.name", "sampler.grid", "sampler.steps")  # what differs between entries
 Key = tuple[str, str, int]  # their values
@@ -61,13 +61,23 @@ def run(run: Run) -> None:
     todo = [key for key in samplers if broadcast_from_primary(key not in done)]
     what = f"{c.num:,} samples by each of {len(samplers)} samplers, {len(todo)} of them to do"
     logging.info(f"drawing    {what}")
-    began, work = time.monotonic(), [samplers[key].evaluations for key in todo]
-    for i, key in enumerate(todo):
+    rest = [samplers[key].evaluations for key in todo]
+    if todo:  # the longest one is timed on a few steps, and counts as if it had been drawn
+        longest = max((samplers[key] for key in todo), key=lambda sampler: sampler.evaluations)
+        began = time.monotonic()
+        drew = _sampling.estimate_seconds(longest, trained.params, c.num)
+        work, spent = [longest.evaluations], time.monotonic() - began + drew
+        left = human_time(seconds_left(spent, drew, work, rest))
+        logging.info(f"           {sum(rest):,} evaluations per image, about {left}")
+    for key in todo:
+        began = time.monotonic()
         images, seconds = draw_timed(samplers[key], trained.params, run.config.sample.seed, c.num)
         scores = distances(images)
         if is_primary():  # only there are images scored
             done[key] = FrontierEntry(*key, samplers[key].evaluations, seconds, scores)
-            left = (time.monotonic() - began) / sum(work[: i + 1]) * sum(work[i + 1 :])
+            spent, drew = spent + time.monotonic() - began, drew + seconds * c.num
+            work.append(rest.pop(0))
+            left = seconds_left(spent, drew, work, rest)
             logging.info(f"{line(done[key])}{f'  ETA {human_time(left)}' if left else ''}")
             write(folder, setting, list(done.values()))
     if is_primary():
@@ -77,6 +87,18 @@ def run(run: Run) -> None:
     logging.info(f"done       {folder}/frontier.png, frontier.csv, frontier.json")
     if scorer.missing:
         raise scorer.missing
+
+
+def seconds_left(spent: float, drew: float, work: list[int], rest: list[int]) -> float:
+    """Estimates the time of other samplers from the time that some have taken.
+
+    Drawing takes time by evaluations; all else (compiling, scoring) takes the same by any sampler.
+
+    Args:
+      spent, drew: seconds in all, and those of drawing.
+      work, rest: evaluations per image of the samplers that are done, and of the others.
+    """
+    return (spent - drew) / len(work) * len(rest) + drew / sum(work) * sum(rest)
 
 
 def compile_samplers(run: Run, exp: Experiment) -> dict[Key, CompiledSampler]:
@@ -95,12 +117,15 @@ def compile_samplers(run: Run, exp: Experiment) -> dict[Key, CompiledSampler]:
 def draw_timed(
     sampler: CompiledSampler, params: Any, seed: int, n: int
 ) -> tuple[np.ndarray, float]:
-    """Returns n images, and the seconds that one took after compilation."""
-    next(_sampling.draw(sampler, params, seed, 1))
-    began = time.monotonic()
-    images = np.concatenate(list(_sampling.draw(sampler, params, seed, n)))
-    drawn = -(-n // sampler.size) * sampler.size  # with those that fill the last batch
-    return images, (time.monotonic() - began) / drawn
+    """Returns n images, and the seconds of one in the batches after the first, which compiles."""
+    steps = _sampling.num_steps(sampler, n)
+    with Progress(steps, unit="sampling step", quiet_s=QUIET_S) as progress:
+        batches = _sampling.draw(sampler, params, seed, n, progress)
+        images, began = [next(batches)], time.monotonic()
+        images += batches
+    if not (timed := len(images) - 1):
+        timed = len(list(_sampling.draw(sampler, params, seed, n)))
+    return np.concatenate(images), (time.monotonic() - began) / (timed * sampler.size)
 
 
 def entry_setting(trained: Trained, kinds: list[str]) -> dict[str, Any]:

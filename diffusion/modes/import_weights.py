@@ -2,7 +2,8 @@
 
 The input is the official TensorFlow checkpoint, diffusers' files, a Hugging Face repository or what
 --mode=export wrote. The network follows from the files' own settings, or else from the shapes of
-the arrays; the rest of the config is that of the nearest file of configs/.
+the arrays. Data and training are those of a file of configs/ whose network this is and whose name
+the input has; else they are not known: data.source is "" and train.steps 0 until they are given.
 """
 
 import contextlib
@@ -16,8 +17,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from configs import default
 from diffusion import convert, experiment
-from diffusion.convert import readers, tf_checkpoint
+from diffusion.convert import model_card, readers, tf_checkpoint
 from diffusion.convert.unet_names import network_structure
 from diffusion.experiment import Experiment
 from diffusion.modes._common import atomic_folder, check_empty, open_checkpoints
@@ -38,7 +40,13 @@ from diffusion.utils.io import save_json
 from diffusion.utils.multihost import is_primary
 
 ATTENTION_RESOLUTION = 16  # of every network in the paper (appendix B)
-RECORD = "import.json"  # in the work directory: where its weights are from
+NO_EXPERIMENT = ("default", "folder")  # files of configs/ that stand for any data
+# Keys that tell one network from another, and those of a network that do not.
+TELLING, NOT_TELLING = (
+    ("model.", "data.image_", "data.channels"),
+    ("model.dropout", "model.null_class", "model.dtype", "model.remat"),
+)
+UNKNOWN = {"data.source": "", "data.name": "", "train.steps": 0}
 
 
 def run(run: Run) -> None:
@@ -88,7 +96,7 @@ def import_weights(
         if is_primary():
             record = {"input": source, "revision": revision, "kind": found.kind}
             record |= {"step": found.step, "stated": found.stated, "notes": found.notes}
-            save_json(folder / RECORD, record)
+            save_json(folder / model_card.IMPORT_FILE, record)
             save_json(folder / "config.json", config.to_dict())
     logging.info("optimiser  new: weights come without its moments, so training warms up again")
     logging.info(f"done       {workdir}; samples: python main.py --mode=sample --workdir={workdir}")
@@ -137,17 +145,23 @@ def report_conflicts(stated: Mapping[str, Any], config: ConfigDict) -> None:
     flat = flatten(config)
     for key, value in stated.items():
         if flat.get(key, value) != value:
-            conflict = f"the files state {value!r}, the config {flat[key]!r}"
+            theirs, ours = (one_line(repr(x), 80) for x in (value, flat[key]))
+            conflict = f"the files state {theirs}, the config {ours}"
             logging.info(f"note       {key}: {conflict}; the config has precedence")
 
 
 def deduce_config(keys: Mapping[str, Any], source: str) -> ConfigDict:
-    """Returns the nearest of configs/ with these keys; prints what they changed."""
-    name, near = nearest_config(keys, source)
-    config = with_overrides(near, keys)
+    """Returns the experiment that this is, or the default of unknown origin, with these keys."""
+    name, base = find_experiment(keys, source) or ("", default.get_config())
+    config = with_overrides(base, keys if name else UNKNOWN | keys)
     config.sampler.steps = min(config.sampler.steps, config.process.T)
-    logging.info(f"config     {name}, the nearest, with")
-    for line in differences(near, config, ("",)) or ["no changes"]:
+    if name:
+        logging.info(f"config     {name}, by network and name, with")
+        lines = differences(base, config, ("",)) or ["no changes"]
+    else:
+        logging.info(f"config     imported from {source}; its data and training are not known")
+        lines = [f"{key}: {one_line(value, 80)}" for key, value in keys.items()]
+    for line in lines:
         logging.info(f"           {line}")
     return config
 
@@ -171,12 +185,13 @@ def deduce_keys(
         expected = f"{in_ch} or {2 * in_ch} output channels, levels of multiples of {ch}"
         found = f"{out_ch} and {one_line(channels, 100)}"
         raise IntegrityError(f"--input={source}: expected {expected}, found {found}")
-    rows = shapes.get("class_emb/embedding") or (1,)  # the last of them is "no class"
+    rows, *_ = shapes.get("class_emb/embedding") or (0,)
+    has_extra = rows > 0 and stated.get("model.null_class", -1) == -1  # the last is "no class"
     flat = {
         "model.ch": ch,
         "model.ch_mult": tuple(c // ch for c in channels),
         "model.num_res_blocks": structure.blocks,
-        "model.num_classes": rows[0] - 1,
+        "model.num_classes": rows - has_extra,
         "data.channels": in_ch,
         "data.image_width": 0,
     }
@@ -192,23 +207,36 @@ def deduce_keys(
     return {"model.attn_resolutions": tuple(longer >> i for i in attended)} | flat
 
 
-def nearest_config(flat: Mapping[str, Any], source: str) -> tuple[str, ConfigDict]:
-    """Returns the file of configs/, or a variant, that differs in the fewest of these keys.
+def find_experiment(flat: Mapping[str, Any], source: str) -> tuple[str, ConfigDict] | None:
+    """Returns the file of configs/, or a variant, that has this network and is named in `source`.
 
-    Among equals it is the one whose name is most like the source's, and without a variant.
+    Of several variants it is the one that differs in the fewest keys. None if there is no such
+    file, or more than one: a network alone does not tell what it was trained on.
     """
-    letters = re.sub(r"[^a-z0-9]", "", source.lower())
-    candidates = []
+    found = []
     for path in sorted((ROOT / "configs").glob("[a-z]*.py")):
+        words = [word for word in path.stem.split("_") if _has_word(source, word)]
+        if not words or path.stem in NO_EXPERIMENT:
+            continue
         module = importlib.import_module(f"configs.{path.stem}")
-        alike = sum(len(word) for word in path.stem.split("_") if word in letters)
-        for variant in ("", *getattr(module, "VARIANTS", ())) if path.stem != "default" else ():
+        for variant in ("", *getattr(module, "VARIANTS", ())):
             config = module.get_config(variant)
-            differing = sum(flatten(config).get(key) != value for key, value in flat.items())
-            name = f"configs/{path.name}" + (f":{variant}" if variant else "")
-            candidates.append((differing, -alike, variant != "", name, config))
-    *_, name, config = min(candidates, key=lambda candidate: candidate[:3])
+            known = flatten(config)
+            differing = {key for key, value in flat.items() if known.get(key) != value}
+            if not any(k.startswith(TELLING) for k in differing.difference(NOT_TELLING)):
+                name = f"configs/{path.name}" + (f":{variant}" if variant else "")
+                found.append((-len(words), len(differing), variant != "", name, config))
+    nearest = [entry for entry in found if entry[0] == min(e[0] for e in found)]
+    if len({name.partition(":")[0] for *_, name, _ in nearest}) != 1:
+        return None
+    *_, name, config = min(nearest, key=lambda entry: entry[:3])
     return name, config
+
+
+def _has_word(text: str, word: str) -> bool:
+    """Whether a name has the word: cifar10 is in ddpm-cifar10-32 and CIFAR-10, not in cifar100."""
+    pattern = re.sub(r"(?<=[a-z])(?=[0-9])", "[-_]?", word)
+    return bool(re.search(rf"(?<![a-z0-9]){pattern}(?![a-z0-9])", text.lower()))
 
 
 def make_state(found: readers.Weights, exp: Experiment, source: str) -> TrainState:

@@ -86,7 +86,8 @@ def read_all(
     results = {name: bound.total}
     if c.estimate:
         sample = make_pass(trained, "train", c.estimate)
-        best = measure_optimal_variance(sample, chain, trained.params)
+        partial = folder / "bpd_partial_variances.npz"
+        best = measure_optimal_variance(sample, chain, trained.params, partial).optimum
         variance = analytic.analytic_variance(best.x0_variance, best.decoder)
         costs = analytic.step_costs(exp.process, best)
         for steps in (T, *c.steps):

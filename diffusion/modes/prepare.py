@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from diffusion import experiment
 from diffusion.data import error_text, mismatch
-from diffusion.data.prepare import pipeline, sources
+from diffusion.data.prepare import pipeline, sources, tfds_writer
 from diffusion.data.prepare.image_decoding import ImageSpec
 from diffusion.plotting import image_grid
 from diffusion.runtime.config import Run
@@ -25,23 +25,29 @@ def run(run: Run) -> None:
     """Writes the data set data.name in data.data_dir, made of data.source.
 
     With --dry_run nothing is written but a picture of some of the images, and the list of those
-    that were skipped, in the work directory.
+    that were skipped, in the work directory; their names are those of the data set.
     """
     c, dry_run = run.config.data, run.flags.dry_run
-    spec = ImageSpec(*experiment.image_shape(run.config), tuple(c.background))
+    spec = ImageSpec(*experiment.image_shape(run.config), tuple(c.background), c.fit)
+    selection = sources.Selection(tuple(c.include), tuple(c.exclude))
     downloads = os.path.join(c.data_dir, "downloads")
     figures = run.workdir / "figures"
+    stem = f"{'dry_run' if dry_run else 'data'}-{c.name}"  # each set's own: none is overwritten
+    picture, skipped = figures / f"{stem}.png", figures / f"{stem}-skipped.txt"
+    tfds_writer.new_set_path(c.data_dir, c.name, may_exist=dry_run)  # before an hour of reading
+    holdout = _holdout(c)
     source = sources.open_source(
-        c.source, c.archive, downloads, c.accept_incomplete, _TransferProgress()
+        c.source, c.archive, downloads, c.accept_incomplete, _TransferProgress(), selection
     )
     logging.info(f"reading    {source.about}")
+    logging.info(f"           each image {pipeline.describe_spec(spec)}")
     try:  # better an error now than after an hour
         figures.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WorkdirError(f"{figures}: cannot write there: {error.strerror}") from error
     with Progress(source.count, unit="image") as progress:
         options = {
-            "holdout": _holdout(c),
+            "holdout": holdout,
             "on_error": c.on_error,
             "workers": c.workers,
             "report": progress,
@@ -52,11 +58,10 @@ def run(run: Run) -> None:
             summary = pipeline.prepare(source, spec, c.data_dir, c.name, **options)
     for line in pipeline.describe(summary):
         logging.info(f"           {line}")
+    skipped.unlink(missing_ok=True)  # of an earlier run
     if summary.skipped:
-        skipped = figures / "skipped.txt"
         save_text(skipped, "".join(f"{name}: {why}\n" for name, why in summary.skipped))
         logging.info(f"           skipped images: {skipped}")
-    picture = figures / "data.png"
     image_grid.save_png(picture, image_grid.image_grid(summary.sample))
     what = "nothing was prepared" if dry_run else f"{c.data_dir}/{c.name}"
     logging.info(f"done       {what}; some of the images: {picture}")

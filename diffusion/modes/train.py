@@ -4,25 +4,22 @@
 """
 
 import contextlib
-from collections.abc import Callable
 
 import jax
 import numpy as np
 
 from diffusion import experiment, nonfinite
 from diffusion.checkpoint import Checkpoints
-from diffusion.modes import _preview
 from diffusion.modes._common import describe_data, describe_devices, open_checkpoints
 from diffusion.modes._nonfinite import compile_update, not_halted
+from diffusion.modes._readings import Readings
 from diffusion.modes._session import Session
-from diffusion.plotting import curves
 from diffusion.runtime import preemption, workdir
 from diffusion.runtime.config import Run
 from diffusion.sharding import replicated
 from diffusion.train_step import TrainState
 from diffusion.utils import logging, metric_writer
 from diffusion.utils.errors import NonFiniteError
-from diffusion.utils.multihost import is_primary
 from diffusion.utils.progress import GoodputTimer
 
 
@@ -33,7 +30,7 @@ def run(run: Run) -> None:
     experiment.make_sampler(config, exp)  # what --mode=sample could not use is refused now
     images = experiment.load_split(config, exp)
     update, make_inputs = experiment.make_input_pipeline(config, exp, images)
-    previews = _preview.Preview(run, exp)
+    readings = Readings(run, exp)
     workdir.open_workdir(run.workdir, config)
     workdir.check_dataset(run.workdir, images)
     workdir.check_disk_space(run.workdir, experiment.abstract_state(exp), c.keep)
@@ -46,12 +43,14 @@ def run(run: Run) -> None:
     logging.info(f"data       {describe_data(config, images)}, {where}")
     logging.info(f"network    {parameters:,} parameters on {describe_devices()}")
     logging.info(f"workdir    {run.workdir}; watch with: tensorboard --logdir={run.workdir}")
-    if start >= c.steps:
+    unfinished = readings.broken_off(start)
+    if start >= c.steps and not unfinished:
         logging.info(f"nothing to do: trained for {start:,} steps already; raise train.steps")
         return
 
-    evaluate, inputs = _preview.make_evaluate(run, exp), make_inputs(start)
-    batch, halted = next(inputs), not_halted(exp)
+    readings.prepare()
+    inputs, halted = make_inputs(start), not_halted(exp)
+    batch = next(inputs)
     update = compile_update(update, c.on_nonfinite, state, halted, batch)
     logging.info(f"training   from step {start:,}")
     timer.attribute_elapsed("starting")
@@ -62,26 +61,27 @@ def run(run: Run) -> None:
     ):
         if not start:
             metric_writer.write_config(session.writer, config.to_dict(), state.params)
-        for step in range(start + 1, c.steps + 1):
+        if unfinished and not readings.take(session, checkpoints, start, state):
+            raise preemption.Stopped(f"at step {start:,}, saved")
+        step, stop = start, False
+        while step < c.steps and not stop:
+            step += 1
             state, halted, metrics = update(state, halted, *batch)
             last, stop = step == c.steps, preemption.should_stop()
             save = last or stop or step % c.save_every == 0
-            session.record(step, metrics, state, wait=save or is_preview_due(run, step))
+            session.record(step, metrics, state, wait=save or readings.draws(step))
             if session.bad_steps.rolling_back:
                 state, halted = roll_back(session, checkpoints, step), not_halted(exp)
             if save:
                 save_state(session, checkpoints, step, state)
-            if stop:
-                break
-            with contextlib.suppress(preemption.Stopped):  # the next step saves and stops
-                if evaluate and step % c.eval_every == 0:
-                    evaluate_state(session, checkpoints, evaluate, step, state)
-                if is_preview_due(run, step):
-                    preview(session, previews, step, state, step - start)
-            batch = batch if last else next(inputs)
+            if not stop and not readings.take(session, checkpoints, step, state, step - start):
+                stop = True
+                if not save:
+                    save_state(session, checkpoints, step, state)
+            batch = batch if last or stop else next(inputs)
     shares = ", ".join(f"{timer.share(name):.1%} {name}" for name in timer.seconds)
     logging.info(f"time       {timer.goodput():.1%} training, {shares}")
-    if preemption.should_stop():
+    if stop:
         raise preemption.Stopped(f"at step {step:,}, saved")
     logging.info(
         f"done       look at {run.workdir}/samples and {run.workdir}/figures; more samples:"
@@ -114,35 +114,3 @@ def save_state(session: Session, checkpoints: Checkpoints, step: int, state: Tra
             raise NonFiniteError(f"{name}: not finite after step {step}, not saved; lower optim.lr")
         checkpoints.save_or_warn(step, state)
     session.bad_steps.reset()
-
-
-def evaluate_state(
-    session: Session, checkpoints: Checkpoints, evaluate: Callable, step: int, state: TrainState
-) -> None:
-    """Logs bits/dim and distances of the averaged weights; scores the checkpoint of this step."""
-    with session.paused():
-        scalars = evaluate(state.ema)
-    if session.run.config.train.keep_best and step % session.run.config.train.save_every == 0:
-        checkpoints.score(step, scalars["bpd"])
-    session.writer.write_scalars(step, {f"eval/{k}": v for k, v in scalars.items()})
-
-
-def is_preview_due(run: Run, step: int) -> bool:
-    """Returns whether pictures follow this step: every train.sample_every steps and at the end."""
-    c = run.config.train
-    return bool(c.sample_every) and (step % c.sample_every == 0 or step == c.steps)
-
-
-def preview(
-    session: Session, previews: _preview.Preview, step: int, state: TrainState, done: int
-) -> None:
-    """Draws sample grids and the loss curve; done: steps of this run."""
-    run, trained_s = session.run, session.timer.productive_seconds()
-    with session.paused():
-        grids = previews.draw(state, step, trained_s, done)
-        if grids:
-            session.writer.write_images(step, {f"samples/{k}": v[None] for k, v in grids.items()})
-        session.writer.flush()
-        if is_primary() and step >= run.config.train.log_every:
-            log, path = run.workdir / "metrics.jsonl", run.workdir / "figures" / "loss.png"
-            curves.plot_loss(log, path, "train/loss")

@@ -1,25 +1,29 @@
 """From a command line to an exit code: JAX is started, a mode is run, errors become one line."""
 
+import ast
 import contextlib
 import importlib
+import inspect
+import io
 import os
 import sys
 import time
-from collections.abc import Mapping
+import tokenize
+from collections.abc import Iterator, Mapping
 
 from absl import flags
 from ml_collections import ConfigDict
 
+from configs import default
 from diffusion.runtime import config as config_
 from diffusion.runtime import preemption
 from diffusion.runtime.config import Run
 from diffusion.utils import logging
 from diffusion.utils.errors import STOPPED, ConfigError, DDPMError, LostPeerError, one_line
 
-DEFERRING_MODES = ("sample", "eval", "bpd", "figures", "frontier")
-READING_MODES = (*DEFERRING_MODES, "export")
+READING_MODES = ("sample", "eval", "bpd", "figures", "frontier", "export")
 FLAG_MODES = {  # what a flag is for; typed elsewhere it would do nothing
-    "input": ("eval", "import"),
+    "input": ("eval", "import", "sample"),
     "output": ("export",),
     "replay": ("check", "replay"),
     "dry_run": ("prepare",),
@@ -43,14 +47,16 @@ def main(
       modes: {mode: module with a function run(run: Run)}.
       usage: printed by --help, above the flags and every configuration key.
     """
-    if {"--help", "-h", "-help", "--helpfull"} & set(argv):
+    if {"--help", "-h", "-help", "--helpfull", "--mode=help"} & set(argv):
         print(_help(flag_values, usage))
         return 0
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA raises what matters
     if XLA_FLAG not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{XLA_FLAG} {os.environ.get('XLA_FLAGS', '')}"
     flags.FLAGS.mark_as_parsed()  # grain reads flags of its own
-    from diffusion.runtime import workdir  # imports JAX, which reads the environment
+    import jax  # reads the environment
+
+    from diffusion.runtime import workdir
 
     run = None
     try:
@@ -60,12 +66,14 @@ def main(
         logging.quiet_libraries(flag_values.verbosity)
         if run.mode != "prepare":  # which takes no accelerator
             start_jax(run.config)
-        if run.mode in READING_MODES and not run.flags.input:
+        if run.mode in READING_MODES and not (run.mode == "eval" and run.flags.input):
             workdir.check_owner(run.workdir, run.config)
         name = "replay" if run.mode == "check" and run.flags.replay else run.mode
         mode = importlib.import_module(modes[name])
-        # A training defers once it has compiled: until then a stop takes effect at once.
-        with preemption.defer() if run.mode in DEFERRING_MODES else contextlib.nullcontext():
+        # A stop ends one process at once: what it has finished is on disk. Several processes agree
+        # on where they stop, and a training, once it has compiled, saves first.
+        agree = run.mode in READING_MODES and jax.process_count() > 1
+        with preemption.defer() if agree else contextlib.nullcontext():
             mode.run(run)
         return 0
     except preemption.Stopped as stopped:
@@ -84,7 +92,7 @@ def main(
         trace = run and workdir.write_traceback(run.workdir, error)
         if not trace:
             raise
-        what = f"{type(error).__name__}: {one_line(error)}; the traceback: {trace}"
+        what = f"{type(error).__name__}: {one_line(error, 100)}; the traceback: {trace}"
         return _end(DDPMError(what))
 
 
@@ -97,23 +105,62 @@ def _is_lost_peer(error: Exception) -> bool:
 
 
 def _help(flag_values: flags.FlagValues, usage: str) -> str:
-    keys = (config_.ROOT / "configs" / "default.py").read_text()
-    first, last = keys.index("ConfigDict(\n"), keys.index("\n    )\n")
     lines = [
         f"  --{name}: {flag_values[name].help} (default {flag_values[name].default})"
         for name in flag_values
     ]
-    return "\n".join([usage, *lines, "", "Keys, --config.a.b=value:", keys[first + 12 : last]])
+    return "\n".join([usage, *lines, "", "Keys of the configuration:", *_describe_keys()])
+
+
+def _describe_keys() -> list[str]:
+    """Returns the flag, default and comment of each key of configs/default.py, as they stand there.
+
+    A comment that has a line for itself keeps it; a blank line precedes each section.
+    """
+    source, values = inspect.getsource(default.get_config), config_.flatten(default.get_config())
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: t.string for t in tokens if t.type == tokenize.COMMENT}
+    lines, section, last = [], None, 0
+
+    def keys(node: ast.Dict, prefix: str = "") -> Iterator[tuple[str, int]]:
+        for key, value in zip(node.keys, node.values, strict=True):
+            if isinstance(value, ast.Dict):
+                yield from keys(value, f"{prefix}{key.value}.")
+            else:
+                yield f"{prefix}{key.value}", key.lineno
+
+    for name, line in keys(next(n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Dict))):
+        if section != (section := name.partition(".")[0] if "." in name else ""):
+            lines.append("")
+        lines += [f"  {comments[i]}" for i in range(last + 1, line) if i in comments]
+        value, last = values[name], line
+        text = f'"{value}"' if value == "" or isinstance(value, tuple) else value
+        lines.append(f"  {f'--config.{name}={text}':43} {comments.get(line, '')}".rstrip())
+    return lines
 
 
 def check_flags(run: Run) -> None:
     """Raises ConfigError for a typed flag, or sampler option, that would do nothing."""
     for name, modes in FLAG_MODES.items():
         if run.flags[name].present and run.mode not in modes:
-            where = " and ".join(f"--mode={mode}" for mode in modes)
+            where = ", ".join(f"--mode={mode}" for mode in modes)
             raise ConfigError(f"--{name}: not used by --mode={run.mode}; it is for {where}")
     if run.mode in ("train", "sample", "eval", "figures"):
-        config_.check_sampler_options(run)
+        check_sampler_options(run)
+
+
+def check_sampler_options(run: Run) -> None:
+    """Raises ConfigError for a typed option that the chosen sampler does not have."""
+    from diffusion.samplers import SAMPLERS
+
+    known = {name: set(inspect.signature(f).parameters) for name, f in SAMPLERS.items()}
+    name = run.config.sampler.name
+    own, every = known.get(name, set()), set().union(*known.values())
+    for key in run.overrides:
+        option = key.removeprefix("sampler.")
+        if key.startswith("sampler.") and option in every - own:
+            having = ", ".join(n for n, options in known.items() if option in options)
+            raise ConfigError(f"{key}: the sampler {name} has no such option; {having} have it")
 
 
 def start_jax(config: ConfigDict) -> None:

@@ -23,12 +23,20 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 DEFAULT = str(ROOT / "configs" / "digits.py")  # what `python main.py` alone trains
 
 # Keys and sections that decide what a training is; all others may change in a work directory.
+NETWORK_KEYS = (
+    *("model.", "process.", "target", "variance"),
+    *("data.image_size", "data.image_width", "data.channels"),
+)
 TRAINING_KEYS = (
-    *("seed", "model.", "process.", "target", "variance", "loss.", "optim."),
-    *("train.batch_size", "train.label_dropout", "data.source", "data.name"),
-    *("data.image_size", "data.image_width", "data.channels", "data.flip"),
+    *(*NETWORK_KEYS, "seed", "loss.", "optim.", "train.batch_size", "train.label_dropout"),
+    *("data.source", "data.name", "data.flip"),
 )
 MOVED = {"train.num_samples": "train.preview.num"}  # keys of earlier versions
+YOUNGER = (  # keys that earlier versions lacked
+    *("model.attention_head_dim", "model.downsample_padding", "model.flip_sin_to_cos"),
+    *("model.freq_shift", "model.norm_eps", "model.null_class", "process.betas"),
+    *("sampler.clip_range", "sampler.threshold_max"),
+)
 ABSENT = "absent"
 
 
@@ -137,20 +145,6 @@ def _explain(argv: list[str], error: Exception, flag_values: flags.FlagValues) -
     return one_line(error)
 
 
-def check_sampler_options(run: Run) -> None:
-    """Raises ConfigError for a typed option that the chosen sampler does not have."""
-    from diffusion.samplers import SAMPLERS
-
-    known = {name: set(inspect.signature(f).parameters) for name, f in SAMPLERS.items()}
-    name = run.config.sampler.name
-    own, every = known.get(name, set()), set().union(*known.values())
-    for key in run.overrides:
-        option = key.removeprefix("sampler.")
-        if key.startswith("sampler.") and option in every - own:
-            having = ", ".join(n for n, options in known.items() if option in options)
-            raise ConfigError(f"{key}: the sampler {name} has no such option; {having} have it")
-
-
 # Configurations as values
 
 
@@ -196,16 +190,24 @@ def _with_tuples(x: Any) -> Any:
     return tuple(map(_with_tuples, x)) if isinstance(x, list | tuple) else x
 
 
+def without_younger_defaults(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves out keys that earlier versions lacked, where they have their defaults."""
+    defaults = flatten(default.get_config())
+    return {k: value for k, value in flat.items() if k not in YOUNGER or value != defaults[k]}
+
+
 def differences(
     old: Mapping[str, Any], new: Mapping[str, Any], keys: tuple[str, ...] = TRAINING_KEYS
 ) -> list[str]:
     """Returns `key: was X, now Y` for every differing key that begins with one of `keys`.
 
-    A key that only the new side has counts as absent before, unless its value means "none".
+    A key that a side lacks has its default there; one without a default counts as absent before,
+    unless its new value means "none".
     """
-    old, new = flatten(_with_tuples(old)), flatten(_with_tuples(new))
+    defaults = flatten(default.get_config())
+    old, new = (defaults | flatten(_with_tuples(side)) for side in (old, new))
     return [
-        f"{k}: was {old.get(k, ABSENT)}, now {new.get(k, ABSENT)}"
+        f"{k}: was {one_line(old.get(k, ABSENT), 80)}, now {one_line(new.get(k, ABSENT), 80)}"
         for k in sorted(old | new)
         if k.startswith(keys) and old.get(k, ABSENT) != new.get(k, ABSENT) and (k in old or new[k])
     ]
@@ -213,7 +215,7 @@ def differences(
 
 def suggest(name: str, names: Iterable[str]) -> str:
     """Returns the nearest names to one that does not exist, or else all of them, for a message."""
-    names = sorted(names)
+    names = sorted(filter(None, names))
     close = difflib.get_close_matches(name, names, 3, 0.5)
     return f"nearest: {', '.join(close)}" if close else f"there are: {', '.join(names)}"
 
@@ -252,9 +254,10 @@ COUNT = (lambda x: x >= 1, "an int of 1 or more")
 TWO = (lambda x: x >= 2, "an int of 2 or more")
 NONE_OR_TWO = (lambda x: x == 0 or x >= 2, "an int of 2 or more, or 0 for none")
 FRACTION = (lambda x: x < 1, "a number in [0, 1)")
-BETA = (lambda x: 0 < x <= 1, "a number in (0, 1]")
+BETA, BETAS = (lambda x: 0 < x <= 1, "a number in (0, 1]"), "a tuple of numbers in (0, 1]"
 SEED = (lambda x: x < 2**32, "an int in 0..2^32-1")
-COUNTS = (lambda x: all(n >= 1 for n in x), "a tuple of ints of 1 or more")
+COUNTS = (lambda x: all(isinstance(n, int) and n >= 1 for n in x), "a tuple of ints of 1 or more")
+ZERO_OR_ONE = (lambda x: x in (0, 1), "0 or 1")
 SOME = (lambda x: len(x) > 0 and all(x), "a tuple that is not empty")
 
 
@@ -267,7 +270,7 @@ VALIDATORS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("seed", "bpd.seed", "figures.seed", "sample.seed"), SEED),
     **dict.fromkeys(("model.ch", "model.num_res_blocks", "data.image_size", "process.T"), COUNT),
     **dict.fromkeys(("data.channels", "optim.clip_groups", "optim.accumulate"), COUNT),
-    **dict.fromkeys(("train.batch_size", "train.steps", "train.log_every"), COUNT),
+    **dict.fromkeys(("train.batch_size", "train.log_every"), COUNT),
     **dict.fromkeys(("train.save_every", "train.keep", "train.preview.steps"), COUNT),
     **dict.fromkeys(("train.preview.num", "sampler.steps", "sampler.order"), COUNT),
     **dict.fromkeys(("sampler.corrections", "bpd.batch_size", "eval.batch_size"), COUNT),
@@ -279,6 +282,8 @@ VALIDATORS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("model.dropout", "optim.ema", "train.label_dropout"), FRACTION),
     **dict.fromkeys(("process.beta_start", "process.beta_end"), BETA),
     **dict.fromkeys(("optim.lr", "optim.clip", "sampler.snr", "train.heartbeat_s"), POSITIVE),
+    **dict.fromkeys(("model.norm_eps", "sampler.clip_range"), POSITIVE),
+    **dict.fromkeys(("model.downsample_padding", "model.freq_shift"), ZERO_OR_ONE),
     **dict.fromkeys(("model.attn_resolutions", "sampler.times", "bpd.steps"), COUNTS),
     **dict.fromkeys(("model.ch_mult", "frontier.steps"), SOME),
     **dict.fromkeys(("eval.features", "eval.references", "figures.names"), SOME),
@@ -286,14 +291,19 @@ VALIDATORS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.dtype": _one_of("float32", "bfloat16"),
     "train.on_nonfinite": _one_of("halt", "skip", "rollback"),
     "data.on_error": _one_of("skip", "fail"),
-    "data.holdout": FRACTION,
+    "data.fit": _one_of("crop", "pad", "stretch"),
+    "data.include": SOME,
+    "data.exclude": (lambda x: all(isinstance(p, str) for p in x), "patterns such as ('*/old/*',)"),
     "data.background": (lambda x: len(x) == 3 and max(x) <= 255, "three ints in 0..255"),
+    "data.holdout": FRACTION,
     "figures.animation": _one_of("gif", "webp"),
+    "process.betas": (lambda x: all(isinstance(b, int | float) and 0 < b <= 1 for b in x), BETAS),
     "sampler.threshold": (lambda x: x <= 1, "a fraction in [0, 1], 0 for none"),
+    "sampler.threshold_max": (lambda x: x == 0 or x >= 1, "a number of 1 or more, or 0 for none"),
     "eval.seeds": (lambda x: len(x) > 0 and max(x) < 2**32, "a tuple of ints in 0..2^32-1"),
     "eval.weights": (lambda x: x and {*x} <= {"ema", "raw"}, 'a tuple of "ema", "raw" or both'),
 }
-SIGNED = ("sampler.guidance", "sample.label")
+SIGNED = ("model.null_class", "sampler.guidance", "sample.label")
 
 
 def _tables() -> dict[str, Iterable[str]]:
@@ -310,7 +320,7 @@ def _tables() -> dict[str, Iterable[str]]:
         "sampler.name": samplers.SAMPLERS,
         "sampler.grid": samplers.GRIDS,
         "train.preview.sampler": samplers.SAMPLERS,
-        "data.source": {**SOURCES, **ORIGINS},
+        "data.source": {**SOURCES, **ORIGINS, "": None},
     }
 
 
@@ -330,6 +340,8 @@ def validate(config: ConfigDict, devices: int = 1) -> None:
             raise ConfigError(f"{key}: no such key; {suggest(key, known)}")
     for key, table in _tables().items():
         lookup(table, key, flat[key])
+    if (n := len(config.process.betas)) not in (0, T := config.process.T):
+        raise ConfigError(f"process.betas: expected process.T = {T} numbers or none, found {n}")
     _check_batch(config, devices)
     _check_classes(config, flat)
 
@@ -339,16 +351,17 @@ def _check_value(key: str, value: Any, example: Any) -> None:
     numbers = [x for x in numbers if isinstance(x, int | float) and not isinstance(x, bool)]
     low = -math.inf if key in SIGNED else 0
     test, wanted = VALIDATORS.get(key, (lambda x: True, "a number of 0 or more"))
+    found = one_line(repr(value), 80)
     if not _same_type(value, example):
-        raise ConfigError(f"{key}: expected {_type_name(example)}, found {value!r}")
+        raise ConfigError(f"{key}: expected {_type_name(example)}, found {found}")
     if not all(math.isfinite(x) and x >= low for x in numbers) or not test(value):
-        raise ConfigError(f"{key}: expected {wanted}, found {value!r}")
+        raise ConfigError(f"{key}: expected {wanted}, found {found}")
 
 
 def _same_type(value: Any, example: Any) -> bool:
     if isinstance(example, tuple):
-        element = example[0] if example else 0
-        return isinstance(value, tuple | list) and all(_same_type(x, element) for x in value)
+        elements = value if example else ()  # of an empty example only the validator knows
+        return isinstance(value, tuple | list) and all(_same_type(x, example[0]) for x in elements)
     kinds = (int, float) if isinstance(example, float) else type(example)
     return isinstance(value, kinds) and isinstance(value, bool) == isinstance(example, bool)
 
@@ -370,11 +383,16 @@ def _check_batch(config: ConfigDict, devices: int) -> None:
 
 
 def _check_classes(config: ConfigDict, flat: Mapping[str, Any]) -> None:
-    classes, label = config.model.num_classes, config.sample.label
+    classes, null, label = config.model.num_classes, config.model.null_class, config.sample.label
+    if null < -2 or 0 < classes <= null:
+        wanted = f"-2, -1 or a class below {classes}"
+        raise ConfigError(f"model.null_class: expected {wanted}, found {null}")
     for key in ("sampler.guidance", "train.label_dropout"):
-        if flat[key] and not classes:
-            wanted = "expected 0 for a model without classes (model.num_classes)"
-            raise ConfigError(f"{key}: {wanted}, found {flat[key]}")
+        if flat[key] and (not classes or null == -2):
+            lacking = 'a label of "no class"' if classes else "classes (model.num_classes)"
+            how = "; if class N is one, give --config.model.null_class=N" if classes else ""
+            wanted = f"expected 0 for a model without {lacking}"
+            raise ConfigError(f"{key}: {wanted}, found {flat[key]}{how}")
     if not -1 <= label < classes:  # without classes, -1 alone
         wanted = f"-1 or a class below {classes}" if classes else "-1, for a model without classes"
         raise ConfigError(f"sample.label: expected {wanted}, found {label}")

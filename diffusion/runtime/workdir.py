@@ -23,7 +23,7 @@ import jax
 from ml_collections import ConfigDict
 
 from diffusion import data
-from diffusion.runtime.config import differences
+from diffusion.runtime.config import NETWORK_KEYS, differences, fill_defaults, flatten
 from diffusion.utils import logging
 from diffusion.utils.errors import DataError, WorkdirError
 from diffusion.utils.io import save_json, save_text
@@ -47,9 +47,17 @@ def load_config(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 
 def check_owner(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Raises WorkdirError if the work directory was made with another training config."""
-    stored = load_config(workdir)
-    if stored and (changed := differences(stored, config.to_dict())):
+    """Raises WorkdirError if the work directory was made with another training config.
+
+    What is not known of imported weights may be given later: their "no class", data and training.
+    """
+    if not (stored := load_config(workdir)):
+        return
+    old, new = flatten(fill_defaults(stored)), flatten(config)
+    free = {"model.null_class"} if old["model.null_class"] == -2 else set()
+    if not old["train.steps"]:
+        free |= {k for k in new if k == "model.dropout" or not k.startswith(NETWORK_KEYS)}
+    if changed := differences(old | {key: new[key] for key in free}, new):
         message = f"{workdir}: belongs to another config: {'; '.join(changed)}"
         raise WorkdirError(f"{message}; choose another --workdir, or give the old values")
 

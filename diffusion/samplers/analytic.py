@@ -36,8 +36,13 @@ class TimestepErrors(NamedTuple):
     decoder: Array  # [b, T, 82], -log2 p(x_0 | x_t) in bits/dim for each of `decoder_stds`
 
 
-def timestep_errors(p: Process, predict: Predict, key: Array, x_0: Array) -> TimestepErrors:
-    """Measures one draw of x_t for each t, the draws of `likelihood.vlb_terms` for the same key."""
+def timestep_errors(
+    p: Process, predict: Predict, key: Array, x_0: Array, ts: Array | None = None
+) -> TimestepErrors:
+    """Measures one draw of x_t for each t, the draws of `likelihood.vlb_terms` for the same key.
+
+    ts: int[k], the times of the columns; None: 1..T.
+    """
     keys = example_keys(key, x_0.shape[0])
     log_stds = jnp.asarray(np.log(decoder_stds(p)), x_0.dtype)
 
@@ -56,7 +61,7 @@ def timestep_errors(p: Process, predict: Predict, key: Array, x_0: Array) -> Tim
         mse = meanflat((prediction.x_0 - x_0) ** 2)
         return None, TimestepErrors(mse, lax.map(bits, log_stds).T)
 
-    _, out = lax.scan(measure, None, jnp.arange(1, p.T + 1))
+    _, out = lax.scan(measure, None, jnp.arange(1, p.T + 1) if ts is None else ts)
     return TimestepErrors(out.mse.T, out.decoder.swapaxes(0, 1))
 
 

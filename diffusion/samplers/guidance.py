@@ -21,7 +21,7 @@ def classifier_free_guidance(
         apply: (x_t [2b, ...], model_t[2b], label[2b]) -> output. Both outputs of an image are
             neighbours in one batch, so that a sharded batch is not moved between devices.
         label: int[b].
-        null: the label of no class; the num_classes of unet.UNet.
+        null: the label of no class; the null_label of unet.UNet.
         w: the guidance weight, a number or [b]; other codes call 1 + w the scale.
     """
 

@@ -10,6 +10,7 @@ from jax import numpy as jnp
 
 from diffusion.process import Process, broadcast_right, gather, half_log_snr, respace
 from diffusion.targets import Predict, Variance, p_mean_log_variance, posterior_log_var
+from diffusion.utils.errors import one_line
 
 
 def _check(T: int, steps: int) -> None:
@@ -57,13 +58,14 @@ def karras(p: Process, steps: int, rho: float = 7.0) -> np.ndarray:
 
 
 def explicit(p: Process, ts) -> np.ndarray:
-    """Sorts distinct ints in 1..T into a grid and appends 0 where it is missing."""
-    found = np.sort(np.asarray(ts).ravel())
+    """Makes a grid of distinct ints in 1..T that fall, or rise; appends 0 where it is missing."""
+    found = np.asarray(ts).ravel()
+    found = found[::-1] if found.size and found[0] < found[-1] else found
     valid = found.size and np.issubdtype(found.dtype, np.integer)
-    valid = valid and 0 <= found[0] and 1 <= found[-1] <= p.T
-    if not valid or len(np.unique(found)) != len(found):
-        raise ValueError(f"sampler times: expected distinct integers in 1..{p.T}, found {ts}")
-    return np.append(found[found > 0][::-1], 0).astype(np.int32)
+    if not valid or not 1 <= found[0] <= p.T or found[-1] < 0 or np.any(np.diff(found) >= 0):
+        wanted = f"expected distinct integers in 1..{p.T}, falling from first to last"
+        raise ValueError(f"sampler times: {wanted}, found {one_line(ts, 100)}")
+    return np.append(found[found > 0], 0).astype(np.int32)
 
 
 def least_cost(costs: np.ndarray, steps: int) -> np.ndarray:

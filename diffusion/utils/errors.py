@@ -4,7 +4,7 @@ A message is one line of the form `key: expected X, found Y; do Z`. Libraries ra
 ValueError; only `runtime.cli` catches the family, prints the line and exits with the code.
 """
 
-MAX_LENGTH = 1000  # characters: names inside hostile files have no bound
+MAX_LENGTH = 300  # characters: values and names that a message quotes have no bound
 
 
 class DDPMError(Exception):
@@ -56,7 +56,11 @@ LOST = LostPeerError.code  # also of a process that made no progress (runtime.wa
 STOPPED = 75  # exit code after SIGINT or SIGTERM: the same command resumes (EX_TEMPFAIL)
 
 
-def one_line(text: object, limit: int = 300) -> str:
-    """Returns the text on one line of printable characters, `limit` of them at most."""
+def one_line(text: object, limit: int = MAX_LENGTH) -> str:
+    """Returns the text on one line of printable characters, `limit` of them at most.
+
+    A longer text loses its middle: a message begins with its key and ends in what to do.
+    """
     line = " ".join("".join(c if c.isprintable() else " " for c in f"{text}").split())
-    return line if len(line) <= limit else f"{line[: limit - 4]} ..."
+    end = limit // 4
+    return line if len(line) <= limit else f"{line[: limit - end - 5]} ... {line[-end:]}"

@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from diffusion.utils import logging
 
+QUIET_S = 10.0  # what takes less needs no line of progress
+
 
 class _Bar(tqdm):
     monitor_interval = 0  # no thread: every report redraws the bar
@@ -34,23 +36,25 @@ class Progress(contextlib.AbstractContextManager):
       batch_size: items per step; None shows no items/s.
       clock: returns seconds.
       unit, items: the words for one step and for several items.
+      quiet_s: seconds without a line, so that short work prints none at all.
     """
 
     def __init__(
         self,
         total: int,
         start: int = 0,
-        batch_size: int | None = None,
+        batch_size: float | None = None,
         every_s: float = 10.0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
         *,
         unit: str = "step",
         items: str = "images",
+        quiet_s: float = 0.0,
     ):
         if not 0 <= start <= total:
             raise ValueError(f"progress: expected 0 <= start <= total, found {start} and {total}")
-        self._total, self._step, self._batch_size = total, start, batch_size
+        self._total, self._start, self._step, self._batch_size = total, start, start, batch_size
         self._unit, self._items, self._every_s, self._clock = unit, items, every_s, clock
         self._stream = sys.stdout if stream is None else stream
         self._values: dict[str, float] = {}
@@ -59,7 +63,8 @@ class Progress(contextlib.AbstractContextManager):
         self._first: tuple[float, int] | None = None
         self._recent: deque[tuple[float, int]] = deque()
         self._last_rate_call: tuple[float, int] | None = None
-        self._began = self._due = clock()
+        self._began, self._quiet_s = clock(), quiet_s
+        self._due = self._began + quiet_s
         self._open = not logging.is_silent()
         self._bar = None
         if self._open and _is_terminal(self._stream):
@@ -104,7 +109,7 @@ class Progress(contextlib.AbstractContextManager):
         self._open = False
         if self._bar is not None:
             self._bar.close()
-        if self._first is not None:
+        if self._first is not None and self._clock() - self._began >= self._quiet_s:
             verb = "done in" if self._step >= self._total else "stopped after"
             took = f"{verb} {human_time(self._clock() - self._began)}"
             rate = self._rate_since(self._first, self._active_s())
@@ -124,7 +129,8 @@ class Progress(contextlib.AbstractContextManager):
         self._recent.append((now, self._step))
         while len(self._recent) > 2 and self._recent[1][0] <= now - self._every_s:
             self._recent.popleft()
-        line = self._line(self._rate_since(self._recent[0], now))
+        mark = self._recent[0] if len(self._recent) > 1 else self._first
+        line = self._line(self._rate_since(mark, now))
         if self._bar is None:
             self._due = now + (self._every_s if len(self._recent) > 1 else min(2, self._every_s))
             logging.info(line, self._stream)
@@ -141,7 +147,9 @@ class Progress(contextlib.AbstractContextManager):
         elif rate:
             parts.append(f"ETA {human_time((self._total - self._step) / rate)}")
         elif self._first is not None:
-            parts.append(f"first {self._unit} took {human_time(self._first[0] - self._began)}")
+            (then, step), unit = self._first, self._unit
+            what = unit if step - self._start <= 1 else f"{step - self._start:,} {unit}s"
+            parts.append(f"first {what} took {human_time(then - self._began)}")
         parts += [f"{name} {x:.4g}" for name, x in self._values.items()]
         if rate:
             slow = f"{human_time(1 / rate)}/{self._unit}"

@@ -17,6 +17,12 @@ from tests.test_unet import NETWORKS, ROUNDING
 # float32; cifar10's is the one of google/ddpm-cifar10-32. `out` is the output at (x, t).
 DIFFUSERS = np.load(GOLDEN / "diffusers_unet.npz")
 CONFIGS = ("tiny", "cifar10", "c256")
+# Of the same versions: a UNet2DModel of sample_size 8, block_out_channels (32, 64),
+# layers_per_block 1 and attention in the second level, with diffusers' defaults else, and the
+# weights of `recipe`; its output `out` at (x, t), and for two DDPMSchedulers the end of ten steps
+# of the DDIMScheduler with their fields and betas, step(..., use_clipped_model_output=True), from
+# x. default.parameters: of UNet2DModel().
+DIFFUSERS_DEFAULTS = np.load(GOLDEN / "diffusers_defaults.npz")
 
 
 def recipe(name, shape):
@@ -31,10 +37,10 @@ def recipe(name, shape):
     return w.astype(np.float32)
 
 
-def listed(config, fill):
+def listed(config, fill, file=DIFFUSERS):
     """{name: fill(name, shape)} of every parameter of diffusers' network."""
-    names = map(str, DIFFUSERS[f"{config}.names"])
-    of_shape = json.loads(str(DIFFUSERS[f"{config}.shapes_json"]))
+    names = map(str, file[f"{config}.names"])
+    of_shape = json.loads(str(file[f"{config}.shapes_json"]))
     return {name: fill(name, shape) for name, shape in zip(names, of_shape, strict=True)}
 
 
@@ -49,8 +55,8 @@ def marked(config):
     return listed(config, fill)
 
 
-def unet_json(config):
-    return json.loads(str(DIFFUSERS[f"{config}.config_json"]))
+def unet_json(config, file=DIFFUSERS):
+    return json.loads(str(file[f"{config}.config_json"]))
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -1,7 +1,10 @@
 """diffusers' settings: against those of published files, and converted both ways."""
 
 import json
+import math
 
+import jax
+import numpy as np
 import pytest
 
 from diffusion.convert.diffusers_config import (
@@ -9,7 +12,9 @@ from diffusion.convert.diffusers_config import (
     from_diffusers_config,
     to_diffusers_config,
 )
-from tests.convert.test_diffusers import unet_json
+from diffusion.unet import UNet
+from tests.convert.test_diffusers import DIFFUSERS_DEFAULTS, unet_json
+from tests.test_unet import shapes
 
 # What the official scheduler files hold; google/ddpm-cifar10-32.
 SCHEDULER = {
@@ -33,6 +38,12 @@ def test_the_config_of_google_ddpm_cifar10_32():
         "model.num_res_blocks": 2,
         "model.attn_resolutions": (16,),
         "model.num_classes": 0,
+        "model.null_class": -1,
+        "model.attention_head_dim": 0,
+        "model.downsample_padding": 0,
+        "model.flip_sin_to_cos": False,
+        "model.freq_shift": 1,
+        "model.norm_eps": 1e-6,
         "data.image_size": 32,
         "data.image_width": 0,
         "data.channels": 3,
@@ -40,9 +51,13 @@ def test_the_config_of_google_ddpm_cifar10_32():
         "process.T": 1000,
         "process.beta_start": 1e-4,
         "process.beta_end": 0.02,
+        "process.betas": (),
         "target": "eps",
         "variance": "fixed_large",
         "sampler.clip": True,
+        "sampler.clip_range": 1.0,
+        "sampler.threshold": 0.0,
+        "sampler.threshold_max": 0.0,
     }
 
 
@@ -57,16 +72,30 @@ def flat(**changes):
     [
         {},
         {"data_image_size": 16, "data_image_width": 8, "model_attn_resolutions": (16,)},
-        {"data_channels": 1, "model_num_classes": 10},
+        {"data_channels": 1, "model_num_classes": 10, "model_null_class": -2},
         {"process_schedule": "quad", "target": "x0", "variance": "fixed_small"},
         {"process_schedule": "cosine", "target": "v", "process_T": 50, "sampler_clip": False},
+        {"process_schedule": "sigmoid", "sampler_clip_range": 2.5, "model_norm_eps": 1e-3},
+        {"model_attention_head_dim": 16, "model_downsample_padding": 1, "model_freq_shift": 0},
+        {"model_flip_sin_to_cos": True, "sampler_threshold": 0.9, "sampler_threshold_max": 1.5},
+        {"process_betas": (0.1, 0.25, 0.5), "process_T": 3},
     ],
 )
 def test_round_trip(changes):
     keys = flat(**changes)
     folder = json.loads(json.dumps(to_diffusers_config(keys)))  # through files
     unet, scheduler = folder["unet/config.json"], folder["scheduler/scheduler_config.json"]
+    if keys["process.betas"]:  # the schedule is then of no account
+        del keys["process.schedule"]
     assert from_diffusers_config(unet, scheduler) == keys
+
+
+def test_a_threshold_without_maximum_stays_without():
+    """JSON has no infinity: the maximum is a number that no image reaches."""
+    folder = to_diffusers_config(flat(sampler_threshold=0.9))
+    scheduler = folder["scheduler/scheduler_config.json"]
+    assert scheduler["thresholding"] is True and scheduler["dynamic_thresholding_ratio"] == 0.9
+    assert 1e30 < scheduler["sample_max_value"] < np.finfo(np.float32).max
 
 
 @pytest.mark.parametrize("field", DIFFUSERS_FIXED)
@@ -76,16 +105,16 @@ def test_a_network_that_ours_cannot_be_is_refused(field):
             from_diffusers_config(unet_json("cifar10") | {field: other})
 
 
-@pytest.mark.parametrize(
-    "field",
-    ["attention_head_dim", "downsample_padding", "flip_sin_to_cos", "freq_shift", "norm_eps"],
-)
-def test_a_silent_file_means_diffusers_default(field):
-    """Which in these is another network than the paper's."""
-    unet = unet_json("cifar10")
-    del unet[field]
-    with pytest.raises(ValueError, match=f"^{field}: .*diffusers' default"):
-        from_diffusers_config(unet)
+def test_a_silent_file_means_diffusers_defaults():
+    """UNet2DModel() and DDPMScheduler(), whose network is another than the paper's."""
+    found = from_diffusers_config({"sample_size": 32}, {})
+    fields = ("attention_head_dim", "downsample_padding", "flip_sin_to_cos", "freq_shift")
+    assert [found[f"model.{field}"] for field in fields] == [8, 1, True, 0]
+    assert (found["model.ch"], found["model.norm_eps"]) == (224, 1e-5)
+    assert found["variance"] == "fixed_small" and found["sampler.threshold"] == 0
+    net = {key[6:]: value for key, value in found.items() if key.startswith("model.")}
+    count = sum(math.prod(a.shape) for a in jax.tree.leaves(shapes(UNet(**net), 32, 32)))
+    assert count == DIFFUSERS_DEFAULTS["default.parameters"]
 
 
 @pytest.mark.parametrize(
@@ -103,6 +132,11 @@ def test_a_silent_file_means_diffusers_default(field):
         ("layers_per_block", 0),
         ("num_class_embeds", -1),
         ("dropout", "much"),
+        ("attention_head_dim", [8, 8]),
+        ("downsample_padding", None),
+        ("flip_sin_to_cos", 1),
+        ("freq_shift", 0.5),
+        ("norm_eps", "1e-5"),
     ],
 )
 def test_a_wrong_field_is_named(field, value):
@@ -115,10 +149,14 @@ def test_a_wrong_field_is_named(field, value):
     "field, value",
     [
         ("variance_type", "learned_range"),
-        ("beta_schedule", "sigmoid"),
+        ("beta_schedule", "laplace"),
         ("prediction_type", "flow"),
         ("rescale_betas_zero_snr", True),
-        ("trained_betas", [0.001 * i for i in range(1000)]),
+        ("trained_betas", [str(0.001 * i) for i in range(1000)]),
+        ("trained_betas", []),
+        ("thresholding", 1),
+        ("clip_sample_range", "1"),
+        ("sample_max_value", None),
         ("num_train_timesteps", "1000"),
     ],
 )

@@ -52,7 +52,7 @@ def test_without_inception_weights_the_error_says_what_to_do(tmp_path, monkeypat
     cache = str(tmp_path / "cache")
     failed(Remote("x.pth", "http://127.0.0.1:1/x.pth", 9, "0" * 64), "refused", cache=cache)
     failed(serve(saved("zip"), sha256="0" * 64)[0], "expected SHA-256 000", cache=cache)
-    failed(serve(saved("zip"), code=404)[0], "404", f"put it at {cache}", cache=cache)
+    failed(serve(saved("zip"), code=404)[0], "404", f"or a copy in {cache}", cache=cache)
     failed(files.INCEPTION, "found none")
 
 

@@ -1,5 +1,8 @@
 """safetensors files: written and read again, and damaged or false ones."""
 
+import os
+import stat
+
 import numpy as np
 import pytest
 
@@ -18,6 +21,16 @@ def test_round_trip(tmp_path):
         assert back[name].dtype == array.dtype
         np.testing.assert_array_equal(back[name], array, err_msg=name)
     assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+def test_the_umask_decides_who_may_read_a_file(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        safetensors_file.write(tmp_path / "x.safetensors", {"x": NUMBERS})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x.safetensors").stat().st_mode) == mode
 
 
 def header(text, data=BYTES, length=None):

@@ -10,13 +10,13 @@ from diffusion.kernels.group_norm import group_norm, group_norm_with_vjp
 from tests.kernels.test_winograd import normal
 
 
-def textbook(x, scale, bias, groups):
+def textbook(x, scale, bias, groups, epsilon=1e-6):
     """swish(GroupNorm(x)) with the mean and variance of each group, in the dtype of x."""
     b, h, w, c = x.shape
     g = x.reshape(b, h * w, groups, c // groups)
     mean = g.mean(axis=(1, 3), keepdims=True)
     variance = ((g - mean) ** 2).mean(axis=(1, 3), keepdims=True)
-    y = ((g - mean) / (variance + 1e-6) ** 0.5).reshape(x.shape)
+    y = ((g - mean) / (variance + epsilon) ** 0.5).reshape(x.shape)
     return nn.swish(y * scale[None, None, None] + bias[None, None, None])
 
 
@@ -25,8 +25,8 @@ def in_float64(f, *args):
         return jax.tree.map(np.asarray, jax.jit(f)(*(jnp.asarray(a, jnp.float64) for a in args)))
 
 
-@pytest.mark.parametrize("groups", [1, 2, 8])
-def test_derivatives_are_the_textbook_s(groups):
+@pytest.mark.parametrize("groups, epsilon", [(1, 1e-6), (2, 1e-6), (8, 0.1)])
+def test_derivatives_are_the_textbook_s(groups, epsilon):
     """Both backward passes, and the JVP that the divergence of the probability flow is made of."""
     x, scale, bias = normal(0, 2, 6, 4, 8) + 3, normal(1, 8) + 1, normal(2, 8)
     g = normal(3, 2, 6, 4, 8)
@@ -40,9 +40,10 @@ def test_derivatives_are_the_textbook_s(groups):
 
         return run
 
-    expected = in_float64(derivatives(lambda *a: textbook(*a, groups), jvp=True), x, scale, bias, g)
+    exact = derivatives(lambda *a: textbook(*a, groups, epsilon), jvp=True)
+    expected = in_float64(exact, x, scale, bias, g)
     for norm, jvp in ((group_norm, True), (group_norm_with_vjp, False)):
-        ours = derivatives(lambda *a, f=norm: f(*a, groups, nn.swish, jnp.float32), jvp)
+        ours = derivatives(lambda *a, f=norm: f(*a, groups, nn.swish, jnp.float32, epsilon), jvp)
         found = jax.jit(ours)(x, scale, bias, g)
         assert len(found) == 3 + jvp
         for a, b in zip(found, expected, strict=False):

@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.Image import Resampling
 
 from diffusion.data import ImageDataset
+from diffusion.data.prepare.image_decoding import ImageSpec
 from diffusion.metrics import inception
 from diffusion.metrics.extraction import (
     extract,
@@ -92,6 +94,16 @@ def test_jpeg_files_are_warned_of(tmp_path):
 def save_mixed_sizes(path):
     save_folder(path, IMAGES)
     Image.fromarray(IMAGES[0, :4]).save(path / "small.png")
+
+
+def test_form_is_pillows_crop_and_filter(tmp_path):
+    """For 3x2, the centre of 6x5 is 6x4, and that of 4x5 is 4x3."""
+    save_mixed_sizes(tmp_path / "x")
+    image_set = image_set_from_files(str(tmp_path / "x"), form=ImageSpec(3, 2, 3))
+    assert image_set.shape == (3, 2, 3) and image_set.warning.startswith("resized from 6x5")
+    cropped = [*IMAGES[:, :, :4], IMAGES[0, :4, 1:4]]
+    expected = [Image.fromarray(x).resize((2, 3), Resampling.LANCZOS) for x in cropped]
+    np.testing.assert_array_equal(read_all(image_set, 5), np.stack(expected))
 
 
 def save_floats(path):

@@ -93,6 +93,19 @@ def test_published_statistics_serve_as_reference(half_scores):
             np.testing.assert_allclose(value, half_scores[name][score].value, rtol=1e-9)
 
 
+def test_kid_says_what_it_is_computed_from():
+    """100 subsets of 1,000 are torch-fidelity's defaults; it refuses sets of fewer."""
+
+    def about(m, n):
+        sets = (HALF._replace(features=np.zeros((size, 6))) for size in (m, n))
+        return METRICS["kid"].about(*sets)
+
+    assert about(10_000, 1001) == "100 random subsets of 1,000 images"
+    fewer = "(torch-fidelity's with --kid-subset-size=200)"
+    assert about(1000, 200) == f"100 random subsets of 200 images {fewer}"
+    assert about(200, 200) == f"all 200 images {fewer}"
+
+
 MOMENTS_ONLY = from_stats(OTHER.stats)
 INCOMPLETE = add(begin(9, 6, 9), X[:8])
 SEVEN_FEATURES = from_stats(moments_from(np.zeros(7), np.eye(7), 9))

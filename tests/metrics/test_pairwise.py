@@ -28,10 +28,24 @@ def small_blocks(monkeypatch):
 
 
 @official("metrics", "kid.*")
-def test_mmd_equals_torch_fidelity(official):
-    """The same kernel and estimator, both in float64."""
+def test_kid_of_a_small_set_equals_torch_fidelity(official):
+    """Its subset size was that of the sets, 250; the same kernel and estimator, in float64."""
     x, y = official["fid.a"][:250], official["fid.b"]
     official.close("kid.a250_b250.full", polynomial_mmd(x, y), rtol=1e-12)
+    official.close("kid.a250_b250.full", kid(x, y)[0], rtol=1e-12)
+
+
+def test_kid_takes_the_subsets_of_torch_fidelity():
+    """Its documented protocol: drawn by turns, without replacement, by RandomState(2020)."""
+    x, y = normal(90, 3).astype(np.float64), normal(70, 3, 1, 0.4).astype(np.float64)
+    rng = np.random.RandomState(2020)
+    off_diagonal, values = ~np.eye(50, dtype=bool), []
+    for _ in range(7):
+        a, b = (z[rng.choice(len(z), 50, replace=False)] for z in (x, y))
+        aa, bb, ab = ((u @ v.T / 3 + 1) ** 3 for u, v in ((a, a), (b, b), (a, b)))
+        values.append(aa[off_diagonal].mean() + bb[off_diagonal].mean() - 2 * ab.mean())
+    value, *_ = kid(x, y, subsets=7, subset_size=50)
+    np.testing.assert_allclose(value, np.mean(values), rtol=1e-10)
 
 
 def test_mmd_is_unbiased():
@@ -45,10 +59,11 @@ def test_mmd_is_unbiased():
     assert abs(np.mean(draws) - (4 + 32 - 2 * 7)) < 5 * np.std(draws) / np.sqrt(len(draws))
 
 
-def test_kid_has_the_expectation_of_the_mmd_and_true_errors():
+@pytest.mark.parametrize("subset_size", [40, 1000])
+def test_kid_has_the_expectation_of_the_mmd_and_true_errors(subset_size):
     """The errors are the deviations over fresh sets."""
     runs = [
-        (*kid(x, y, subsets=60, subset_size=40), polynomial_mmd(x, y))
+        (*kid(x, y, subsets=60, subset_size=subset_size), polynomial_mmd(x, y))
         for x, y in ((normal(150, 4, i), normal(130, 4, 500 + i, 0.3)) for i in range(60))
     ]
     mean, error, full_error, full = np.array(runs).T
@@ -60,11 +75,12 @@ def test_kid_has_the_expectation_of_the_mmd_and_true_errors():
     assert np.all(error > full_error)
 
 
-def test_kid_takes_halves_of_small_sets():
-    """Subsets of everything would be equal, with an error of 0."""
+def test_kid_of_small_sets_has_an_error():
+    """All subsets of two whole sets are equal; their deviation would be 0."""
     x, y = normal(12, 3), normal(9, 3, 1)
-    value, error, _ = kid(x, y)
-    assert np.isfinite(value) and error > 0
+    for b in (y, normal(12, 3, 1)):
+        value, error, _ = kid(x, b)
+        assert np.isfinite(value) and error > 0
     assert kid(x, y) == kid(x, y)
 
 

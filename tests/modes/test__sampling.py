@@ -8,7 +8,7 @@ from configs import digits
 from diffusion import experiment
 from diffusion.modes import _sampling
 from diffusion.runtime import preemption
-from diffusion.runtime.config import validate, with_overrides
+from diffusion.runtime.config import YOUNGER, flatten, validate, with_overrides
 from diffusion.utils.errors import ConfigError, WorkdirError
 from diffusion.utils.io import save_npz
 
@@ -110,8 +110,18 @@ def test_every_sampler_gets_its_options(exp, params, name):
 
 
 def test_explicit_times(exp):
-    sampler = _sampling.compile_sampler(config_with(sampler__times=(6, 2, 5)), exp, 4)
+    sampler = _sampling.compile_sampler(config_with(sampler__times=(6, 5, 2)), exp, 4)
     np.testing.assert_array_equal(sampler.ts, [6, 5, 2, 0])
+
+
+TIMES = [(5, 2), (1, 5), (6, 2), (1, 6), ()]
+
+
+def test_times_that_begin_below_T_are_noted():
+    """A chain of 6 that starts from noise at t = 5, in the line that describes the sampler."""
+    words = {ts: _sampling.describe_sampler(config_with(sampler__times=ts)) for ts in TIMES}
+    assert [ts for ts in TIMES if "from noise at t = 5 in place of T = 6" in words[ts]] == TIMES[:2]
+    assert not any("place" in words[ts] for ts in TIMES[2:])
 
 
 def test_an_estimate_is_of_all_batches(sampler, params):
@@ -119,8 +129,20 @@ def test_an_estimate_is_of_all_batches(sampler, params):
     assert 0 < few < many
 
 
+def test_a_set_keeps_its_name_where_younger_keys_have_their_defaults():
+    """A set of samples of an earlier version is found again; one with other values is another."""
+    config = config_with()
+    setting = _sampling.sample_setting(config, 1, "ema", 0)
+    assert setting["model.ch"] and not set(setting) & set(YOUNGER)
+    other = with_overrides(config, {"sampler.clip_range": 2.0})
+    other = _sampling.sample_setting(other, 1, "ema", 0)
+    assert other == setting | {"sampler.clip_range": 2.0}
+    assert _sampling.sample_name(other) != _sampling.sample_name(setting)
+
+
 WRONG = {
     "sampler.times: sampler times": {"sampler.times": (7,)},
+    r"sampler.times: .*falling.*found \(3, 5, 1\)": {"sampler.times": (3, 5, 1)},
     "sampler.steps: sampler steps": {"sampler.steps": 7},
     "sampler.name: 'ddmp'": {"sampler.name": "ddmp"},
     "sampler: .*eta": {"sampler.name": "ddim", "sampler.eta": 2.0},
@@ -252,12 +274,27 @@ def flip_a_bit_of(image):
     return flip
 
 
-def test_another_setting_has_another_name(exp):
-    names = {
-        _sampling.sample_name(store_in(None, exp, config_with(**keys), step).setting)
-        for keys in ({}, {"sampler__eta": 0.5}, {"sample__seed": 3}, {"sample__label": 2})
-        for step in (1, 2)
-    }
-    assert len(names) == 8 and all(name.startswith("ema_seed") for name in names)
-    irrelevant = config_with(eval__num=9, train__steps=99, sample__num=7, figures__seed=5)
-    assert _sampling.sample_name(store_in(None, exp, irrelevant).setting) in names
+OTHER = {bool: lambda x: not x, int: lambda x: x + 1, float: lambda x: x + 0.25}
+OTHER |= {str: lambda x: f"{x}_", tuple: lambda x: (*x, 1)}
+
+
+def test_another_setting_has_another_name():
+    """Each key of the model and of the sampler, and what is no key, separates two sets."""
+    config = config_with(sampler__variance="analytic")
+    setting = _sampling.sample_setting(config, 1, "ema", 0)
+    names = {key: {} for key in (True, False)}
+    for key, value in flatten(config).items():
+        changed = with_overrides(config, {key: OTHER[type(value)](value)})
+        matters = key.startswith(("model.", "process.", "target", "variance", "sampler."))
+        name = _sampling.sample_name(_sampling.sample_setting(changed, 1, "ema", 0))
+        names[matters or key == "sample.label"][key] = name
+    for step, weights, seed in ((2, "ema", 0), (1, "raw", 0), (1, "ema", 1)):
+        other = _sampling.sample_setting(config, step, weights, seed)
+        names[True][step, weights, seed] = _sampling.sample_name(other)
+    for digest in ("0123456789", "0123456abc"):
+        names[True][digest] = _sampling.sample_name(setting | {"x_T": digest})
+    own = _sampling.sample_name(setting)
+    different = set(names[True].values())
+    assert len(different) == len(names[True]) > 40 and own not in different
+    for section in ("bpd.", "eval.", "figures.", "frontier.", "sample.", "train.preview."):
+        assert {n for key, n in names[False].items() if key.startswith(section)} == {own}, section

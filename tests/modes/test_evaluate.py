@@ -1,6 +1,7 @@
 """--mode=eval: what is scored against what; resuming, two processes, one line for each error."""
 
 import json
+import re
 import shutil
 import time
 
@@ -64,12 +65,16 @@ def test_training_reads_quick_distances(trained):
 def test_checkpoint_is_scored_and_everything_written_down(workdir):
     both = "--config.eval.weights=('ema','raw')", "--config.eval.seeds=(0,1)"
     out, err = run("--mode=eval", f"--workdir={workdir}", *both)
-    assert err == "" and "against train" in out and "reading" in out
+    assert err == "" and "against train" in out
+    assert "scoring    fd_random, fd_pixels and others" in out
+    # Six images in two batches of twenty steps.
+    assert re.search(r"sampling step 40/40 .* images/s\n", out) and "image 6/6" in out
     content = json.loads((workdir / "eval" / "00000008" / "metrics.json").read_text())
     assert content["samples"] == 6 and content["step"] == 8 and content["seeds"] == [0, 1]
     assert content["sampler"]["steps"] == 20 and content["config"]["train"]["steps"] == 8
     assert content["references"]["train"]["images"] == 1501 and "jax" in content["versions"]
     assert any("covariance is singular" in note for note in content["notes"])
+    assert any("kid against train: 100 random subsets of 6" in note for note in content["notes"])
     for weights in ("ema", "raw"):
         for against in ("train", "test"):
             found = content["scores"][weights][against]
@@ -132,8 +137,8 @@ def test_damaged_samples_give_one_line(workdir):
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory):
-    """The digits of the training set in two halves, and noise, each as an npz."""
-    images, _ = load_dataset(data.open_dataset("digits", "train"))
+    """800 digits of the training set in two halves, and noise, each as an npz."""
+    images = load_dataset(data.open_dataset("digits", "train"))[0][:800]
     noise = np.random.default_rng(0).integers(0, 256, images[::2].shape, np.uint8)
     folder = tmp_path_factory.mktemp("halves")
     for name, part in {"one": images[::2], "other": images[1::2], "noise": noise}.items():
@@ -166,7 +171,7 @@ def test_set_scores_best_against_itself(halves):
 
 
 WRONG = {  # {what is wrong: (command line, exit code, words of the message)}
-    "another size": (["--input=big.npz"], 3, "expected images of 9x9x1"),
+    "another size": (["--input=big.npz"], 3, "found 8x8x1; give --config of their data, or --conf"),
     "sizes that differ": (["--input=big.npz", "--input=small.npz"], 3, "expected images of 9x9x1"),
     "another config": (["--config.target=v", "--workdir=RUN"], 4, "target: was eps, now v"),
     "flag of another mode": (["--output=x"], 2, "--output: not used by --mode=eval"),
@@ -189,12 +194,35 @@ def test_wrong_command_line_gives_one_line(workdir, tmp_path, name):
     assert err.count("\n") == 1 and words in err, err
 
 
-def test_without_inception_weights_the_other_scores_come_first(workdir, tmp_path):
-    """A file that holds no such weights: samples and other scores, then exit 3 and one line."""
+@pytest.mark.parametrize(
+    "names, code, scored",
+    [
+        (("available",), 0, "fd_random, fd_pixels"),
+        (("inception", "pixels"), 3, "fd_pixels"),
+        (("inception",), 3, ""),
+    ],
+)
+def test_missing_inception_weights_are_an_error_where_they_are_asked_for(
+    halves, tmp_path, names, code, scored
+):
+    """A file that holds no such weights: said before the scores or after them, once."""
     (tmp_path / "weights.pth").write_bytes(b"no weights")
-    args = f"--config.eval.inception={tmp_path}/weights.pth", "--config.eval.seeds=(5,)"
-    args += ("--config.eval.features=('inception','pixels')",)
-    out, err = run("--mode=eval", f"--workdir={workdir}", *args, code=3)
-    assert err.count("\n") == 1 and "weights.pth" in err and "fd_pixels" in err
-    assert "against train" in out
-    assert (sample_folder(workdir, 5) / "samples.npz").exists()
+    args = f"--config.eval.inception={tmp_path}/weights.pth", f"--config.eval.features={names}"
+    args += f"--input={halves}/one.npz", f"--workdir={tmp_path}/run"
+    out, err = run(TINY, "--mode=eval", *args, code=code)
+    assert err.count("\n") == (code > 0)
+    lines = (out + err).splitlines()
+    assert sum("weights.pth: expected a file" in line for line in lines) == 1
+    assert len(set(lines)) == len(lines)
+    assert (f"scoring    {scored} and others" in out) == ("\nfd_pixels" in out) == bool(scored)
+
+
+def test_images_of_another_size_are_resized(tmp_path):
+    """As by --mode=prepare, which metrics.json states."""
+    images = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 1), np.uint8)
+    save_npz(tmp_path / "big.npz", images.repeat(4, 1).repeat(4, 2))
+    run(TINY, "--mode=eval", "--input=big.npz", "--config.eval.resize=True", cwd=tmp_path)
+    (path,) = tmp_path.glob("runs/*/eval/big_*/metrics.json")
+    content = json.loads(path.read_text())
+    assert any(note.startswith("resized from 16x16") for note in content["notes"])
+    assert content["config"]["eval"]["resize"] and scores_of(path)["input"].keys() >= {"train"}

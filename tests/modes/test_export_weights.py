@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from diffusion import convert, experiment, train_step
-from diffusion.convert import safetensors_file
+from diffusion.convert import diffusers_config, model_card, safetensors_file
 from diffusion.convert.diffusers_config import from_diffusers_config
 from diffusion.modes import import_weights
 from diffusion.modes.export_weights import export_weights
-from diffusion.runtime.config import with_overrides
+from diffusion.runtime.config import flatten, with_overrides
 from diffusion.samplers import ancestral, base
 from diffusion.utils.errors import DDPMError
 from tests.convert.test_diffusers import recipe, unet_json
@@ -115,6 +115,37 @@ def test_the_card_lists_what_was_measured(exported):
     assert "diffusers has no form for this model" in card  # channels that are not in 32 groups
 
 
+@pytest.mark.parametrize(
+    "source, revision, first, steps, words",
+    [
+        ("me/flowers", "0123abc", 0, 0, "channels, imported from me/flowers."),
+        ("/home/me/model.ckpt-790", None, 790, 0, "imported from model.ckpt-790 at step 790."),
+        ("me/x", "0", 2, 9, "from me/x at step 2, then trained for 4 steps of batch 16 with JAX"),
+    ],
+)
+def test_the_card_says_where_imported_weights_are_from(
+    tmp_path, source, revision, first, steps, words
+):
+    record = {"input": source, "revision": revision, "step": first}
+    (tmp_path / "import.json").write_text(json.dumps(record))
+    keys = {"data.source": "digits" if steps else "", "train.steps": steps}
+    flat = flatten(with_overrides(config_of("digits", "tiny"), keys))
+    card = model_card.render("x", flat, 6 if steps else first, tmp_path, False)
+    assert words in card and "after" not in card and str(tmp_path) not in card
+    # What is not known of the data and the training is not stated.
+    assert ("of `digits`" in card) == ("optim.lr" in card) == ("seed" in card) == (steps > 0)
+
+
+@pytest.mark.parametrize(
+    "null, words", [(-1, "0 to 9, or 10 for no class."), (-2, "0 to 9."), (4, "0 to 9; 4 is no")]
+)
+def test_the_card_says_which_labels_there_are(tmp_path, null, words):
+    config = for_diffusers(**{"model.num_classes": 10, "model.null_class": null})
+    assert words in model_card.render("x", flatten(config), 6, tmp_path, True)
+    unet = diffusers_config.to_diffusers_config(flatten(config))["unet/config.json"]
+    assert unet["num_class_embeds"] == 10 + (null == -1)
+
+
 def test_the_names_in_a_file_for_flax(exported):
     _, state, folder = exported
     arrays = safetensors_file.read(folder / "flax.safetensors")
@@ -165,10 +196,23 @@ def noise(shape):
     return np.random.RandomState(1).randn(*shape).astype(np.float32)
 
 
+OF_DIFFUSERS = {  # its defaults, and what its schedulers can do besides
+    "model.attention_head_dim": 8,
+    "model.downsample_padding": 1,
+    "model.flip_sin_to_cos": True,
+    "model.freq_shift": 0,
+    "model.norm_eps": 1e-5,
+    "process.betas": tuple((np.linspace(0.01, 0.12, 1000) ** 2).tolist()),
+    "sampler.threshold": 0.9,
+    "sampler.threshold_max": 1.5,
+}
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_diffusers_reads_the_same_network(tmp_path, diffusers):
+@pytest.mark.parametrize("changes", [{}, OF_DIFFUSERS], ids=["paper", "diffusers"])
+def test_diffusers_reads_the_same_network(tmp_path, diffusers, changes):
     torch, library = diffusers
-    config = for_diffusers(**{"variance": "fixed_small"})
+    config = for_diffusers(**changes | {"variance": "fixed_small"})
     folder, ema = export_for_diffusers(tmp_path, config)
     pipeline = library.DDPMPipeline.from_pretrained(folder)
     assert pipeline.scheduler.config.variance_type == "fixed_small"
@@ -180,10 +224,11 @@ def test_diffusers_reads_the_same_network(tmp_path, diffusers):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_diffusers_draws_the_same_images(tmp_path, diffusers):
+@pytest.mark.parametrize("changes", [{}, OF_DIFFUSERS], ids=["paper", "diffusers"])
+def test_diffusers_draws_the_same_images(tmp_path, diffusers, changes):
     """Ten steps of DDIM from the same noise."""
     torch, library = diffusers
-    config = for_diffusers()
+    config = for_diffusers(**changes)
     folder, ema = export_for_diffusers(tmp_path, config)
     x_T = noise((2, 16, 16, 3))
     unet = library.UNet2DModel.from_pretrained(folder, subfolder="unet")

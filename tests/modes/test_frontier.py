@@ -7,9 +7,12 @@ import shutil
 import numpy as np
 import pytest
 
+from diffusion.experiment import build
 from diffusion.modes import frontier
 from diffusion.modes.frontier import FrontierEntry
+from diffusion.runtime.config import Run
 from tests.runs import run, run_two_processes
+from tests.test_configs import config_of
 
 
 def entry(sampler, steps, evaluations, fd, grid="uniform"):
@@ -41,6 +44,23 @@ def test_curves_rise_in_cost_and_name_the_grid_only_where_there_are_several():
     assert list(curves) == ["ddim, uniform", "ddim, logsnr"]
 
 
+def test_time_that_is_left_is_exact_where_compiling_takes_a_constant():
+    """Samplers of 5, 9 and 1,000 evaluations take 3 s each and 0.25 s an evaluation."""
+    spent = 3 + 0.25 * 5
+    assert frontier.seconds_left(spent, 0.25 * 5, [5], [9, 1000]) == 2 * 3 + 0.25 * 1009
+    spent += 3 + 0.25 * 9
+    assert frontier.seconds_left(spent, 0.25 * 14, [5, 9], [1000]) == 3 + 0.25 * 1000
+    assert frontier.seconds_left(spent, 0.25 * 14, [5, 9], []) == 0
+
+
+def test_defaults_take_five_minutes_on_the_demo():
+    """Two CPU cores, however busy, evaluate the demo's network for 1,000 images a second."""
+    config = config_of("digits")
+    samplers = frontier.compile_samplers(Run("frontier", config, None, None), build(config))
+    evaluations = sum(sampler.evaluations for sampler in samplers.values())
+    assert len(samplers) == 16 and evaluations * config.frontier.num <= 250_000
+
+
 @pytest.fixture
 def workdir(trained, tmp_path):
     """A copy of the trained work directory, to write to."""
@@ -59,7 +79,8 @@ def draw(workdir, sampler, *args, run=run):
 def test_later_run_adds_to_an_earlier_one_on_one_process_or_two(workdir):
     """The config's own sampler, ancestral in 20 steps, is always one of them."""
     out, first, folder = draw(workdir, "heun", "--config.frontier.steps=(4,)")
-    assert "2 samplers, 2 of them to do" in out
+    announced = out.index("2 samplers, 2 of them to do")
+    assert announced < out.index("27 evaluations per image, about") < out.index("heun, uniform")
     names = [(e["sampler"], e["steps"], e["evaluations"]) for e in first]
     assert names == [("heun", 4, 7), ("ancestral", 20, 20)]
     assert list(first[0]["scores"]) == ["fd_random", "fd_pixels"]

@@ -3,21 +3,25 @@
 import contextlib
 import csv
 import json
+import re
 import shutil
 
 import jax
 import numpy as np
 import pytest
+from jax import random
 from PIL import Image
 
 from diffusion import data, experiment
-from diffusion.data import loader
+from diffusion.data import augment, loader
 from diffusion.modes import _split_pass
 from diffusion.modes._common import Trained, open_checkpoints
+from diffusion.samplers import analytic
 from diffusion.utils import partial_results
 from diffusion.utils.errors import DataError
 from tests import tiny_tfds
 from tests.conftest import ROOT
+from tests.modes.test__trajectories import toy_model
 from tests.runs import run, run_process
 from tests.test_configs import config_of
 
@@ -93,6 +97,45 @@ def test_a_killed_pass_goes_on_and_another_config_starts_anew(setting, tmp_path,
 def test_more_images_than_there_are_is_an_error(setting):
     with pytest.raises(DataError, match="expected at most the 296 images of test, found 300"):
         make(setting, n=300)
+
+
+def test_analytic_variances_of_as_many_images_as_they_need(tmp_path, monkeypatch, capsys):
+    """64 of 96 are enough for the error that 64 have; they are read once for a checkpoint.
+
+    In batches of 16, whatever bpd.seed is: the images' noise follows from the training's seed.
+    """
+    keys = {"sampler.variance": "analytic", "sampler.estimate": 96, "bpd.batch_size": 16}
+    model = toy_model(tmp_path, **keys, **{"bpd.seed": 7})
+    exp, chain = model.exp, _split_pass.trained_chain(model)
+    images = loader.load_dataset(data.open_dataset("digits", "train"))[0][:96]
+    noise = jax.vmap(random.fold_in, (None, 0))(random.key(model.config.seed), np.arange(96))
+
+    @jax.jit
+    def errors(x_0):
+        predict = chain.predictor({}, np.zeros(96, np.int32))
+        return analytic.timestep_errors(exp.process, predict, noise, x_0)
+
+    mse = np.asarray(errors(augment.scale(images)).mse, np.float64)
+    means = {n: mse[:n].mean(0) for n in (32, 64)}
+    error = {n: (mse[:n].std(0, ddof=1) / np.sqrt(n) / means[n]).max() for n in means}
+    assert error[32] > 1.01 * error[64]
+    monkeypatch.setattr(_split_pass, "TOLERANCE", 1.001 * error[64])
+    found = _split_pass.with_analytic(model).exp.sample_variance
+    out = capsys.readouterr().out
+    assert re.match(
+        r"measuring  .* at most 96 training images, about \S+s\nevaluation \d+/1,920", out
+    )
+    said = f"of 64 training images, standard error {error[64]:.1%} at most"
+    assert out.endswith(f"measured   optimal variances {said}\n")
+    [path] = tmp_path.glob("eval/00000012/*")
+    with np.load(path) as kept:
+        np.testing.assert_allclose(kept["x0_variance"][1:], means[64], rtol=1e-5)
+    monkeypatch.setattr(_split_pass.SplitPass, "compile", None)  # nothing is measured again
+    model.config.bpd.seed = 8
+    again = _split_pass.with_analytic(model).exp.sample_variance
+    assert capsys.readouterr().out == f"keeping    optimal variances {said}\n"
+    t = jax.numpy.arange(1, 21)
+    np.testing.assert_array_equal(*(v.log_var(exp.process, None, t) for v in (found, again)))
 
 
 @pytest.fixture

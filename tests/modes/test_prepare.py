@@ -1,5 +1,6 @@
 """--mode=prepare as a user runs it: what it prints, writes and refuses."""
 
+import json
 import os
 import re
 
@@ -45,13 +46,14 @@ def test_prepare_names_what_cannot_be_used_and_makes_a_set_of_the_rest(tmp_path,
     out, err = run(*args, "--dry_run", cwd=tmp_path)
     assert err == "" and "5 images" in out and f"{len(bad)} skipped" in out
     assert not (tmp_path / "data").exists()
+    assert "16x24 (height x width), 8 bits, RGB: the largest centred crop" in out
     figures = tmp_path / "runs" / "folder" / "figures"
-    with Image.open(figures / "data.png") as picture:
+    with Image.open(figures / "dry_run-images.png") as picture:
         assert min(picture.size) > 64
 
     out, err = run(*args, cwd=tmp_path)
     assert err == "" and f"{len(bad)} skipped" in out
-    lines = (figures / "skipped.txt").read_text().splitlines()
+    lines = (figures / "data-images-skipped.txt").read_text().splitlines()
     assert {line.partition(":")[0] for line in lines} == bad
     there = data.open_dataset("tfds", "train", name="images", data_dir=str(tmp_path / "data"))
     assert (there.n, there.shape, there.num_classes) == (5, (16, 24, 3), 0)
@@ -63,8 +65,31 @@ def test_prepare_names_what_cannot_be_used_and_makes_a_set_of_the_rest(tmp_path,
     _, err = run(*args, cwd=tmp_path, code=3)
     assert err.count("\n") == 1 and "expected no such data set yet" in err
 
-    run(*args, "--config.data.name=other", cwd=tmp_path)  # a second one
+    before = (figures / "data-images.png").read_bytes()
+    other = "--config.data.name=other", "--config.data.fit=pad", "--config.data.exclude=[!g]*"
+    out, err = run(*args, *other, cwd=tmp_path)  # a second one, of the good images alone
+    assert err == "" and "5 images" in out and "0 skipped" in out
     assert sorted(x.name for x in (tmp_path / "data").iterdir()) == ["images", "other"]
+    assert sorted(x.name for x in figures.iterdir()) == [
+        *("data-images-skipped.txt", "data-images.png", "data-other.png"),
+        *("dry_run-images-skipped.txt", "dry_run-images.png"),
+    ]
+    assert (figures / "data-images.png").read_bytes() == before
+    info = json.loads((tmp_path / "data" / "other" / "1.0.0" / "dataset_info.json").read_text())
+    for text in (out, info["description"]):
+        assert "data.include=('*',), data.exclude=('[!g]*',)" in text
+        assert (
+            "the whole image, padded to this aspect, on a background of RGB (255, 255, 255)" in text
+        )
+
+
+@pytest.mark.parametrize("dry_run", [(), ("--dry_run",)])
+@pytest.mark.parametrize("name", ["my photos", "photos/2024"])
+def test_a_name_that_no_set_can_have_is_refused_before_anything_is_read(tmp_path, name, dry_run):
+    args = f"--config={ROOT}/configs/folder.py", "--config.data.archive=/nowhere", *dry_run
+    _, err = run("--mode=prepare", *args, f"--config.data.name={name}", code=3, cwd=tmp_path)
+    assert "data.name: expected a-z, 0-9 and _, a letter first, at most 200" in err
+    assert repr(name) in err and not list(tmp_path.iterdir())
 
 
 def test_prepare_in_processes_of_its_own(tmp_path):

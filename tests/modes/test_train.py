@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from diffusion import experiment
-from diffusion.modes import _preview, _sampling
+from diffusion.modes import _readings, _sampling
 from diffusion.runtime import preemption
 from diffusion.runtime.config import Run, with_overrides
 from tests.runs import (
@@ -112,20 +112,29 @@ def test_stopped_saves_and_goes_on(tmp_path, with_signal):
 
 
 @pytest.mark.parametrize("reading", ["sample_every", "eval_every"])
-def test_stopped_while_it_draws_saves_the_steps_so_far(tmp_path, monkeypatch, reading):
-    """A preview, or a reading of distances, after step 3 is broken off; step 4 is saved."""
+def test_stopped_while_it_draws_saves_this_step_and_draws_it_later(tmp_path, monkeypatch, reading):
+    """A preview, or a reading of distances, after step 3 is broken off."""
     draw = _sampling.draw
 
     def stopped(*args):
         monkeypatch.setattr(preemption, "_requested", True)
         return draw(*args)
 
-    monkeypatch.setattr(_sampling, "draw", stopped)
     args = (TINY, NO_PREVIEW, f"--workdir={tmp_path}", "--config.train.save_every=100")
-    out, err = run(*args, *FEW_STEPS, f"--config.train.{reading}=3", code=75)
-    assert err == "" and re.search(r"stopped +at step 4, saved", out), out
-    assert not list(tmp_path.glob("samples/*"))
-    assert latest_state(tmp_path)[".step"] == 4
+    args = (*args, *FEW_STEPS, f"--config.train.{reading}=3", "--config.train.steps=4")
+    with monkeypatch.context() as patch:
+        patch.setattr(_sampling, "draw", stopped)
+        out, err = run(*args, code=75)
+    assert err == "" and re.search(r"stopped +at step 3, saved", out), out
+    assert not list(tmp_path.glob("samples/*.png"))
+    out, _ = run(*args)
+    assert "from step 3" in out and re.search(r"^done ", out, re.M)
+    assert int(latest_state(tmp_path)[".step"]) == 4
+    if reading == "sample_every":
+        drawn = {p.name for p in tmp_path.glob("samples/*")}
+        assert drawn == {f"{step:08d}_{kind}.png" for step in (3, 4) for kind in ("raw", "ema")}
+    else:
+        assert list(logged(tmp_path, "eval/fd_random")) == [3]
 
 
 GRIDS = {"00000008_raw.png", "00000008_ema.png"}
@@ -189,7 +198,7 @@ def draw_preview(tmp_path, trained_s, changes=()):
     exp = experiment.build(config)
     state = experiment.make_initial_state(config, exp)
     run_ = Run("train", config, tmp_path, None)
-    return _preview.Preview(run_, exp).draw(state, 10, trained_s, 10)
+    return _readings.Preview(run_, exp).draw(state, 10, trained_s, 10)
 
 
 def test_a_preview_that_would_take_too_long_is_left_out(tmp_path, capsys):
@@ -199,7 +208,7 @@ def test_a_preview_that_would_take_too_long_is_left_out(tmp_path, capsys):
 
 
 def test_process_0_decides_for_all_whether_to_draw(tmp_path, monkeypatch):
-    monkeypatch.setattr(_preview, "broadcast_from_primary", lambda mine: True)
+    monkeypatch.setattr(_readings, "broadcast_from_primary", lambda mine: True)
     assert draw_preview(tmp_path, 0.0) == {}
 
 

@@ -1,17 +1,23 @@
 """The command line: what is typed wrong ends in one line, and nothing is imported in vain."""
 
+import itertools
 import json
+import shlex
 import shutil
 import subprocess
 import sys
 
 import pytest
 
+import main
 from configs import default
 from diffusion.runtime import cli
+from diffusion.runtime import config as config_
 from diffusion.utils.errors import ConfigError
 from tests.conftest import ROOT
 from tests.runs import TINY, environment, run, run_process
+
+PREPARE = ["--mode=prepare", "--config.data.name=mine"]
 
 # What is typed wrong: arguments, exit code, and what the one line must name.
 WRONG = {
@@ -25,6 +31,9 @@ WRONG = {
     "loss": (["--config.loss.name=simpel"], 2, ["simpel", "nearest: simple"]),
     "sampler": (["--config.sampler.name=ancestor"], 2, ["ancestor", "nearest: ancestral"]),
     "target": (["--config.target=epsilon"], 2, ["epsilon", "eps"]),
+    "betas": (["--config.process.betas=(0.1,0.2)"], 2, ["betas", "20 numbers", "found 2"]),
+    "beta": (["--config.process.betas=(0.1,2)"], 2, ["process.betas", "in (0, 1]", "(0.1, 2)"]),
+    "times": (["--config.sampler.times=(5.5,)"], 2, ["sampler.times", "ints", "5.5"]),
     "sampler steps": (["--config.sampler.steps=21"], 2, ["sampler", "21", "20"]),
     "simple and learned": (["--config.variance=learned"], 2, ["loss", "variance", "vlb"]),
     "devices": (["--config.train.batch_size=15"], 2, ["train.batch_size", "15", "12 or 16"]),
@@ -59,12 +68,12 @@ WRONG = {
         ["data.source", "flder", "nearest: folder"],
     ),
     "no archive": (
-        ["--mode=prepare", "--config.data.source=zip"],
+        [*PREPARE, "--config.data.source=zip"],
         3,
         ["data.archive", "cannot be downloaded"],
     ),
     "archive not there": (
-        ["--mode=prepare", "--config.data.source=folder", "--config.data.archive=/nowhere"],
+        [*PREPARE, "--config.data.source=folder", "--config.data.archive=/nowhere"],
         3,
         ["data.archive", "/nowhere"],
     ),
@@ -85,7 +94,7 @@ def test_a_wrong_command_line_gets_one_line(name, tmp_path):
         args.insert(0, TINY)
     out, err = run(*args, code=code, cwd=cwd)
     assert err.count("\n") == 1 and err.startswith(f"ddpm: error[{code}]: "), err + out
-    assert len(err) <= 400, err
+    assert len(err) <= 320, err
     for word in words:
         assert word.format(file=tmp_path / "file") in err, err
     assert not list(cwd.rglob("*"))
@@ -103,6 +112,9 @@ def test_a_config_is_found_from_any_directory(tmp_path, trained):
     assert "expected a trained work directory" in err
     _, err = run("--config=configs/digits.py", f"--workdir={trained[0]}", code=4, cwd=tmp_path)
     assert "belongs to another config" in err  # and is not taken for the default
+    args = ("--mode=sample", "--input=x_T.npy")
+    _, err = run("--config=configs/digits.py", f"--workdir={trained[0]}", *args, code=4)
+    assert "belongs to another config" in err  # although --input is no weights here
 
 
 def test_a_cluster_that_is_not_numbered_is_refused(monkeypatch):
@@ -114,10 +126,19 @@ def test_a_cluster_that_is_not_numbered_is_refused(monkeypatch):
 
 
 def test_help_lists_flags_and_every_key():
+    """Every key once, with a comment; what it prints, typed, is the default configuration."""
     out, err = run("--help")
-    assert err == "" and "--workdir" in out
-    for line in ('"num_res_blocks": 2,', '"heartbeat_s": 30.0,', '"animation": "webp",'):
-        assert line in out
+    assert err == "" and "--workdir" in out and run("--mode=help")[0] == out
+    lines = out.partition("Keys of the configuration:\n")[2].splitlines()
+    typed = [word for line in lines for word in shlex.split(line, comments=True)]
+    keys = [word.removeprefix("--config.").partition("=")[0] for word in typed]
+    assert sorted(keys) == sorted(config_.flatten(default.get_config()))
+    found = config_.resolve(main.define_flags(), ["main.py", TINY, *typed], lambda workdir: None)
+    assert found.config.to_dict() == default.get_config().to_dict()
+    for above, line in itertools.pairwise(lines):
+        assert " # " in line or not line or above.startswith("  # "), f"no comment: {line}"
+    sections = [key.partition(".")[0] for key in keys if "." in key]
+    assert [s for s, _ in itertools.groupby(sections)] == [*dict.fromkeys(sections)]
 
 
 def modules_after(*args):

@@ -14,6 +14,7 @@ import pytest
 from configs import default
 from diffusion import data
 from diffusion.runtime import workdir
+from diffusion.runtime.config import YOUNGER, flatten, unflatten, with_overrides
 from diffusion.utils.errors import DataError, WorkdirError
 from tests.conftest import ROOT
 
@@ -125,6 +126,18 @@ def test_remembers_its_config_and_refuses_another(tmp_path):
     (tmp_path / "run/config.json").write_text("{")
     with pytest.raises(WorkdirError, match=r"config.json: cannot be read"):
         workdir.load_config(tmp_path / "run")
+
+
+def test_keys_that_an_old_config_lacks_have_their_defaults(tmp_path):
+    flat = flatten(default.get_config())
+    old = {key: value for key, value in flat.items() if key not in YOUNGER}
+    assert len(old) + len(YOUNGER) == len(flat)
+    (tmp_path / "config.json").write_text(json.dumps(unflatten(old)))
+    workdir.check_owner(tmp_path, default.get_config())
+    other = with_overrides(default.get_config(), {"model.norm_eps": 1e-5, "process.betas": (0.1,)})
+    match = r"model.norm_eps: was 1e-06, now 1e-05; process.betas: was \(\), now \(0.1,\)"
+    with pytest.raises(WorkdirError, match=match):
+        workdir.check_owner(tmp_path, other)
 
 
 def test_too_little_space_is_an_error_or_a_warning(tmp_path, monkeypatch, capsys):

@@ -104,15 +104,21 @@ def test_grids_in_the_ratio_refuse_pure_noise(name):
 
 
 def test_explicit_times():
-    for ts in ([20, 7, 1, 0], (1, 7, 20), np.array([7, 20, 1])):
+    for ts in ([20, 7, 1, 0], (20, 7, 1), np.array([1, 7, 20])):
         ours = timesteps.explicit(SHORT, ts)
         assert ours.dtype == np.int32
         np.testing.assert_array_equal(ours, [20, 7, 1, 0])
 
 
-@pytest.mark.parametrize("ts", [[], [0], [21, 3, 0], [-1, 3], [3, 3, 0], [2.5, 1.0], [True]])
+@pytest.mark.parametrize(
+    "ts",
+    [
+        *([], [0], [21, 3, 0], [-1, 3], [3, 3, 0], [2.5, 1.0], [True]),
+        *([7, 20, 1], [5, 19, 1], [1, 20, 7], [0, 20, 7]),  # in no order
+    ],
+)
 def test_explicit_times_are_checked(ts):
-    with pytest.raises(ValueError, match=r"distinct integers in 1\.\.20"):
+    with pytest.raises(ValueError, match=r"distinct integers in 1\.\.20, falling"):
         timesteps.explicit(SHORT, ts)
 
 

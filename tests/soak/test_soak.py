@@ -4,6 +4,7 @@ Two processes of pytest run on two cores. Each test records figures for the tabl
 """
 
 import contextlib
+import itertools
 import json
 import pathlib
 import re
@@ -85,6 +86,19 @@ def test_two_processes_stop_together(tmp_path, figures):
     figures(
         "R6", {"SIGTERM to one of two, both at the same step": trials.stopped_together(tmp_path)}
     )
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("mode", trials.WORK)
+def test_every_mode_stops(tmp_path, figures, mode, processes):
+    """In every phase, however it is asked; and the same command goes on."""
+    run(*TINY, f"--workdir={tmp_path / 'trained'}")
+    for phase, how in itertools.product(trials.PHASES, trials.SIGNALS):
+        folder = tmp_path / f"{phase}_{how.replace(' ', '_')}"
+        if mode != "train":
+            shutil.copytree(tmp_path / "trained", folder / "run")
+        codes, heard, end = trials.stopped_in(folder, mode, processes, phase, how)
+        figures("R27", {f"{mode}, {processes}, {phase}, {how}": f"{codes}, {heard} s, {end} s"})
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])

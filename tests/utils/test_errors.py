@@ -35,10 +35,14 @@ def test_a_message_is_one_printable_line(text, line):
     assert str(errors.DataError(text)) == line
 
 
-def test_a_long_message_is_cut():
+@pytest.mark.parametrize("numbers", [50, 10**3, 10**5])
+def test_a_long_message_keeps_its_key_and_what_to_do(numbers):
+    """Whatever the value that it quotes, it has at most 300 characters."""
     assert errors.one_line("x" * 300) == "x" * 300
-    assert errors.one_line("x" * 301) == "x" * 296 + " ..."
-    assert len(str(errors.DDPMError("x" * 10**6))) == errors.MAX_LENGTH
+    value = [0.001 * i for i in range(numbers)]
+    message = str(errors.ConfigError(f"process.betas: expected one, found {value!r}; give another"))
+    assert message.startswith("process.betas: expected one, found [0.0, 0.001,")
+    assert message.endswith("]; give another") and " ... " in message and len(message) == 300
 
 
 def test_an_error_crosses_processes():

@@ -92,6 +92,31 @@ def test_progress_slow_steps_resumed_runs_and_names():
     ]
 
 
+def test_progress_of_quiet_work_begins_after_its_quiet_time():
+    clock, out = Clock(), io.StringIO()
+    with Progress(9, stream=out, clock=clock, unit="image", quiet_s=10.0) as progress:
+        run(clock, progress, 1, 9, 1.1)  # 9.9 s in all
+    assert out.getvalue() == ""
+    with Progress(20, stream=out, clock=clock, unit="image", quiet_s=10.0) as progress:
+        run(clock, progress, 1, 19, 2.0)
+    # The first line at 10 s, then as ever: 2 s later and every 10 s. 15 images at 2 s are 30 s.
+    first, second, _, _, last = out.getvalue().splitlines()
+    assert first == "image 5/20  25%  ETA 30s  2.0s/image"
+    assert second.startswith("image 6/20") and last.startswith("image 19/20  95%  stopped after")
+
+
+def test_progress_says_how_many_steps_the_first_report_is_of():
+    clock, out = Clock(), io.StringIO()
+    progress = Progress(2000, 100, 0.25, stream=out, clock=clock, unit="sampling step")
+    for step in (140, 180):  # reported after 40 steps each; 4 steps make an image
+        clock.now += 4.0
+        progress(step)
+    assert out.getvalue().splitlines() == [
+        "sampling step 140/2,000  7%  first 40 sampling steps took 4.0s",
+        "sampling step 180/2,000  9%  ETA 3m02s  10 sampling steps/s  2.5 images/s",
+    ]
+
+
 def test_progress_ends_with_the_total_time_and_the_mean_rate():
     clock, out = Clock(), io.StringIO()
     with Progress(9, 0, 3, stream=out, clock=clock, unit="chunk") as progress:

@@ -56,7 +56,8 @@ def download(
         _complete(remote, part, report)
         if (found := _sha256(part)) != remote.sha256:
             part.unlink()
-            raise DataError(f"expected SHA-256 {remote.sha256}, found {found}; it was removed")
+            wanted = f"expected SHA-256 {remote.sha256[:16]}, found {found[:16]}"
+            raise DataError(f"{wanted}; it was removed")
         os.replace(part, path)
     except DataError as error:
         raise DataError(f"{remote.url}: {error}; try again, or give {instead}") from error

@@ -33,6 +33,11 @@ COMPRESS_LEVEL = 4
 PNG_END = b"IEND\xaeB`\x82"
 MODES = {1: "L", 3: "RGB"}  # Pillow's names, by number of channels
 PILLOW = re.compile(r"PIL\.")
+FITS = {  # how an image of another aspect fills the form
+    "crop": "the largest centred crop of this aspect",
+    "pad": "the whole image, padded to this aspect",
+    "stretch": "the whole image, stretched to this aspect",
+}
 
 
 class ImageError(DataError):
@@ -45,7 +50,8 @@ class ImageSpec(NamedTuple):
     height: int
     width: int
     channels: int  # 1 (grey) or 3 (RGB)
-    background: tuple[int, int, int] = (255, 255, 255)  # RGB in 0..255, behind transparency
+    background: tuple[int, int, int] = (255, 255, 255)  # RGB in 0..255, behind and around
+    fit: str = "crop"  # a key of FITS
 
 
 class NormalizedImage(NamedTuple):
@@ -63,14 +69,16 @@ def normalize_image(content: bytes | np.ndarray, spec: ImageSpec) -> NormalizedI
 
     1. The first frame is taken, and turned as its EXIF orientation says; broken EXIF is ignored.
     2. Grey of 16 or 12 bits becomes 8 to the nearest level; of 16-bit colour the upper 8 are taken.
-    3. The centre is cropped: the largest rectangle of the spec's aspect, its side rounded to the
-       nearest pixel, halves up. Of an odd rest, one more goes right or below.
+    3. To crop, the largest rectangle of the spec's aspect is taken from the centre, its side
+       rounded to the nearest pixel, halves up. Of an odd rest, one more goes right or below.
     4. Transparency is composited on the background, before any resampling, so that the hidden
        colours leave no fringe. Colour becomes grey as ITU-R 601 luma (Pillow's L), grey becomes
        colour as three equal channels. Colour profiles are not applied.
     5. A larger image is averaged over boxes, whose sides are the largest integers that leave twice
        the size, and then resampled by Lanczos's filter: Image.resize with reducing_gap=2.0. A
        smaller one is enlarged bicubically.
+    6. To pad, 5 leads to the largest rectangle of the image's aspect within the spec's size, placed
+       and rounded as in 3, on the background. To stretch, 3 and 6 are left out.
 
     A JPEG or 8-bit PNG that needs none of this is stored as it is; all else becomes a PNG without
     metadata.
@@ -91,7 +99,7 @@ def normalize_image(content: bytes | np.ndarray, spec: ImageSpec) -> NormalizedI
         size = image.height, image.width
         keep_file = isinstance(content, bytes) and _follows(image, content, spec)
         if not keep_file:
-            image = _resize(_flatten(_crop(image, spec), spec), spec)
+            image = _fill(image, spec)
         pixels = np.asarray(image).reshape(spec.height, spec.width, spec.channels)
         encoded = content if keep_file else _encode_png(pixels)
         same = mode == "array" and np.array_equal(pixels, content.reshape(*size, -1))
@@ -103,10 +111,12 @@ def normalize_image(content: bytes | np.ndarray, spec: ImageSpec) -> NormalizedI
 
 
 def _check_spec(spec: ImageSpec) -> None:
-    height, width, channels, background = spec
+    height, width, channels, background, fit = spec
     valid = height >= 1 and width >= 1 and height * width <= MAX_PIXELS and channels in MODES
-    if not valid or len(background) != 3 or not all(0 <= level <= 255 for level in background):
+    colour = len(background) == 3 and all(0 <= level <= 255 for level in background)
+    if not (valid and colour and fit in FITS):
         expected = f"height x width of 1 to {MAX_PIXELS:,} pixels, 1 or 3 channels, RGB of 0..255"
+        expected += f", {' or '.join(FITS)}"
         raise ImageError(f"image size: expected {expected}, found {tuple(spec)}")
 
 
@@ -229,16 +239,34 @@ def _follows(image: Image.Image, content: bytes, spec: ImageSpec) -> bool:
     return plain and right and not image.has_transparency_data
 
 
-def _crop(image: Image.Image, spec: ImageSpec) -> Image.Image:
-    (w, h), (height, width, *_) = image.size, spec
-    if w * height > h * width:
-        w = max(1, (2 * h * width + height) // (2 * height))
-    else:
-        h = max(1, (2 * w * height + width) // (2 * width))
-    if (w, h) == image.size:
+def _fill(image: Image.Image, spec: ImageSpec) -> Image.Image:
+    """Brings an upright image of 8 bits to the spec's size and mode."""
+    size = inner = spec.width, spec.height
+    if spec.fit == "crop":
+        left, top, right, bottom = _largest_within(image.size, size)
+        if (right - left, bottom - top) != image.size:
+            image = image.crop((left, top, right, bottom))
+    elif spec.fit == "pad":
+        left, top, right, bottom = _largest_within(size, image.size)
+        inner = right - left, bottom - top
+    image = _resize(_flatten(image, spec), inner, spec.channels)
+    if inner == size:
         return image
-    left, top = (image.width - w) // 2, (image.height - h) // 2
-    return image.crop((left, top, left + w, top + h))
+    canvas = Image.new("RGB", size, spec.background).convert(image.mode)
+    canvas.paste(image, (left, top))
+    return canvas
+
+
+def _largest_within(room: tuple[int, int], aspect: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Returns the centred box (left, top, right, bottom) of this aspect that fills the room."""
+    (width, height), (a, b) = room, aspect
+    w, h = width, height
+    if width * b > height * a:
+        w = max(1, (2 * height * a + b) // (2 * b))
+    else:
+        h = max(1, (2 * width * b + a) // (2 * a))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
 
 
 def _flatten(image: Image.Image, spec: ImageSpec) -> Image.Image:
@@ -252,14 +280,13 @@ def _flatten(image: Image.Image, spec: ImageSpec) -> Image.Image:
     return image.convert("L") if image.mode == "RGB" and spec.channels == 1 else image
 
 
-def _resize(image: Image.Image, spec: ImageSpec) -> Image.Image:
-    """Resamples L or RGB to the spec's size and mode; grey is resampled before it is repeated."""
-    size = spec.width, spec.height
-    if image.width > spec.width or image.height > spec.height:
+def _resize(image: Image.Image, size: tuple[int, int], channels: int) -> Image.Image:
+    """Resamples L or RGB to (w, h) and a mode; grey is resampled before it is repeated."""
+    if image.width > size[0] or image.height > size[1]:
         image = image.resize(size, Resampling.LANCZOS, reducing_gap=2.0)
     elif image.size != size:
         image = image.resize(size, Resampling.BICUBIC)
-    return image if image.mode == MODES[spec.channels] else image.convert(MODES[spec.channels])
+    return image if image.mode == MODES[channels] else image.convert(MODES[channels])
 
 
 def _encode_png(pixels: np.ndarray) -> bytes:

@@ -112,15 +112,26 @@ def _end_with_parent() -> None:
 
 @contextlib.contextmanager
 def _bare_start() -> Iterator[None]:
-    """Lets processes start deaf to Ctrl-C, which this one handles, and without the main file."""
-    main, blocked = sys.modules["__main__"], signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # children inherit it
+    """Lets processes start deaf to Ctrl-C, which this one handles, and without the main file.
+
+    Signals are handled afterwards: a process whose parent ends meanwhile writes a traceback.
+    """
+    main, waiting = sys.modules["__main__"], []
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # children inherit it
+    wakeup = signal.set_wakeup_fd(-1)
+    both = signal.SIGINT, signal.SIGTERM
+    handlers = {s: signal.signal(s, lambda s, _: waiting.append(s)) for s in both}
     sys.modules["__main__"] = types.ModuleType("__main__")  # spawn would import its file: JAX
     try:
         yield
     finally:
         sys.modules["__main__"] = main
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        for signum in waiting:
+            signal.raise_signal(signum)
 
 
 def _death(function: Callable, items: list, name: Callable[[Item], str]) -> DataError:

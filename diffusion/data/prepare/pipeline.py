@@ -20,7 +20,7 @@ import numpy as np
 from diffusion.data import escape, mismatch
 from diffusion.data.prepare import tfds_writer
 from diffusion.data.prepare.archives import Item, Source
-from diffusion.data.prepare.image_decoding import ImageError, ImageSpec, normalize_image
+from diffusion.data.prepare.image_decoding import FITS, ImageError, ImageSpec, normalize_image
 from diffusion.data.prepare.parallel import parallel_map
 from diffusion.utils.errors import DataError
 
@@ -163,14 +163,18 @@ def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{count:,} in {split}" for split, count in counts.items())
 
 
-def _description(spec: ImageSpec, holdout: float | Collection[str]) -> str:
+def describe_spec(spec: ImageSpec) -> str:
+    """Returns the form of the images, in words."""
     kind = "grey" if spec.channels == 1 else "RGB"
+    size = f"{spec.height}x{spec.width} (height x width), 8 bits, {kind}"
+    return f"{size}: {FITS[spec.fit]}, on a background of RGB {tuple(spec.background)}"
+
+
+def _description(spec: ImageSpec, holdout: float | Collection[str]) -> str:
     text = (
-        f"Every image is {spec.height}x{spec.width} (height x width), 8 bits, {kind}: the largest "
-        "centred crop of this aspect, averaged over boxes and resampled by Lanczos's filter if "
-        "larger, enlarged bicubically if smaller; transparency is composited on RGB "
-        f"{tuple(spec.background)}. Images that need none of this are stored as they came, others "
-        "as PNG."
+        f"Every image is {describe_spec(spec)}; averaged over boxes and resampled by Lanczos's "
+        "filter if larger, enlarged bicubically if smaller. Images that need none of this are "
+        "stored as they came, others as PNG."
     )
     if isinstance(holdout, float | int):
         held = f"the SHA-256 of their name, over its range, is below {holdout}"

@@ -5,6 +5,7 @@ in every pass, with labels and splits where it has them. No pickle is ever read.
 """
 
 import contextlib
+import fnmatch
 import functools
 import io
 import os
@@ -13,6 +14,7 @@ import posixpath
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 from diffusion.data import escape, mismatch, suggest_names
 from diffusion.data.prepare import archives
@@ -27,22 +29,41 @@ JUNK = ("__MACOSX", "Thumbs.db", "desktop.ini")
 IMAGES = "a folder, zip, tar or npz of images, or an LMDB of LSUN"
 
 
+class Selection(NamedTuple):
+    """Patterns of fnmatch on the whole path of an image in its folder or archive."""
+
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+    def __call__(self, name: str) -> bool:
+        """Returns whether an image is taken."""
+        taken, left_out = (any(fnmatch.fnmatchcase(name, p) for p in ps) for ps in self)
+        return taken and not left_out
+
+
+ALL_IMAGES = Selection()
+
+
 def open_source(
     name: str,
     archive: str = "",
     downloads: str = "",
     accept_incomplete: bool = False,
     report: Report = lambda what, done, total: None,
+    selection: Selection = ALL_IMAGES,
 ) -> Source:
     """Opens the source ORIGINS[name].
 
     archive is the file or folder to read; '' downloads what is published into the folder
     `downloads`, unless it is there. accept_incomplete allows fewer images than were published.
-    report is called with what is being done, the bytes done, and the total. Raises DataError.
+    selection chooses among files. report is called with what is being done, the bytes done, and the
+    total. Raises DataError.
     """
     if name not in ORIGINS:
         raise DataError(f"data.source: {name!r} is not known; {suggest_names(name, ORIGINS)}")
     remotes = published_files(name)
+    if remotes:
+        _refuse(selection, name)
     if archive:
         path = pathlib.Path(os.path.expanduser(archive))
         _check_exists(path, archive)
@@ -56,7 +77,8 @@ def open_source(
         path /= os.path.dirname(remotes[0].file)
     if len(remotes) == 1 and (path / remotes[0].file).is_file():
         path /= remotes[0].file
-    return ORIGINS[name](path, accept_incomplete, report)
+    options = {} if remotes else {"selection": selection}
+    return ORIGINS[name](path, accept_incomplete, report, **options)
 
 
 def _check_exists(path: pathlib.Path, archive: str) -> None:
@@ -69,51 +91,70 @@ def _check_exists(path: pathlib.Path, archive: str) -> None:
     raise DataError(f"data.archive: no file or folder {archive!r}{there}")
 
 
+def _refuse(selection: Selection, what: str) -> None:
+    """Raises DataError for patterns where no image has a path."""
+    if selection != ALL_IMAGES:
+        expected = "images in a folder, zip or tar to choose from"
+        raise mismatch("data.include, data.exclude", expected, what, "leave these keys out")
+
+
 def _images(
     path: pathlib.Path,
     accept_incomplete: bool,
     report: Report,
+    selection: Selection,
     order: Callable = archives.byte_order,
 ) -> Source:
     """Opens images of any origin, told apart by what is there."""
     kind = archives.archive_kind(path, IMAGES)
     if kind == "tar":
         names = [m.name for m in archives.tar_members(path, report)]
-        return _tree(path, names, lambda: archives.tar_members(path), strip=True)
+        return _tree(path, names, lambda: archives.tar_members(path), selection, strip=True)
     if kind == "zip":
         names = [m.name for m in archives.zip_members(path, order)]
         if any(name.endswith(".npy") for name in names) and not any(map(_is_image, names)):
+            _refuse(selection, f"the arrays of {path.name}")
             return npz(path)
-        return _tree(path, names, lambda: archives.zip_members(path, order), strip=True)
+        members = functools.partial(archives.zip_members, path, order)
+        return _tree(path, names, members, selection, strip=True)
     if (path / "data.mdb").exists():
+        _refuse(selection, f"the LMDB {path.name}")
         return _lmdb(path)
     names = sorted(archives.folder_names(path, _is_junk), key=order)
-    images = list(filter(_is_image, names))
-    return _tree(path, names, lambda: archives.folder_members(path, images), strip=False)
+    images = [name for name in names if _is_image(name) and selection(name)]
+    members = functools.partial(archives.folder_members, path, images)
+    return _tree(path, names, members, selection, strip=False)
 
 
-def _celebahq(path: pathlib.Path, accept_incomplete: bool, report: Report) -> Source:
+def _celebahq(
+    path: pathlib.Path, accept_incomplete: bool, report: Report, selection: Selection
+) -> Source:
     """Opens CelebA-HQ (Karras et al. 2018, arXiv:1710.10196, app. C): 30,000 images, no classes.
 
     Any names will do; 2.jpg comes before 10.jpg, but in a tar, which is read as it lies.
     """
-    source = _images(path, accept_incomplete, report, _natural_order)
+    source = _images(path, accept_incomplete, report, selection, _natural_order)
     check_count(str(path), source.count, 30_000, accept_incomplete)
     return source._replace(items=lambda: (x._replace(label=0) for x in source.items()), classes=())
 
 
 def _tree(
-    path: pathlib.Path, names: list[str], members: Callable[[], Iterator[Member]], strip: bool
+    path: pathlib.Path,
+    names: list[str],
+    members: Callable[[], Iterator[Member]],
+    selection: Selection,
+    strip: bool,
 ) -> Source:
     """Returns the images among files in folders. strip: drop the top folders from their names."""
     names = [name for name in names if not _is_junk(name)]
-    images = list(filter(_is_image, names))
-    if not images:
+    there = list(filter(_is_image, names))
+    if not there:
         lmdb = next((name for name in names if name.endswith("data.mdb")), None)
         some = ", ".join(names[:3]) + ", …" * (len(names) > 3)
         found = f"none among {len(names):,} files ({some})" if names else "nothing"
         found = f"an LMDB: give the folder of {lmdb}, unpacked" if lmdb else found
         raise mismatch(path, f"images ({', '.join(SUFFIXES)})", found)
+    images = _select(there, selection)
     if len(set(images)) < len(images):
         seen = set()
         twice = next(name for name in images if name in seen or seen.add(name))
@@ -122,15 +163,31 @@ def _tree(
 
     def items():
         for member in members():
-            if _is_image(member.name):
+            if _is_image(member.name) and selection(member.name):
                 name = member.name.removeprefix(top)
                 content = archives.read_member(member)
                 yield Item(escape(name if strip else member.name), content, *place(name))
 
-    others = len(names) - len(images)
+    others, left_out = len(names) - len(there), len(there) - len(images)
     passed = f"; files passed over: {others:,}" if others else ""
+    if selection != ALL_IMAGES:
+        patterns = f"data.include={selection.include}, data.exclude={selection.exclude}"
+        passed += f"; images left out by {patterns}: {left_out:,}"
     about = f"{len(images):,} images from {path.resolve().name}{passed}."
     return Source(items, tuple(map(escape, classes)), about, len(images))
+
+
+def _select(images: list[str], selection: Selection) -> list[str]:
+    """Returns the chosen names. Raises DataError for a pattern like none, and if all go."""
+    like = f"they are like {images[0]}"
+    for key, patterns in selection._asdict().items():
+        for pattern in patterns:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in images):
+                raise mismatch(f"data.{key}", "a pattern of some image", repr(pattern), like)
+    chosen = list(filter(selection, images))
+    if not chosen:
+        raise mismatch("data.exclude", f"some of {len(images):,} images to stay", "none", like)
+    return chosen
 
 
 def _layout(names: list[str]) -> tuple[str, list[str], Callable[[str], tuple[int, str | None]]]:
@@ -230,7 +287,8 @@ CLOTHES = (
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
 
-ORIGINS: dict[str, Callable[[pathlib.Path, bool, Report], Source]] = {
+# Functions of (path, accept_incomplete, report); those that cannot be downloaded, of a Selection.
+ORIGINS: dict[str, Callable[..., Source]] = {
     "cifar10": functools.partial(cifar, CIFAR10),
     "cifar100": functools.partial(cifar, CIFAR100),
     "mnist": functools.partial(idx, "MNIST", DIGITS),

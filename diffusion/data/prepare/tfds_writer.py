@@ -22,6 +22,7 @@ from diffusion.data import error_text, mismatch
 from diffusion.utils.errors import DataError
 
 VERSION = "1.0.0"
+MAX_NAME = 200  # characters: the names of files are 35 longer, and end at 255
 # One record a group, to read them in any order; images are compressed already.
 ARRAY_RECORD_OPTIONS = "group_size:1,uncompressed"
 
@@ -133,21 +134,31 @@ def _features(shape: tuple[int, int, int], classes: Sequence[str]) -> Any:
     return features.FeaturesDict({"image": features.Image(shape=shape), **label})
 
 
+def new_set_path(folder: str | os.PathLike, name: str, may_exist: bool = False) -> pathlib.Path:
+    """Returns folder/name/VERSION.
+
+    Raises DataError if TFDS does not allow the name, or the data set exists and must not.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or len(name) > MAX_NAME:
+        expected = f"a-z, 0-9 and _, a letter first, at most {MAX_NAME} characters"
+        found = repr(name) if len(name) <= MAX_NAME else f"{len(name):,} characters"
+        raise mismatch("data.name", expected, found)
+    path = pathlib.Path(folder).expanduser() / name / VERSION
+    if os.path.lexists(path) and not may_exist:
+        advice = "give another data.name, or delete it to make it anew"
+        raise mismatch(path, "no such data set yet", "one", advice)
+    return path
+
+
 @contextlib.contextmanager
 def create_folder(folder: str | os.PathLike, name: str) -> Iterator[pathlib.Path]:
     """Gives a new folder that becomes folder/name/VERSION when the block ends without an error.
 
     An error leaves nothing of it; what a killed process left is removed by the next one. Raises
-    DataError if TFDS does not allow the name, the data set exists, another process is making it, or
-    it cannot be written.
+    DataError as `new_set_path`, and if another process is making it or it cannot be written.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise mismatch("data.name", "a-z, 0-9 and _, a letter first", repr(name))
-    final = pathlib.Path(folder).expanduser() / name / VERSION
+    final = new_set_path(folder, name)
     new = final.with_name(f".incomplete-{VERSION}")  # beside it: on the same file system
-    if os.path.lexists(final):
-        advice = "give another data.name, or delete it to make it anew"
-        raise mismatch(final, "no such data set yet", "one", advice)
     with _writing(new):
         new.mkdir(parents=True, exist_ok=True)
         lock = open(new / "lock", "ab")

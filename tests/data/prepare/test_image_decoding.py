@@ -19,7 +19,8 @@ import pytest
 from PIL import Image
 
 from diffusion.data.prepare import image_decoding
-from diffusion.data.prepare.image_decoding import ImageError, ImageSpec, normalize_image
+from diffusion.data.prepare.image_decoding import FITS, ImageError, ImageSpec, normalize_image
+from diffusion.runtime.config import VALIDATORS
 from tests.conftest import ROOT
 
 WHITE = (255, 255, 255)
@@ -228,7 +229,7 @@ def test_any_error_is_an_image_error_of_one_line(monkeypatch):
     with pytest.raises(ImageError, match=r"whole PNG file, found .*MemoryError"):
         normalize_image(content, ImageSpec(4, 4, 3))
     monkeypatch.setattr(Image.Image, "load", raising(ValueError("a\n \x1b[31mb" + 999 * "c")))
-    with pytest.raises(ImageError, match=r"decoded: a \[31mbc{100,200} \.\.\.; copy it anew"):
+    with pytest.raises(ImageError, match=r"decoded: a \[31mbc{50,200} \.\.\. c+; copy it anew"):
         normalize_image(content, ImageSpec(4, 4, 3))
 
 
@@ -242,7 +243,8 @@ def test_ctrl_c_is_not_an_error_of_the_image(monkeypatch):
 @pytest.mark.parametrize(
     "spec",
     [ImageSpec(0, 8, 3), ImageSpec(8, -1, 3), ImageSpec(8, 8, 4), ImageSpec(2**20, 2**20, 3),
-     ImageSpec(8, 8, 3, (0, 0)), ImageSpec(8, 8, 3, (0, 0, 256))],
+     ImageSpec(8, 8, 3, (0, 0)), ImageSpec(8, 8, 3, (0, 0, 256)),
+     ImageSpec(8, 8, 3, WHITE, "contain")],
 )  # fmt: skip
 def test_a_spec_that_cannot_be_followed(spec):
     with pytest.raises(ImageError, match=r"^image size: expected height x .*, found \("):
@@ -565,6 +567,68 @@ def test_crop_alone_does_not_resample():
     picture = normalize_image(image, ImageSpec(12, 9, 3))
     np.testing.assert_array_equal(picture.pixels, image[:, 4:13])
     assert picture.size == (12, 17) and picture.changed
+
+
+PADDED = [  # size, spec, box: rows, columns that hold the image
+    ((5, 8), (8, 8), (1, 6, 0, 8)),  # 3 are left: 1 above, 2 below
+    ((8, 5), (8, 8), (0, 8, 1, 6)),
+    ((6, 6), (3, 3), (0, 3, 0, 3)),
+    ((10, 20), (8, 8), (2, 6, 0, 8)),
+    ((3, 7), (6, 8), (1, 4, 0, 8)),  # 3.43 rows
+    ((7, 2), (5, 9), (0, 5, 4, 5)),  # 1.43 columns
+    ((2, 20), (5, 5), (2, 3, 0, 5)),  # 0.5 rows
+    ((4, 100), (9, 9), (4, 5, 0, 9)),  # 0.36 rows: not none
+    ((100, 4), (9, 9), (0, 9, 4, 5)),
+    ((2, 2), (4, 7), (0, 4, 1, 5)),
+]
+
+
+@pytest.mark.parametrize("size, spec, box", PADDED)
+def test_pad_keeps_the_whole_image_on_the_background(size, spec, box):
+    """A black image is a black box, exactly; a mark in any corner of it is seen in that box."""
+    inside = np.zeros(spec, bool)
+    inside[box[0] : box[1], box[2] : box[3]] = True
+    black = np.zeros(size, np.uint8)
+    for image in (black, black[..., None].repeat(3, 2)):
+        pixels = normalize_image(image, ImageSpec(*spec, 3, BACKGROUND, "pad")).pixels
+        np.testing.assert_array_equal(pixels, np.where(inside[..., None], 0, BACKGROUND))
+    grey = normalize_image(black, ImageSpec(*spec, 1, BACKGROUND, "pad")).pixels[..., 0]
+    luma = 0.587 * BACKGROUND[1] + 0.114 * BACKGROUND[2]
+    assert np.abs(grey - np.where(inside, 0, luma)).max() <= 0.5
+    for y, x in itertools.product((0, -1), repeat=2):
+        mark = black.copy()
+        mark[y, x] = 255
+        seen = normalize_image(mark, ImageSpec(*spec, 1, (0, 0, 0), "pad")).pixels[..., 0]
+        assert seen.any() and not seen[~inside].any()
+
+
+def test_padding_is_the_colour_under_transparency():
+    image = np.zeros((4, 9, 4), np.uint8)
+    pixels = normalize_image(image, ImageSpec(6, 6, 3, BACKGROUND, "pad")).pixels
+    assert (pixels == BACKGROUND).all()
+
+
+@pytest.mark.parametrize("size, spec", [((40, 200), (64, 64)), ((300, 70), (64, 32))])
+def test_stretch_takes_each_axis_by_itself(size, spec):
+    """A plane stays one, corner to corner: nothing is cut off, and no axis is scaled as another."""
+    y, x = (np.arange(n) + 0.5 for n in size)
+    plane = np.rint(20 + 100 * y[:, None] / size[0] + 120 * x / size[1]).astype(np.uint8)
+    pixels = normalize_image(plane, ImageSpec(*spec, 1, fit="stretch")).pixels[..., 0]
+    y, x = (np.arange(n) + 0.5 for n in spec)
+    expected = 20 + 100 * y[:, None] / spec[0] + 120 * x / spec[1]
+    # Rounded before and after, and between boxes and the filter; at the ends the filters are cut.
+    error = np.abs(pixels - expected)
+    assert error[8:-8, 8:-8].max() <= 1.5 and error.max() <= 4
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_an_image_of_the_right_aspect_is_the_same_however_it_is_fitted(fit):
+    for size, spec in [((9, 11), (9, 11)), ((18, 22), (9, 11)), ((9, 9), (30, 30))]:
+        image = file(noise(*size, 3))
+        expected = normalize_image(image, ImageSpec(*spec, 3))
+        found = normalize_image(image, ImageSpec(*spec, 3, BACKGROUND, fit))
+        assert found.encoded == expected.encoded and found.changed == (size != spec)
+    assert VALIDATORS["data.fit"][0](fit)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 7), (8, 8), (9, 8), (40, 41), (64, 64), (201, 77)])

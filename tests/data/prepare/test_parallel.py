@@ -138,6 +138,28 @@ def test_processes_start_bare(tmp_path):
     assert done.stderr == "" and done.stdout == "{(True, False)} True\n"
 
 
+def test_a_signal_waits_until_the_processes_have_started():
+    """Both for its handler and for who reads the wakeup pipe: the parent lives on meanwhile."""
+    heard, (receiver, sender) = [], os.pipe()
+    for end in (receiver, sender):
+        os.set_blocking(end, False)
+    wakeup = signal.set_wakeup_fd(sender)
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("handled"))
+    try:
+        with parallel._bare_start():
+            signal.raise_signal(signal.SIGTERM)
+            with pytest.raises(BlockingIOError):
+                os.read(receiver, 9)
+            assert not heard
+        assert heard == ["handled"] and os.read(receiver, 9) == bytes([signal.SIGTERM])
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        signal.signal(signal.SIGTERM, before)
+        os.close(receiver)
+        os.close(sender)
+
+
 def test_as_many_processes_as_cores(monkeypatch):
     started = []
     monkeypatch.setattr(parallel, "_make_pool", lambda n: started.append(n) or 1 / 0)

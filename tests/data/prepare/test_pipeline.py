@@ -163,7 +163,7 @@ def test_the_description_says_how_it_was_made(tmp_path):
     text = about(tmp_path / "tiny" / "1.0.0")
     for words in (
         "From a drawer.",
-        "8x8 (height x width), 8 bits, grey",
+        "8x8 (height x width), 8 bits, grey: the largest centred crop of this aspect",
         "RGB (0, 9, 8)",
         "their name is among 1 given names",
         "3 images: 2 in train, 1 in test; 7 skipped",
@@ -173,10 +173,11 @@ def test_the_description_says_how_it_was_made(tmp_path):
     ):
         assert words in text
     assert "bad5" not in text
+    rule = rule._replace(fit="pad")
     pipeline.prepare(of, rule, tmp_path, "other", workers=1, holdout=0.25)
-    assert "the SHA-256 of their name, over its range, is below 0.25" in about(
-        tmp_path / "other" / "1.0.0"
-    )
+    text = about(tmp_path / "other" / "1.0.0")
+    assert "the SHA-256 of their name, over its range, is below 0.25" in text
+    assert f"grey: the whole image, padded to this aspect, on a background of RGB {rule[3]}" in text
 
 
 def test_survey_writes_nothing(tmp_path, monkeypatch):

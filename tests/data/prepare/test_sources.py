@@ -13,7 +13,7 @@ import pytest
 
 from diffusion.data.prepare import archives, sources
 from diffusion.data.prepare.archives import Item
-from diffusion.data.prepare.sources import open_source
+from diffusion.data.prepare.sources import Selection, open_source
 from diffusion.utils.errors import DataError
 from tests.conftest import ROOT
 
@@ -175,6 +175,49 @@ def test_only_archives_lose_the_folder_that_holds_everything(tmp_path):
         assert described(open_source("zip", str(path)))[0] == (expected, b"1", "a", None)
 
 
+EMOJI = ["emoji/big/1.png", "emoji/big/2.webp", "emoji/sheets/[1].png", "emoji/sheets/b.png"]
+SELECTIONS = {  # what is taken, the classes, how many are left out
+    "exclude a folder": (Selection(exclude=("emoji/sheets/*",)), EMOJI[:2], (), 2),
+    "any text before": (Selection(exclude=("*/sheets/*",)), EMOJI[:2], (), 2),
+    "include": (Selection(include=("*.png",)), EMOJI[::2] + EMOJI[3:], ("big", "sheets"), 1),
+    "several": (Selection(("*.webp", "*/b.*")), [EMOJI[1], EMOJI[3]], ("big", "sheets"), 2),
+    "both": (Selection(("*.png",), ("*/b.*",)), EMOJI[::2], ("big", "sheets"), 2),
+    "one character": (Selection(include=("emoji/big/?.*",)), EMOJI[:2], (), 2),
+    "a bracket": (Selection(exclude=("*[[]*",)), EMOJI[:2] + EMOJI[3:], ("big", "sheets"), 1),
+    "all": (Selection(), EMOJI, ("big", "sheets"), None),
+}
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar.gz"])
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_patterns_choose_among_the_paths(tmp_path, kind, name):
+    """What is left out is no class, and is not counted; './' before a path means nothing."""
+    selection, taken, classes, left_out = SELECTIONS[name]
+    dot = "./" if kind == "tar.gz" else ""
+    path = PACKED[kind](tmp_path / "set", {dot + x: x.encode() for x in [*EMOJI, "notes.txt"]})
+    source = open_source("folder", str(path), selection=selection)
+    assert [x.content.decode() for x in source.items()] == taken
+    assert source.classes == classes and source.count == len(taken)
+    patterns = f"data.include={selection.include}, data.exclude={selection.exclude}"
+    more = "" if left_out is None else f"; images left out by {patterns}: {left_out}"
+    assert source.about == f"{len(taken)} images from set; files passed over: 1{more}."
+
+
+def test_patterns_that_cannot_be_followed(tmp_path):
+    path = str(write_zip(tmp_path / "set", {"a/1.png": b"1", "a/2.png": b"2"}))
+    text = refused("zip", path, selection=Selection(exclude=("a/1.*", "b/*")))
+    expected = "data.exclude: expected a pattern of some image, found 'b/*'; they are like a/1.png"
+    assert text == expected
+    text = refused("zip", path, selection=Selection(include=("*.PNG",)))  # a case of its own
+    assert text.startswith("data.include: expected a pattern of some image, found '*.PNG'")
+    text = refused("zip", path, selection=Selection(exclude=("*",)))
+    assert text.startswith("data.exclude: expected some of 2 images to stay, found none")
+    np.savez(tmp_path / "x.npz", np.zeros((5, 4, 4, 3), np.uint8))
+    for name, archive in (("npz", tmp_path / "x.npz"), ("cifar10", ""), ("mnist", tmp_path)):
+        text = refused(name, str(archive), selection=Selection(exclude=("x*",)))
+        assert text.startswith("data.include, data.exclude: expected images in a folder, zip or")
+
+
 def test_every_suffix_in_any_case(tmp_path):
     names = [f"{k}{x}" for k, s in enumerate(sources.SUFFIXES) for x in (s, s.upper(), s.title())]
     names.sort()
@@ -320,6 +363,11 @@ def test_lsun_that_is_damaged(tmp_path, monkeypatch):
     os.mkfifo(file)
     assert "data.mdb: expected a regular file" in refused("lsun", str(path))
     assert refused("lsun", str(lsun(tmp_path / "b_lmdb", n=0))).endswith("found an empty LMDB")
+
+
+def test_lsun_has_no_paths_to_choose_from(tmp_path):
+    text = refused("lsun", str(lsun(tmp_path / "a_lmdb", 1)), selection=Selection(("*0*",)))
+    assert "found the LMDB a_lmdb; leave these keys out" in text
 
 
 def test_lsun_without_lmdb(tmp_path, monkeypatch):

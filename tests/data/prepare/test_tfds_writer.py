@@ -23,15 +23,15 @@ def images(n):
     return np.random.default_rng(0).integers(0, 256, (n, *SHAPE), np.uint8)
 
 
-def write(folder, n=5, classes=("a", "b"), shard_bytes=10**6):
+def write(folder, n=5, classes=("a", "b"), shard_bytes=10**6, name="tiny"):
     """Image i is of class i % 2, and the fourth and every fourth after it is in test."""
     encode = tfds_writer.make_encoder(SHAPE, classes)
-    with tfds_writer.create_folder(folder, "tiny") as new:
+    with tfds_writer.create_folder(folder, name) as new:
         writer = tfds_writer.Writer(new, shard_bytes)
         for i, x in enumerate(images(n)):
             writer.write("test" if i % 4 == 3 else "train", encode(png(x), i % 2))
-        writer.finish("tiny", SHAPE, classes, "Tiny.\nOf two lines.")
-    return folder / "tiny" / "1.0.0"
+        writer.finish(name, SHAPE, classes, "Tiny.\nOf two lines.")
+    return folder / name / "1.0.0"
 
 
 def names(folder):
@@ -135,12 +135,21 @@ def test_names_of_classes_are_kept(tmp_path):
     assert tuple(builder.info.features["label"].names) == classes
 
 
-@pytest.mark.parametrize("name", ["Tiny", "a/b", "a-b", "", "..", "2d", "a\n"])
+BAD_NAMES = ["Tiny", "a/b", "a-b", "my photos", "é", "", "..", "2d", "a\n", "a" * 201]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
 def test_names_that_tfds_does_not_know(tmp_path, name):
-    with pytest.raises(DataError, match=r"data\.name: expected .*, found "):
+    with pytest.raises(DataError, match=r"data\.name: expected .*, found ") as error:
         with tfds_writer.create_folder(tmp_path, name):
             raise AssertionError("entered")
-    assert not names(tmp_path)
+    assert not names(tmp_path) and len(str(error.value)) <= 300
+
+
+def test_the_longest_name_is_one_that_files_can_have(tmp_path):
+    name = "a" * tfds_writer.MAX_NAME
+    builder = tfds.builder_from_directory(str(write(tmp_path, name=name)))
+    assert builder.info.name == name and len(builder.as_data_source(split="train")) == 4
 
 
 def test_an_error_leaves_nothing(tmp_path):

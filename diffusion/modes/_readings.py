@@ -1,17 +1,22 @@
 """Readings and pictures during a training: what they are, and when they would take too long."""
 
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from diffusion.checkpoint import Checkpoints
 from diffusion.experiment import Experiment
 from diffusion.modes import _sampling, _scores, _split_pass
 from diffusion.modes._common import Trained
+from diffusion.modes._session import Session
+from diffusion.plotting import curves
 from diffusion.plotting.image_grid import image_grid, save_png
+from diffusion.runtime import preemption
 from diffusion.runtime.config import Run
 from diffusion.train_step import TrainState
-from diffusion.utils import logging
+from diffusion.utils import io, logging
 from diffusion.utils.multihost import broadcast_from_primary, is_primary
 from diffusion.utils.progress import Progress, human_time
 
@@ -20,14 +25,93 @@ FREE_S = 2.0  # seconds that pictures may take in any case
 FORWARD_SHARE = 1 / 3  # of a training step's time per image that one network evaluation takes
 
 
-def make_evaluate(run: Run, exp: Experiment) -> Callable[[Any], dict[str, float]] | None:
-    """Builds params -> {bpd, bpd_error, fd_random, ...}; None where train.eval_every is 0.
+class Readings:
+    """Takes the readings and draws the pictures of a training's steps.
+
+    A file marks those of a step from their beginning to their end, so that a run that goes on from
+    that step takes them again if they were broken off.
+    """
+
+    def __init__(self, run: Run, exp: Experiment):
+        """Raises ConfigError for a sampler that train.preview cannot have."""
+        self._run, self._exp = run, exp
+        self._preview = Preview(run, exp)
+        self._evaluate: Callable[[Any], dict[str, float]] | None = None
+
+    def prepare(self) -> None:
+        """Opens the data that are read. Raises ConfigError, DataError."""
+        if self._run.config.train.eval_every:
+            self._evaluate = make_evaluate(self._run, self._exp)
+
+    def evaluates(self, step: int) -> bool:
+        """Returns whether scores follow this step: every train.eval_every steps."""
+        every = self._run.config.train.eval_every
+        return bool(every) and step % every == 0
+
+    def draws(self, step: int) -> bool:
+        """Returns whether pictures follow it: every train.sample_every steps and at the end."""
+        c = self._run.config.train
+        return bool(c.sample_every) and (step % c.sample_every == 0 or step == c.steps)
+
+    def broken_off(self, step: int) -> bool:
+        """Returns whether an earlier run ended between the beginning and the end of a step's."""
+        due = self.evaluates(step) or self.draws(step)
+        return due and bool(broadcast_from_primary(is_primary() and self._mark(step).exists()))
+
+    def take(
+        self,
+        session: Session,
+        checkpoints: Checkpoints,
+        step: int,
+        state: TrainState,
+        done: int = 0,
+    ) -> bool:
+        """Takes those of a step; returns False where a stop has broken them off.
+
+        done: steps of this run.
+        """
+        if not self.evaluates(step) and not self.draws(step):
+            return True
+        if is_primary():
+            io.save_text(self._mark(step), "The readings of this step are not complete.\n")
+        c, trained_s = self._run.config.train, session.timer.productive_seconds()
+        try:
+            with session.paused():
+                scores = self._evaluate(state.ema) if self.evaluates(step) else {}
+                if self.draws(step):
+                    self._draw(session, step, state, trained_s, done)
+        except preemption.Stopped:
+            return False
+        if scores:  # only now, so that no step has them twice
+            session.writer.write_scalars(step, {f"eval/{k}": v for k, v in scores.items()})
+            session.writer.flush()
+            if c.keep_best and step % c.save_every == 0:
+                checkpoints.score(step, scores["bpd"])
+        if is_primary():
+            self._mark(step).unlink(missing_ok=True)
+        return True
+
+    def _mark(self, step: int) -> pathlib.Path:
+        return self._run.workdir / "samples" / f"{step:08d}.unfinished"
+
+    def _draw(
+        self, session: Session, step: int, state: TrainState, trained_s: float, done: int
+    ) -> None:
+        """Draws sample grids and the loss curve."""
+        if grids := self._preview.draw(state, step, trained_s, done):
+            session.writer.write_images(step, {f"samples/{k}": v[None] for k, v in grids.items()})
+        session.writer.flush()
+        if is_primary() and step >= self._run.config.train.log_every:
+            log = self._run.workdir / "metrics.jsonl"
+            curves.plot_loss(log, self._run.workdir / "figures" / "loss.png", "train/loss")
+
+
+def make_evaluate(run: Run, exp: Experiment) -> Callable[[Any], dict[str, float]]:
+    """Builds params -> {bpd, bpd_error, fd_random, ...}.
 
     Raises ConfigError, DataError; what is built raises preemption.Stopped.
     """
     config = run.config
-    if not config.train.eval_every:
-        return None
     trained = Trained(config, exp, run.workdir, 0, None)
     bits_per_dim = _split_pass.make_bpd_fn(trained)
     distances = _scores.make_quick_distances(trained) if config.eval.quick else None
