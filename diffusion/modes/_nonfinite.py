@@ -79,8 +79,8 @@ class NonFiniteHandler:
         if jax.process_count() == 1:  # a step of several processes cannot be taken by one of them
             where = replay_step(self._run, self._exp, path)[1]
             what += f", first in {where}" if where else ""
-        command = f"python main.py --mode=check --workdir={self._run.workdir} --replay={path}"
-        raise NonFiniteError(f"{what}; it is not saved; lower optim.lr; to replay it: {command}")
+        command = f"--mode=check --workdir={self._run.workdir} --replay={path.name}"
+        raise NonFiniteError(f"{what}, not saved; lower optim.lr; to take it again: {command}")
 
 
 def save_crash_step(

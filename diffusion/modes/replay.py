@@ -1,4 +1,4 @@
-"""--mode=check --replay=workdir/crash/step_N.npz: takes a step that was not finite again."""
+"""--mode=check --replay=step_N.npz: takes a step again that was not finite."""
 
 import pathlib
 
@@ -19,6 +19,8 @@ def run(run: Run) -> None:
     if not run.flags.replay:
         raise ConfigError("--mode=replay: expected --replay=FILE, a step_N.npz of crash/")
     exp, path = experiment.build(run.config), pathlib.Path(run.flags.replay)
+    if not path.exists():
+        path = run.workdir / "crash" / path  # as the message of the training has it
     metrics, where, norms = replay_step(run, exp, path)
     for name, value in metrics.items():
         logging.info(f"{name:10} {value:.6g}")
