@@ -13,7 +13,7 @@ demo: $(VENV)/run ## train on handwritten digits and draw some
 test: $(VENV)/test ## every test
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-soak: $(VENV)/test ## the promises of docs/reliability.md, often: 25 minutes
+soak: $(VENV)/test ## the promises of docs/reliability.md, often: most of an hour
 	$(VENV)/bin/python -m pytest -n 2 -m "not alone" tests/soak
 	$(VENV)/bin/python -m pytest -m alone tests/soak
 

@@ -35,6 +35,9 @@ TINY = (
 )
 ENDLESS = ("--config.train.steps=1000000", "--config.train.save_every=1000000")
 HEARTBEAT_S = 10
+# 127.0.0.1, ::1 and ::ffff:127.0.0.1, as in /proc/net.
+LOOPBACK = "0100007F"
+LOOPBACKS = {LOOPBACK, f"{'0' * 24}01000000", f"{'0' * 16}FFFF0000{LOOPBACK}"}
 
 
 def wait_for(process, pattern):
@@ -220,6 +223,19 @@ def start_pair(*args, before=("", ""), **extra):
     return [start(*args, before=before[i], JAX_PROCESS_ID=i, **cluster) for i in (0, 1)]
 
 
+def coordinator_addresses(process):
+    """Returns the addresses, as in /proc/net, on which the coordinator's port is listened to."""
+    environ = pathlib.Path(f"/proc/{process.pid}/environ").read_text()
+    port = int(re.search(r"JAX_COORDINATOR_ADDRESS=[^:\0]+:(\d+)", environ)[1])
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in pathlib.Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_ = line.split()
+            if state == "0A" and int(local.partition(":")[2], 16) == port:
+                found.add(local.partition(":")[0])
+    return found
+
+
 @contextlib.contextmanager
 def pair(workdir, *more):
     """Two processes that train without end; ready when they do."""
@@ -236,6 +252,8 @@ def pair(workdir, *more):
 def stopped_together(workdir):
     """R6: SIGTERM to the second of two processes; both save the same step and say so."""
     with pair(workdir) as (first, second):
+        listens_on = coordinator_addresses(first)
+        assert listens_on and listens_on <= LOOPBACKS
         second.send_signal(signal.SIGTERM)
         code, seconds, out, err = ended(first)
         assert (code, err) == (75, "")

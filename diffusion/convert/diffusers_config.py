@@ -83,8 +83,8 @@ def from_diffusers_config(
     """Converts a UNet2DModel's config.json and a scheduler_config.json to flat keys.
 
     Keys that the files do not determine are left out: dropout where it is not stated, the variance
-    where the scheduler has none, the whole process without a scheduler. No
-    file states that a class means "no class".
+    where the scheduler has none, the whole process without a scheduler. No file states that a class
+    means "no class".
     Raises ValueError naming the field that our network cannot have.
     """
     kind = unet.get("_class_name", "UNet2DModel")

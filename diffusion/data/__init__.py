@@ -219,7 +219,8 @@ def _find_tfds(name: str, data_dir: str) -> str:
 def _check_split(split: str, splits: Iterable[str], name: str) -> None:
     if split not in splits:
         there = suggest_names(split, sorted(splits))
-        raise DataError(f"split: {name} has no split {split!r}; {there}")
+        keys = "bpd.split, eval.references, figures.split"
+        raise DataError(f"{name}: expected a split {split!r} ({keys}), found none; {there}")
 
 
 SOURCES: dict[str, Callable[[str, str, str], ImageDataset]] = {"digits": digits, "tfds": tfds}

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from diffusion import experiment
 from diffusion.checkpoint import Checkpoints
 from diffusion.experiment import Experiment
 from diffusion.modes import _sampling, _scores, _split_pass
@@ -18,7 +20,7 @@ from diffusion.runtime.config import Run
 from diffusion.train_step import TrainState
 from diffusion.utils import io, logging
 from diffusion.utils.multihost import broadcast_from_primary, is_primary
-from diffusion.utils.progress import Progress, human_time
+from diffusion.utils.progress import QUIET_S, Progress, human_time
 
 MAX_SHARE = 0.1  # of the training time so far that pictures may take
 FREE_S = 2.0  # seconds that pictures may take in any case
@@ -37,11 +39,17 @@ class Readings:
         self._run, self._exp = run, exp
         self._preview = Preview(run, exp)
         self._evaluate: Callable[[Any], dict[str, float]] | None = None
+        self._evaluations = 0
 
     def prepare(self) -> None:
         """Opens the data that are read. Raises ConfigError, DataError."""
-        if self._run.config.train.eval_every:
-            self._evaluate = make_evaluate(self._run, self._exp)
+        config, T = self._run.config, self._exp.process.T
+        if not config.train.eval_every:
+            return
+        self._evaluate = make_evaluate(self._run, self._exp)
+        images = min(config.bpd.quick, experiment.load_split(config, self._exp, config.bpd.split).n)
+        self._evaluations = images * T // _split_pass.READ_FRACTION
+        self._evaluations += config.eval.quick * min(_scores.QUICK_STEPS, T)
 
     def evaluates(self, step: int) -> bool:
         """Returns whether scores follow this step: every train.eval_every steps."""
@@ -77,7 +85,13 @@ class Readings:
         c, trained_s = self._run.config.train, session.timer.productive_seconds()
         try:
             with session.paused():
-                scores = self._evaluate(state.ema) if self.evaluates(step) else {}
+                scores = {}
+                if self.evaluates(step):
+                    seconds = estimate_seconds(self._run.config, self._evaluations, trained_s, done)
+                    if seconds > QUIET_S:
+                        about = human_time(seconds)
+                        logging.info(f"reading    bits/dim and distances, about {about}")
+                    scores = self._evaluate(state.ema)
                 if self.draws(step):
                     self._draw(session, step, state, trained_s, done)
         except preemption.Stopped:
@@ -127,6 +141,12 @@ def make_evaluate(run: Run, exp: Experiment) -> Callable[[Any], dict[str, float]
     return evaluate
 
 
+def estimate_seconds(config: ConfigDict, evaluations: int, trained_s: float, done: int) -> float:
+    """Estimates the time of network evaluations of one image from that of `done` steps."""
+    images = max(done * config.train.batch_size, 1)
+    return evaluations * FORWARD_SHARE * trained_s / images
+
+
 class Preview:
     """Draws samples during a training, by the sampler of train.preview.
 
@@ -153,8 +173,7 @@ class Preview:
         Raises preemption.Stopped.
         """
         evaluations = 2 * self._sampler.size * self._sampler.evaluations
-        images = max(done * self._run.config.train.batch_size, 1)
-        seconds = evaluations * FORWARD_SHARE * trained_s / images
+        seconds = estimate_seconds(self._run.config, evaluations, trained_s, done)
         # One process decides for all: their clocks differ, and drawing takes all of them.
         if broadcast_from_primary(seconds > max(FREE_S, MAX_SHARE * trained_s)):
             about = f"{self._about}: about {human_time(seconds)}"

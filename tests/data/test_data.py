@@ -157,12 +157,16 @@ def test_tfds_takes_the_newest_version(store, tmp_path):
 def test_unknown_names_end_in_the_nearest(store, tmp_path):
     assert refused("digit", "train") == "data.source: 'digit' is not known; nearest: digits"
     assert refused("xyz", "train") == "data.source: 'xyz' is not known; there are: digits, tfds"
-    assert refused("digits", "tset") == "split: digits has no split 'tset'; nearest: test"
+    assert refused("digits", "tset") == (
+        "digits: expected a split 'tset' (bpd.split, eval.references, figures.split), found none; "
+        "nearest: test"
+    )
     store("some", list(distinct_images(2)), (3, 4, 1))
     store("other", list(distinct_images(2)), (3, 4, 1))
     here = {"data_dir": str(tmp_path)}
     said = refused("tfds", "test", name="some", **here)
-    assert said == "split: some has no split 'test'; there are: train"
+    assert said.startswith("some: expected a split 'test' (bpd.split, ")
+    assert said.endswith("), found none; there are: train")
     said = refused("tfds", "train", name="somme", **here)
     advice = "nearest: some; prepare it with --mode=prepare"
     assert said == f"data.name: no data set 'somme' in {tmp_path}; {advice}"

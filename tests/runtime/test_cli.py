@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
 
 import main
@@ -123,6 +124,15 @@ def test_a_cluster_that_is_not_numbered_is_refused(monkeypatch):
     message = r"JAX_COORDINATOR_ADDRESS: expected the numbers .*, found .*'two'"
     with pytest.raises(ConfigError, match=message):
         cli.start_distributed(default.get_config())
+
+
+def test_the_coordinator_listens_on_the_address_that_is_given(monkeypatch):
+    given = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **options: given.update(options))
+    for name, value in zip(cli.CLUSTER, ("localhost:1", "2", "0"), strict=True):
+        monkeypatch.setenv(name, value)
+    cli.start_distributed(default.get_config())
+    assert given["coordinator_bind_address"] == "localhost:1"
 
 
 def test_help_lists_flags_and_every_key():

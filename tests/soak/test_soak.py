@@ -1,4 +1,4 @@
-"""Tries every promise of docs/reliability.md as often as it says: `make soak`, under 25 minutes.
+"""Tries every promise of docs/reliability.md as often as it says: `make soak`.
 
 Two processes of pytest run on two cores. Each test records figures for the table at the end.
 """
