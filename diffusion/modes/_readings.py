@@ -87,7 +87,9 @@ class Readings:
             with session.paused():
                 scores = {}
                 if self.evaluates(step):
-                    seconds = estimate_seconds(self._run.config, self._evaluations, trained_s, done)
+                    seconds = estimate_from_training(
+                        self._run.config, self._evaluations, trained_s, done
+                    )
                     if seconds > QUIET_S:
                         about = human_time(seconds)
                         logging.info(f"reading    bits/dim and distances, about {about}")
@@ -141,7 +143,9 @@ def make_evaluate(run: Run, exp: Experiment) -> Callable[[Any], dict[str, float]
     return evaluate
 
 
-def estimate_seconds(config: ConfigDict, evaluations: int, trained_s: float, done: int) -> float:
+def estimate_from_training(
+    config: ConfigDict, evaluations: int, trained_s: float, done: int
+) -> float:
     """Estimates the time of network evaluations of one image from that of `done` steps."""
     images = max(done * config.train.batch_size, 1)
     return evaluations * FORWARD_SHARE * trained_s / images
@@ -173,7 +177,7 @@ class Preview:
         Raises preemption.Stopped.
         """
         evaluations = 2 * self._sampler.size * self._sampler.evaluations
-        seconds = estimate_seconds(self._run.config, evaluations, trained_s, done)
+        seconds = estimate_from_training(self._run.config, evaluations, trained_s, done)
         # One process decides for all: their clocks differ, and drawing takes all of them.
         if broadcast_from_primary(seconds > max(FREE_S, MAX_SHARE * trained_s)):
             about = f"{self._about}: about {human_time(seconds)}"

@@ -179,7 +179,11 @@ WRONG = {  # {what is wrong: (command line, exit code, words of the message)}
     "three inputs": (["--input=a", "--input=b", "--input=c"], 2, "one or two"),
     "missing file": (["--input=nothing"], 3, "no file or folder"),
     "features": (["--config.eval.features=('vgg',)", "--input=small.npz"], 2, "eval.features: 'vg"),
-    "reference": (["--config.eval.references=('val',)", "--input=small.npz"], 3, "no split 'val'"),
+    "reference": (
+        ["--config.eval.references=('val',)", "--input=small.npz"],
+        3,
+        "expected a split 'val'",
+    ),
     "one image": (["--input=one.npz"], 3, "two images or more, found 1"),
 }
 
