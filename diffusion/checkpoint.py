@@ -92,6 +92,7 @@ class Checkpoints:
         if self._read_only:
             raise ValueError("these checkpoints were opened with read_only=True")
         self.wait()
+        self._remove_leftovers()
         if step in self._steps() and not self._problem(step):
             return
         # NumPy arrays are copied at once, and the digests need them on the host anyway.
@@ -288,7 +289,8 @@ class Checkpoints:
     def _remove_leftovers(self) -> None:
         if is_primary():
             for path in itertools.chain.from_iterable(map(self._directory.glob, LEFTOVERS)):
-                path.rmtree(missing_ok=True)
+                with contextlib.suppress(OSError):  # TensorStore may still be writing there
+                    path.rmtree(missing_ok=True)
         barrier("checkpoint leftovers removed")
 
     def _set_aside(self, step: int) -> str:

@@ -25,7 +25,7 @@ class Process(NamedTuple):
 
     @property
     def T(self) -> int:
-        """The number of steps."""
+        """Returns the number of steps."""
         return len(self.alpha_bar) - 1
 
 

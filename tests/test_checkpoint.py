@@ -1,6 +1,7 @@
 """checkpoint.py restores exactly what was saved, or an older step, or raises an error."""
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -13,6 +14,7 @@ import sys
 import tarfile
 import time
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -419,6 +421,22 @@ def test_after_a_full_disk_the_older_step_and_the_next_one_are_good(opened, capf
     assert_same(checkpoints.restore(abstract()), make_state(12))
     assert checkpoints.restore_ema(abstract().ema, 4)[0] == 4
     assert capfd.readouterr() == ("", "")
+
+
+def test_leftovers_that_cannot_be_removed_go_with_the_next_save(opened, monkeypatch, tmp_path):
+    """TensorStore may still write the rest of a save that has failed while its folder goes."""
+    checkpoints = saved(opened(keep=1), 4)
+    with monkeypatch.context() as patch:
+        not_empty = OSError(errno.ENOTEMPTY, "Directory not empty")
+        patch.setattr(shutil, "rmtree", mock.Mock(side_effect=not_empty))
+        saved(checkpoints, 8)
+        patch.setattr(ocp.CheckpointManager, "save", mock.Mock(side_effect=OSError("disk full")))
+        with pytest.raises(WorkdirError, match="step 12 was not saved: disk full"):
+            checkpoints.save(12, make_state(12))
+        left = list(tmp_path.rglob("4.deleted"))
+    assert left
+    saved(checkpoints, 12)
+    assert not left[0].exists() and checkpoints.latest() == 12
 
 
 def test_orbax_declining_a_save_is_an_error(opened, monkeypatch):

@@ -54,8 +54,8 @@ def _remote_unet(make, config, size, *args) -> RemoteRuns:
     return _remote(make, files["unet/config.json"], shape, classes, half, *args)
 
 
-def _say_nothing_to_compare(error: Exception) -> None:
-    logging.info(f"           nothing to compare with: {one_line(error)}")
+def _say_nothing_to_compare(why: object) -> None:
+    logging.info(f"           nothing to compare with: {one_line(why)}")
 
 
 @contextlib.contextmanager
@@ -69,7 +69,8 @@ def _remote(make, *args) -> Iterator[Runs]:
         try:
             names = process.submit(_make, make, *args).result()
         except Exception as error:  # an installation of PyTorch may fail to import in any way
-            _say_nothing_to_compare(error)
+            how = "see diffusion/bench/requirements.txt"
+            _say_nothing_to_compare(f"{one_line(error, 200)}; {how}")
             names = []
         yield {name: functools.partial(call, name) for name in names}
 

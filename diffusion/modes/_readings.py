@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import experiment
 from diffusion.checkpoint import Checkpoints
 from diffusion.experiment import Experiment
 from diffusion.modes import _sampling, _scores, _split_pass
@@ -30,8 +29,8 @@ FORWARD_SHARE = 1 / 3  # of a training step's time per image that one network ev
 class Readings:
     """Takes the readings and draws the pictures of a training's steps.
 
-    A file marks those of a step from their beginning to their end, so that a run that goes on from
-    that step takes them again if they were broken off.
+    The file samples/STEP.unfinished is there from the beginning to the end of a step's, so that a
+    run that goes on from that step takes them again if they were broken off.
     """
 
     def __init__(self, run: Run, exp: Experiment):
@@ -39,17 +38,14 @@ class Readings:
         self._run, self._exp = run, exp
         self._preview = Preview(run, exp)
         self._evaluate: Callable[[Any], dict[str, float]] | None = None
-        self._evaluations = 0
+        config, T = run.config, exp.process.T
+        self._most_evaluations = config.bpd.quick * T // _split_pass.READ_FRACTION
+        self._most_evaluations += config.eval.quick * min(_scores.QUICK_STEPS, T)
 
     def prepare(self) -> None:
         """Opens the data that are read. Raises ConfigError, DataError."""
-        config, T = self._run.config, self._exp.process.T
-        if not config.train.eval_every:
-            return
-        self._evaluate = make_evaluate(self._run, self._exp)
-        images = min(config.bpd.quick, experiment.load_split(config, self._exp, config.bpd.split).n)
-        self._evaluations = images * T // _split_pass.READ_FRACTION
-        self._evaluations += config.eval.quick * min(_scores.QUICK_STEPS, T)
+        if self._run.config.train.eval_every:
+            self._evaluate = make_evaluate(self._run, self._exp)
 
     def evaluates(self, step: int) -> bool:
         """Returns whether scores follow this step: every train.eval_every steps."""
@@ -74,9 +70,11 @@ class Readings:
         state: TrainState,
         done: int = 0,
     ) -> bool:
-        """Takes those of a step; returns False where a stop has broken them off.
+        """Evaluates and draws where the step asks for it; returns False if a stop broke it off.
 
-        done: steps of this run.
+        Args:
+          state: after the step. It has to be saved where False is returned.
+          done: steps of this run, which tell how long readings will take.
         """
         if not self.evaluates(step) and not self.draws(step):
             return True
@@ -85,15 +83,7 @@ class Readings:
         c, trained_s = self._run.config.train, session.timer.productive_seconds()
         try:
             with session.paused():
-                scores = {}
-                if self.evaluates(step):
-                    seconds = estimate_from_training(
-                        self._run.config, self._evaluations, trained_s, done
-                    )
-                    if seconds > QUIET_S:
-                        about = human_time(seconds)
-                        logging.info(f"reading    bits/dim and distances, about {about}")
-                    scores = self._evaluate(state.ema)
+                scores = self._read(state, trained_s, done) if self.evaluates(step) else {}
                 if self.draws(step):
                     self._draw(session, step, state, trained_s, done)
         except preemption.Stopped:
@@ -109,6 +99,15 @@ class Readings:
 
     def _mark(self, step: int) -> pathlib.Path:
         return self._run.workdir / "samples" / f"{step:08d}.unfinished"
+
+    def _read(self, state: TrainState, trained_s: float, done: int) -> dict[str, float]:
+        """Reads bits/dim and distances of the averaged weights; announces what takes long."""
+        most = self._most_evaluations
+        seconds = estimate_from_training(self._run.config, most, trained_s, done)
+        if seconds > QUIET_S:
+            about = human_time(seconds)
+            logging.info(f"reading    bits/dim and distances, at most about {about}")
+        return self._evaluate(state.ema)
 
     def _draw(
         self, session: Session, step: int, state: TrainState, trained_s: float, done: int
@@ -146,7 +145,10 @@ def make_evaluate(run: Run, exp: Experiment) -> Callable[[Any], dict[str, float]
 def estimate_from_training(
     config: ConfigDict, evaluations: int, trained_s: float, done: int
 ) -> float:
-    """Estimates the time of network evaluations of one image from that of `done` steps."""
+    """Estimates the seconds of network evaluations of one image each.
+
+    trained_s: seconds that `done` steps took. The estimate is 0 where there was none.
+    """
     images = max(done * config.train.batch_size, 1)
     return evaluations * FORWARD_SHARE * trained_s / images
 

@@ -188,7 +188,7 @@ def accumulate(
         sums = RunningSums(int(stored["n"]), stored["total"], stored["square"])
         progress(sums.n)
     saved = time.monotonic()
-    for batch, real in work.batches(done):
+    for batch, real in () if stored and enough(sums) else work.batches(done):
         sums, done = sums.add(run(batch)[:real]), done + 1
         progress(sums.n)
         due, last = time.monotonic() - saved > partial_results.SAVE_EVERY_S, enough(sums)

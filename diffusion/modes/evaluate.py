@@ -110,8 +110,9 @@ def evaluate_images(run: Run, exp: Experiment, path: str, *others: str) -> None:
     digest = _scores.digest_of(pathlib.Path(path).expanduser())
     content = {"input": path, "sha256": digest, "samples": images.n}
     content |= {"scores": {"input": scores}, "notes": notes}
-    shape = [str(images.shape)] if run.config.eval.resize else []
-    key = "\n".join([*map(os.path.abspath, (path, *others)), *names, *shape])
+    c = run.config.data
+    form = [f"{images.shape} {c.fit} {tuple(c.background)}"] if run.config.eval.resize else []
+    key = "\n".join([*map(os.path.abspath, (path, *others)), *names, *form])
     name = f"{pathlib.Path(path).stem}_{hashlib.sha256(key.encode()).hexdigest()[:6]}"
     report(content, [run.workdir / "eval" / name / "metrics.json"], references, scorer)
 

@@ -149,7 +149,7 @@ def inpaint(
     t, s, u = map(jnp.asarray, path)
 
     def keys_of(k, use):
-        """A time is visited several times, so keys are those of the step and of the use."""
+        """Returns keys of a step k and one of its uses: a time is visited several times."""
         visit = jnp.uint32(VISIT_OFFSET) + jnp.uint32(3) * jnp.uint32(k) + jnp.uint32(use)
         return jax.vmap(random.fold_in, (0, None))(keys, visit)
 

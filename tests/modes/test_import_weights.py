@@ -210,6 +210,8 @@ def test_a_class_can_mean_no_class(monkeypatch):
     assert used == [3]
     hidden = experiment.training_labels(config, exp, jax.random.key(0), np.full(99, 7, np.int32))
     assert {*hidden.tolist()} == {3, 7}
+    without = experiment.build(config_of("digits", "tiny"))
+    assert experiment.training_labels(config, without, jax.random.key(0), np.zeros(9)) is None
     eleven = {"model.num_classes": 11, "model.null_class": 10}
     assert experiment.load_split(with_overrides(config, eleven), exp).num_classes == 10
     with pytest.raises(DDPMError, match=r"the data's 10, .* found 11"):
