@@ -77,6 +77,7 @@ def get_config() -> ConfigDict:
                 "image_size": 32,  # height
                 "image_width": 0,  # 0: as wide as high
                 "channels": 3,  # 3: RGB; 1: grey
+                "levels": 256,  # values that a channel has, evenly spaced over 0..255
                 "flip": True,  # mirror a random half of the images
                 "on_device_gib": 4.0,  # larger sets are streamed from the host
                 "workers": 0,  # processes that decode streamed images; 0: threads
@@ -161,7 +162,8 @@ def get_config() -> ConfigDict:
                 "samplers": ("ancestral", "ddim", "dpmpp_2m", "unipc", "heun"),  # of SAMPLERS
                 "grids": ("logsnr",),  # of GRIDS
                 "steps": (5, 10, 20),  # each with each sampler on each grid
-                "num": 1_000,  # samples by each
+                "num": 1_000,  # samples in a set
+                "seeds": (0, 1, 2),  # each sampler draws a set of each; errors are over the sets
             },
         }
     )
@@ -199,6 +201,7 @@ TINY = {
     "frontier.steps": (4, 20),
     "frontier.grids": ("uniform",),
     "frontier.num": 6,
+    "frontier.seeds": (0, 1),
 }
 
 BFLOAT16 = {"model.dtype": "bfloat16"}

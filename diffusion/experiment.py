@@ -58,6 +58,7 @@ class Experiment(NamedTuple):
     train_net: unet.UNet
     tx: optax.GradientTransformation
     image_shape: tuple[int, int, int]
+    levels: int  # of a pixel value; see data.augment.scale
     mesh: Mesh
 
 
@@ -75,6 +76,8 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
     betas = c.process.betas or schedule(c.process.T, c.process.beta_start, c.process.beta_end)
     process = call_for_key(from_betas, "process", betas)
     arguments = {key: value for key, value in c.loss.items() if key != "name"}
+    if "levels" in inspect.signature(make_loss).parameters:
+        arguments["levels"] = c.data.levels
     loss = call_for_key(make_loss, "loss", process, target, variance, **arguments)
     make_net = functools.partial(unet.UNet, **c.model, out_ch=c.data.channels * variance.outputs)
     exp = Experiment(
@@ -90,6 +93,7 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
         ),
         tx=train_step.make_optimizer(c.optim.lr, c.optim.warmup, c.optim.clip),
         image_shape=image_shape(c),
+        levels=c.data.levels,
         mesh=mesh,
     )
     call_for_key(abstract_state, "model", exp)  # sizes that do not divide are found here
@@ -189,7 +193,7 @@ def make_update(config: ConfigDict, exp: Experiment, resident: bool) -> Callable
         else:
             image, label = inputs
         image, label = jax.lax.with_sharding_constraint((image, label), sharded)
-        x_0 = augment.augment(image, keys.augment, state.step, config.data.flip)
+        x_0 = augment.augment(image, keys.augment, state.step, config.data.flip, exp.levels)
         key = random.fold_in(keys.steps, state.step)
         return step(state, key, (x_0, training_labels(config, exp, key, label)))
 

@@ -32,15 +32,16 @@ def _normal_cdf(x: Array) -> Array:
     return 0.5 * (1.0 + jnp.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def decoder_log_likelihood(x_0: Array, mean: Array, log_scale: Array) -> Array:
+def decoder_log_likelihood(x_0: Array, mean: Array, log_scale: Array, levels: int = 256) -> Array:
     """Returns log p(x_0 | x_1) in nats, elementwise (eq. 13), at least log 1e-12.
 
-    It is the mass of N(mean, exp(log_scale)^2) within 1/255 of x_0 = k/127.5 - 1, where k = 0 and
-    k = 255 have unbounded intervals.
+    It is the mass of N(mean, exp(log_scale)^2) within 1 / (levels - 1) of x_0, half the distance of
+    two levels (see data.augment.scale), where the intervals of -1 and 1 are unbounded.
     """
+    half = 1 / (levels - 1)
     inverse_scale = jnp.exp(-log_scale)
-    upper = _normal_cdf(inverse_scale * (x_0 - mean + 1 / 255))
-    lower = _normal_cdf(inverse_scale * (x_0 - mean - 1 / 255))
+    upper = _normal_cdf(inverse_scale * (x_0 - mean + half))
+    lower = _normal_cdf(inverse_scale * (x_0 - mean - half))
     upper = jnp.where(x_0 > 0.999, 1.0, upper)
     lower = jnp.where(x_0 < -0.999, 0.0, lower)
     return jnp.log(jnp.maximum(upper - lower, 1e-12))
@@ -53,16 +54,18 @@ def prior_bits(p: Process, x_0: Array) -> Array:
     return meanflat(normal_kl(mean, np.log1p(-a).astype(x_0.dtype), 0.0, 0.0)) / np.log(2)
 
 
-def vlb_term(p: Process, prediction: Prediction, x_0: Array, x_t: Array, t: Array) -> Array:
+def vlb_term(
+    p: Process, prediction: Prediction, x_0: Array, x_t: Array, t: Array, levels: int = 256
+) -> Array:
     """Returns L_{t-1} in bits/dim [b]: the KL of eq. 5 for t > 1, -log p(x_0 | x_1) for t = 1.
 
-    The prediction is the model's at (x_t, t), x_0 = k/127.5 - 1, and t is int[b] in 1..T.
+    The prediction is the model's at (x_t, t), x_0 on `levels` levels, and t is int[b] in 1..T.
     """
     mean, log_var = p_mean_log_variance(p, prediction, x_t, t - 1, t)
     q_mean, _ = q_posterior(p, x_0, x_t, t - 1, t)
     q_log_var = broadcast_right(posterior_log_var(p, t), x_0)
     kl = meanflat(normal_kl(q_mean, q_log_var, mean, log_var))
-    nll = -meanflat(decoder_log_likelihood(x_0, mean, 0.5 * log_var))
+    nll = -meanflat(decoder_log_likelihood(x_0, mean, 0.5 * log_var, levels))
     return jnp.where(t == 1, nll, kl) / np.log(2)
 
 
@@ -73,10 +76,11 @@ class VLBTerms(NamedTuple):
     mse: Array  # [b, T], mse[:, t-1] is that of the x_0 predicted from x_t, on [-1, 1]
 
 
-def vlb_terms(p: Process, predict: Predict, key: Array, x_0: Array) -> VLBTerms:
+def vlb_terms(p: Process, predict: Predict, key: Array, x_0: Array, levels: int = 256) -> VLBTerms:
     """Estimates every term by one draw of x_t for each t, without bias: T network evaluations.
 
-    The key is one key or one per example [b], and x_0 = k/127.5 - 1 (official: calc_bpd_loop).
+    The key is one key or one per example [b], and x_0 is on `levels` levels (official:
+    calc_bpd_loop).
     """
     keys = example_keys(key, x_0.shape[0])
 
@@ -85,7 +89,7 @@ def vlb_terms(p: Process, predict: Predict, key: Array, x_0: Array) -> VLBTerms:
         x_t = q_sample(p, x_0, t_b, process.sample_noise(keys, t, x_0))
         prediction = predict(x_t, t_b)
         mse = meanflat((prediction.x_0 - x_0) ** 2)
-        return None, (vlb_term(p, prediction, x_0, x_t, t_b), mse)
+        return None, (vlb_term(p, prediction, x_0, x_t, t_b, levels), mse)
 
     _, (bits, mse) = lax.scan(term, None, jnp.arange(1, p.T + 1))
     return VLBTerms(jnp.append(bits.T, prior_bits(p, x_0)[:, None], axis=1), mse.T)

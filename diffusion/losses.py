@@ -40,16 +40,17 @@ def simple(p: Process, target: Target, variance: Variance) -> Loss:
     return loss
 
 
-def vlb(p: Process, target: Target, variance: Variance) -> Loss:
+def vlb(p: Process, target: Target, variance: Variance, levels: int = 256) -> Loss:
     """Builds L (eq. 5): one uniformly drawn term of the bound in bits/dim, x_0 not clipped.
 
-    It is not multiplied by T and lacks L_T (official code); `bpd` estimates L without bias.
+    It is not multiplied by T and lacks L_T (official code); `bpd` estimates L without bias. x_0 is
+    on `levels` levels, see data.augment.scale.
     """
 
     def loss(apply: Apply, key: Array, x_0: Array):
         t, _, x_t = draw_x_t(p, key, x_0)
         prediction = make_predict(p, apply, target, variance, clip=False)(x_t, t)
-        bits = vlb_term(p, prediction, x_0, x_t, t)
+        bits = vlb_term(p, prediction, x_0, x_t, t, levels)
         return bits, {"bpd": p.T * bits + prior_bits(p, x_0)}
 
     return loss

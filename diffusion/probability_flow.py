@@ -154,11 +154,11 @@ def log_density(
     return Density(prior + change, x_T, solution.nfev)
 
 
-def dequantise(key: Array, x_0: Array) -> Array:
-    """Adds uniform noise of one level's width, 1/127.5, to x_0 = k/127.5 - 1."""
+def dequantise(key: Array, x_0: Array, levels: int = 256) -> Array:
+    """Adds uniform noise of one level's width, 2 / (levels - 1), to x_0."""
     keys = example_keys(key, x_0.shape[0])
     u = jax.vmap(lambda key: random.uniform(key, x_0.shape[1:], x_0.dtype, -0.5, 0.5))(keys)
-    return x_0 + u / 127.5
+    return x_0 + u * (2 / (levels - 1))
 
 
 class BitsPerDim(NamedTuple):
@@ -168,15 +168,18 @@ class BitsPerDim(NamedTuple):
     evaluations: int  # as in Density
 
 
-def bits_per_dim(p: Process, eps: EpsFn, key: Array, x_0: Array, **options) -> BitsPerDim:
-    """Estimates a bound on the code length of images x_0 = k/127.5 - 1, without bias.
+def bits_per_dim(
+    p: Process, eps: EpsFn, key: Array, x_0: Array, levels: int = 256, **options
+) -> BitsPerDim:
+    """Estimates a bound on the code length of images x_0 on `levels` levels, without bias.
 
-    The model gives level k the mass P = int p(x) dx = 127.5^-d E_u[p(x_0 + u)] of its interval, so
-    by Jensen's inequality -log2 P <= E_u[-log2 p(x_0 + u)] + d log2 127.5, estimated at one u. This
-    model, which rounds x_{t_min}, is not that of the variational bound, whose last step is the
-    decoder's. The options are rtol, atol and t_min of log_density.
+    With w = 2 / (levels - 1) between levels, the model gives a level the mass of its interval,
+    P = int p(x) dx = w^d E_u[p(x_0 + u)], so by Jensen's inequality -log2 P <=
+    E_u[-log2 p(x_0 + u)] - d log2 w, estimated at one u. This model, which rounds x_{t_min}, is not
+    that of the variational bound, whose last step is the decoder's. The options are rtol, atol and
+    t_min of log_density.
     """
     keys = jax.vmap(random.split)(example_keys(key, x_0.shape[0]))
-    x = dequantise(keys[:, 0], x_0)
+    x = dequantise(keys[:, 0], x_0, levels)
     out = log_density(p, eps, keys[:, 1], x, **options)
-    return BitsPerDim(-out.log_p / np.log(2) + np.log2(127.5), out.evaluations)
+    return BitsPerDim(-out.log_p / np.log(2) + np.log2((levels - 1) / 2), out.evaluations)

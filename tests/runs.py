@@ -51,7 +51,7 @@ def run(*args, code=0, cwd=None):
 
 def _validate(config):
     """cli.start_jax where JAX runs already."""
-    cli.config_.validate(config, jax.device_count())
+    cli.validation.validate(config, jax.device_count())
 
 
 # main.py with a defect in it, which `before` makes.

@@ -9,7 +9,8 @@ import pytest
 
 from diffusion import experiment
 from diffusion.modes import _sampling
-from diffusion.runtime.config import validate, with_overrides
+from diffusion.runtime.config import with_overrides
+from diffusion.runtime.validation import validate
 from tests.conftest import ROOT
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("[a-z]*.py") if path.stem != "default")

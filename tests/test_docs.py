@@ -15,7 +15,7 @@ import pytest
 
 import main
 from diffusion.plotting.image_grid import save_png
-from diffusion.runtime import cli, config
+from diffusion.runtime import cli, config, validation
 from diffusion.utils.io import save_npz
 from tests.conftest import ROOT
 from tests.runs import run
@@ -63,7 +63,7 @@ def test_the_commands_were_found():
 def test_a_command_is_one_that_the_program_takes(command):
     run_ = config.resolve(main.define_flags(), ["main.py", *arguments(command)], lambda _: None)
     cli.check_flags(run_)
-    config.validate(run_.config)
+    validation.validate(run_.config)
 
 
 @pytest.fixture(scope="module")

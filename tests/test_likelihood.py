@@ -14,7 +14,7 @@ from diffusion import likelihood, process, schedules, targets
 from diffusion.likelihood import decoder_log_likelihood, normal_kl, prior_bits, vlb_term, vlb_terms
 from diffusion.modes import likelihood as modes_likelihood
 from diffusion.samplers import timesteps
-from diffusion.targets import TARGETS, VARIANCES
+from diffusion.targets import TARGETS, VARIANCES, Prediction
 from tests import oracle
 from tests.conftest import AS_SHIPPED
 from tests.oracle import Gaussian, official
@@ -58,17 +58,12 @@ KINDS = list(itertools.product(oracle.VARIANCES, (0, 1)))  # variance and clippi
 def test_official_terms_of_one_time(official):
     x_0, x_t = jnp.asarray(official["x_start"]), jnp.asarray(official["x_t"])
     t = jnp.asarray(official["t"]) + 1
+    term = jax.jit(functools.partial(vlb_term, LINEAR), compiler_options=AS_SHIPPED)
     for m, (v, clip) in itertools.product(oracle.TARGETS, KINDS):
         for name, network in (("vb", oracle.toy), ("vbB", oracle.toy_b)):
             key = f"{name}.{m}.{v}.clip{clip}."
-            predict = oracle.official_predict(LINEAR, m, v, clip, network)
-
-            @functools.partial(jax.jit, compiler_options=AS_SHIPPED)
-            def term(x_0, x_t, t, predict=predict):
-                prediction = predict(x_t, t)
-                return prediction, vlb_term(LINEAR, prediction, x_0, x_t, t)
-
-            prediction, bits = term(x_0, x_t, t)
+            prediction = oracle.official_predict(LINEAR, m, v, clip, network)(x_t, t)
+            bits = term(prediction, x_0, x_t, t)
             theirs = official[key + "bpd"]
             # KL: float32 squares of differences of means, and an absolute floor where eps at t near
             # T leaves 1e-6 bits.
@@ -126,6 +121,10 @@ def test_masses_of_the_decoder_sum_to_one(x64):
     # A mass counts as at least 1e-12, so up to 256e-12 too much; else the sum telescopes.
     np.testing.assert_allclose(masses.sum(0), 1, atol=3e-10)
     assert masses.min() >= 1e-12 * (1 - 1e-12)
+    for levels in (2, 3, 17, 100):
+        x_0 = jnp.linspace(-1, 1, levels).reshape(-1, 1)
+        masses = np.exp(decoder_log_likelihood(x_0, mean, log_scale, levels))
+        np.testing.assert_allclose(masses.sum(0), 1, atol=3e-10, err_msg=str(levels))
 
 
 def test_masses_of_the_decoder_are_a_gaussian_s(x64):
@@ -269,6 +268,31 @@ def test_bound_tightens_with_more_steps(x64):
     assert gaps[0] < 0.1
     np.testing.assert_allclose(orders, 1, atol=0.15)  # the next order in 1/T, at T = 50
     assert abs(orders[-1] - 1) < abs(orders[0] - 1)
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_uniform_levels_cost_their_logarithm(levels):
+    """Under the exact mean and variance of independent, uniform levels given x_t.
+
+    The bound is log2(levels) or more, and near it on a fine chain, whose steps are nearly Gaussian.
+    """
+    grid, p = np.linspace(-1, 1, levels).astype(np.float32), LINEAR
+
+    def predict(x_t, t):
+        a = process.gather(p.alpha_bar, t).reshape(-1, 1, 1, 1, 1)
+        logits = -((x_t[..., None] - jnp.sqrt(a) * grid.reshape(1, 1, 1, 1, -1)) ** 2)
+        weights = jax.nn.softmax(logits / (2 * (1 - a)), axis=-1)
+        mean = (weights * grid.reshape(1, 1, 1, 1, -1)).sum(-1)
+        spread = (grid.reshape(1, 1, 1, 1, -1) - mean[..., None]) ** 2
+        variance = jnp.maximum((weights * spread).sum(-1), 1e-12)
+        step = process.posterior(p, t - 1, t)
+        beta, weight = (process.broadcast_right(c, x_t) for c in (step.variance, step.weight_0))
+        return Prediction(mean, x_t, jnp.log(beta + weight**2 * variance), variance)
+
+    x_0 = grid[np.random.default_rng(0).integers(0, levels, (32, 4, 4, 1))]
+    bits = jax.jit(lambda x: vlb_terms(p, predict, random.key(0), x, levels).bits)(x_0).sum(1)
+    error = float(bits.std()) / np.sqrt(32)
+    assert np.log2(levels) - 4 * error < bits.mean() < 1.02 * np.log2(levels) + 4 * error
 
 
 def bound_by_quadrature(p, predict, x_0, monkeypatch, nodes=48):

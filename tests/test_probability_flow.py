@@ -225,32 +225,35 @@ def test_dequantisation_is_uniform():
     assert np.abs(np.corrcoef(u[0].ravel(), u[4].ravel())[0, 1]) < 0.5  # twins differ
 
 
-def test_bits_are_those_of_the_levels(x64):
-    """Against the mass that the perfect model's Gaussian gives each of the 256 levels."""
-    known = Gaussian(0.1, 0.06)
-    level = np.array([30, 100, 140, 143, 180, 250])
-    x_0 = jnp.asarray(level / 127.5 - 1).reshape(-1, 1, 1, 1)
-    x_0 = jnp.broadcast_to(x_0, (6, 16, 16, 1))
-    out = probability_flow.bits_per_dim(
-        LINEAR, denoiser(LINEAR, known), KEY, x_0, rtol=1e-7, atol=1e-7
-    )
+@pytest.mark.parametrize("levels", [256, 17])
+def test_bits_are_those_of_the_levels(levels, x64):
+    """Against the mass that the perfect model's Gaussian gives each level."""
+    known, half = Gaussian(0.1, 0.06), (levels - 1) / 2
+    level = np.array([30, 100, 140, 143, 180, 250]) if levels == 256 else np.array([5, 8, 9, 11])
+    x_0 = jnp.asarray(level / half - 1).reshape(-1, 1, 1, 1)
+    x_0 = jnp.broadcast_to(x_0, (len(level), 16, 16, 1))
+    options = {"levels": levels, "rtol": 1e-7, "atol": 1e-7}
+    out = probability_flow.bits_per_dim(LINEAR, denoiser(LINEAR, known), KEY, x_0, **options)
     # x at t = 1 is Gaussian under the model up to the prior's mismatch: use the flow for its law.
     grid = np.linspace(-1, 1, 2)[:, None]
     x_T, _ = closed_form(LINEAR, known, grid, 1.0)
     slope = (x_T[1] - x_T[0]) / 2
-    edges = np.stack([(level - 0.5), (level + 0.5)]) / 127.5 - 1
-    lower, upper = (x_T[0] + slope * (edges + 1) for edges in edges)
-    wanted = -np.log2(stats.norm.cdf(upper) - stats.norm.cdf(lower))
-    # At one u per pixel, 256 of them: log2 p is linear in u within a level, to 1e-3; the rest is
-    # its sampling error.
-    tilt = np.abs(np.log2(stats.norm.pdf(upper) / stats.norm.pdf(lower))) / np.sqrt(12 * 256)
-    assert np.all(np.abs(out.bits - wanted) < 4 * tilt + 1e-3)
-    assert out.bits.shape == (6,) and 50 < out.evaluations < 1000
+    # The mean over a level's width of -log2 of the density, by the midpoints of 1,000 parts.
+    u = (np.arange(1000) + 0.5) / 1000 - 0.5
+    x = x_T[0] + slope * ((level[:, None] + u) / half)
+    bits = np.log2(half) - np.log2(stats.norm.pdf(x) * slope)
+    # At one u per pixel, 256 of them: the sampling error, and the solver's.
+    error = bits.std(1) / np.sqrt(256)
+    assert np.all(np.abs(out.bits - bits.mean(1)) < 4 * error + 1e-3)
+    # By Jensen's inequality that is no less than the code length of the level's mass.
+    lower, upper = (x_T[0] + slope * (level + side) / half for side in (-0.5, 0.5))
+    mass = -np.log2(stats.norm.cdf(upper) - stats.norm.cdf(lower))
+    assert np.all(bits.mean(1) > mass) and np.all(bits.mean(1) < mass + 12 * error**2 * 256)
+    assert out.bits.shape == level.shape and 50 < out.evaluations < 1000
     # The trace is exact here, so another key only changes the places within the levels.
-    other = probability_flow.bits_per_dim(
-        LINEAR, denoiser(LINEAR, known), random.key(4), x_0, rtol=1e-7, atol=1e-7
-    )
-    assert np.all(np.abs(other.bits - out.bits) > 0.01 * tilt)
+    key = random.key(4)
+    other = probability_flow.bits_per_dim(LINEAR, denoiser(LINEAR, known), key, x_0, **options)
+    assert np.all(np.abs(other.bits - out.bits) > 1e-3 * error)
 
 
 def test_bits_do_not_depend_on_the_batch(x64):

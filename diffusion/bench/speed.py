@@ -247,7 +247,8 @@ def likelihood_part(config: ConfigDict, exp: Experiment) -> Iterator[Measured]:
     def bound(params, image):
         predict = predictor(params, jnp.zeros(size, jnp.int32))
         predict = respace_predict(exp.process, predict, exp.variance, ts)
-        return vlb_terms(chain, predict, jax.random.key(0), augment.scale(image))
+        x_0 = augment.scale(image, exp.levels)
+        return vlb_terms(chain, predict, jax.random.key(0), x_0, exp.levels)
 
     params = experiment.make_initial_state(config, exp).params
     image = np.random.default_rng(0).integers(0, 256, (size, *exp.image_shape), np.uint8)

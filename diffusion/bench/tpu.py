@@ -21,7 +21,7 @@ from diffusion import experiment
 from diffusion.bench import hlo
 from diffusion.bench.speed import forward_flops, jit_chain, round_up
 from diffusion.bench.timing import PEAKS, Measured
-from diffusion.runtime.config import validate
+from diffusion.runtime.validation import validate
 from diffusion.sharding import batch_sharded, replicated
 from diffusion.utils import logging
 from diffusion.utils.errors import ConfigError, one_line

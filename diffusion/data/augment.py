@@ -6,18 +6,23 @@ import jax.numpy as jnp
 from jax import Array, random
 
 
-def scale(image: Array) -> Array:
-    """Maps uint8[...] to float32[...] in [-1, 1]: exactly -1 at 0 and 1 at 255."""
-    return image.astype(jnp.float32) / 127.5 - 1
+def scale(image: Array, levels: int = 256) -> Array:
+    """Maps uint8[...] to x_0 = 2 k / (levels - 1) - 1, float32[...], of the nearest level k.
+
+    The levels k = 0..levels-1 are evenly spaced over 0..255, so -1 is 0 and 1 is 255.
+    """
+    k = jnp.rint(image.astype(jnp.float32) * ((levels - 1) / 255))
+    return k / ((levels - 1) / 2) - 1
 
 
-def unscale(x: Array) -> Array:
+def unscale(x: Array, levels: int = 256) -> Array:
     """Maps float[...] to the nearest level, uint8[...]; values outside [-1, 1] are clipped.
 
     The official code truncates instead (utils.unnormalize_data and a cast), which puts 63 of the
     256 levels one too low; this is the exact inverse of `scale`.
     """
-    return jnp.clip(jnp.rint((x.astype(jnp.float32) + 1) * 127.5), 0, 255).astype(jnp.uint8)
+    k = jnp.clip(jnp.rint((x.astype(jnp.float32) + 1) * ((levels - 1) / 2)), 0, levels - 1)
+    return jnp.rint(k * (255 / (levels - 1))).astype(jnp.uint8)
 
 
 def gather_batch(
@@ -46,7 +51,7 @@ def gather_batch(
     return images[index].reshape(-1, *shape), labels[index]
 
 
-def augment(image: Array, key: Array, step: Array, flip: bool) -> Array:
+def augment(image: Array, key: Array, step: Array, flip: bool, levels: int = 256) -> Array:
     """Turns the images of a step into x_0, float32[b, h, w, c] in [-1, 1].
 
     Args:
@@ -55,8 +60,9 @@ def augment(image: Array, key: Array, step: Array, flip: bool) -> Array:
       step: int32[].
       flip: Mirror each image left to right with probability 1/2, drawn anew at every visit (the
         official code's random_flip_left_right).
+      levels: Of x_0, see `scale`.
     """
     if flip:
         mirrored = random.bernoulli(random.fold_in(key, step), shape=image.shape[:1])
         image = jnp.where(mirrored[:, None, None, None], image[:, :, ::-1], image)
-    return scale(image)
+    return scale(image, levels)

@@ -11,9 +11,15 @@ import numpy as np
 
 from diffusion.metrics import frechet, pairwise
 from diffusion.metrics.feature_set import FeatureSet
-from diffusion.metrics.inception_score import ClassStats, inception_score
+from diffusion.metrics.inception_score import (
+    ClassStats,
+    class_distance,
+    inception_score,
+    share_unsure,
+)
 
 JACKKNIFE_GROUPS = 10
+CLASSIFIER_SCORES = "unsure", "class_distance"  # they have one kind of features only
 FID_NUM_IMAGES = 50_000  # images of a FID whose name has no count
 
 
@@ -33,6 +39,7 @@ class Metric(NamedTuple):
     lower: bool  # whether lower is better
     # What the scores are computed from, in words, where it is not all of both sets.
     about: Callable[[FeatureSet, FeatureSet | None], str] = lambda generated, reference: ""
+    kind: str = ""  # of the only features that it is for; "": of all
 
 
 def _fd(generated, reference):
@@ -71,6 +78,24 @@ def _about_kid(generated, reference):
     return f"{of} images" + fewer * f" (torch-fidelity's with --kid-subset-size={size})"
 
 
+def _classes(generated, reference):
+    unsure = _fraction(share_unsure(generated.classes), generated.n)
+    distance = class_distance(generated.classes, reference.classes)
+    splits = generated.classes.n.nonzero()[0]
+    others = [
+        class_distance(
+            ClassStats(*(np.delete(a, i, 0) for a in generated.classes)), reference.classes
+        )
+        for i in splits
+    ]  # by the jackknife over splits
+    error = float(np.std(others) * np.sqrt(len(splits) - 1)) if len(splits) > 1 else None
+    return dict(zip(CLASSIFIER_SCORES, (unsure, Score(distance, error)), strict=True))
+
+
+def _about_classes(generated, reference):
+    return f"the classifier is unsure of {share_unsure(reference.classes):.1%} of the real images"
+
+
 def _precision_recall(generated, reference):
     a, b = generated.features, reference.features
     precision, recall = pairwise.precision_recall(a, b)
@@ -95,12 +120,16 @@ def _has(feature_set: FeatureSet | None, field: str) -> bool:
     return value is not None and len(value) > 0
 
 
-def applicable_metrics(generated: FeatureSet, reference: FeatureSet | None = None) -> list[str]:
-    """Returns the names in METRICS whose required fields both feature sets have."""
+def applicable_metrics(
+    generated: FeatureSet, reference: FeatureSet | None = None, kind: str = ""
+) -> list[str]:
+    """Returns the names in METRICS that this kind of features has and both sets have fields for."""
     return [
         name
         for name, metric in METRICS.items()
-        if _has(generated, metric.generated) and _has(reference, metric.reference)
+        if metric.kind in ("", kind)
+        and _has(generated, metric.generated)
+        and _has(reference, metric.reference)
     ]
 
 
@@ -134,6 +163,8 @@ def metric_name(score: str, kind: str, n: int) -> str:
     Kinds are "inception", "spatial" (Inception's map, arXiv:2103.03841) or any other. Examples:
     fid, fid@5000 below 50,000 images, sfid, fid_infinity, kid, kid_spatial, fd_random.
     """
+    if score in CLASSIFIER_SCORES:
+        return score
     family, _, suffix = score.partition("_")
     if family != "fd" or kind not in ("inception", "spatial"):
         return score if kind == "inception" else f"{score}_{kind}"
@@ -149,5 +180,8 @@ METRICS = {
     "is": Metric(_is, "classes", "", lower=False),
     "kid": Metric(_kid, "features", "features", lower=True, about=_about_kid),
     "precision_recall": Metric(_precision_recall, "features", "features", lower=False),
+    "classes": Metric(
+        _classes, "classes", "classes", lower=True, about=_about_classes, kind="classifier"
+    ),
     "density_coverage": Metric(_density_coverage, "features", "features", lower=False),
 }

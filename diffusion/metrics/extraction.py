@@ -6,7 +6,8 @@ import itertools
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -24,14 +25,14 @@ from diffusion.data.prepare.image_decoding import (
     normalize_image,
 )
 from diffusion.data.prepare.sources import open_source
-from diffusion.metrics import features, inception
+from diffusion.metrics import classifier, features, inception
 from diffusion.metrics.feature_set import FeatureSet, add, begin, from_arrays, to_arrays
 from diffusion.sharding import batch_sharded, local_rows, make_global_array, replicated
 from diffusion.utils import partial_results
 from diffusion.utils.errors import DataError
 from diffusion.utils.multihost import broadcast_from_primary, is_primary
 
-INCEPTION_KINDS = ("inception", "spatial")  # of features, from one pass of the network
+NETWORKS = {"inception": ("inception", "spatial"), "classifier": ("classifier",)}  # their kinds
 
 
 class ImageSet(NamedTuple):
@@ -49,14 +50,19 @@ def image_set_from_split(
     images: ImageDataset, split: str, n: int = 0, workers: int = 0
 ) -> ImageSet:
     """Returns n images of a split, evenly spaced because sets come sorted; 0 for all of them."""
-    subset = images
-    if 0 < n < images.n:
-        subset = images._replace(n=n, read=functools.partial(_read_subset, images, n))
+    subset = evenly_spaced(images, n)
 
     def batches(batch_size, rows, first):
         return (image for image, *_ in iterate_split(subset, batch_size, rows, workers, first))
 
     return ImageSet(split, subset.n, images.shape, batches)
+
+
+def evenly_spaced(images: ImageDataset, n: int) -> ImageDataset:
+    """Returns n of the images, evenly spaced; all of them for 0 and where there are not as many."""
+    if not 0 < n < images.n:
+        return images
+    return images._replace(n=n, read=functools.partial(_read_subset, images, n))
 
 
 def _read_subset(images: ImageDataset, n: int, i: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -142,43 +148,56 @@ class FeatureExtractor(NamedTuple):
     run: Callable[[Array], dict[str, tuple[Array, Array | None]]]
     kinds: dict[str, tuple[int, int]]  # {kind: (d, k or 0)}
     shape: tuple[int, int, int]  # of the images
-    fingerprint: str = ""  # of the Inception weights, if used
+    fingerprints: Mapping[str, str] = MappingProxyType({})  # {kind: digest of its weights}
 
 
 def make_extractor(
-    names: Iterable[str], shape: tuple[int, int, int], mesh: Mesh, weights: Any = None
+    names: Iterable[str],
+    shape: tuple[int, int, int],
+    mesh: Mesh,
+    weights: Mapping[str, Any] | None = None,
 ) -> FeatureExtractor:
     """Returns an extractor that computes all features of images of this shape in one program.
 
-    Names are keys of features.FEATURES, or "inception", which also gives "spatial" and needs the
-    weights of `inception.fold`. Raises ValueError for unknown names, and for images that are too
-    small for a kind of features.
+    Names are keys of features.FEATURES, or of `weights`: "inception", which also gives "spatial",
+    with those of `inception.fold`, and "classifier" with those of `classifier.train`. Raises
+    ValueError for unknown names, and for images that are too small for a kind of features.
     """
-    names = tuple(names)
-    known = ("inception", *features.FEATURES)
+    names, weights = tuple(names), weights or {}
+    known = (*NETWORKS, *features.FEATURES)
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"{unknown[0]!r} is not known; there are: {', '.join(known)}")
-    functions = {name: features.FEATURES[name](shape) for name in names if name != "inception"}
+    functions = {name: features.FEATURES[name](shape) for name in names if name not in NETWORKS}
+    weights = {name: weights[name] for name in names if name in NETWORKS}
 
     def apply(weights, images):
         out = {name: (function(images), None) for name, function in functions.items()}
+        if "classifier" in names:
+            out["classifier"] = classifier.apply(weights["classifier"], images)
         if "inception" in names:
-            taps = inception.Inception().apply({"params": weights}, inception.preprocess(images))
+            variables = {"params": weights["inception"]}
+            taps = inception.Inception().apply(variables, inception.preprocess(images))
             out["inception"] = taps["2048"], taps["logits_unbiased"]
             out["spatial"] = taps["spatial"], None
         return out
 
     everywhere = replicated(mesh)
-    content = b"".join(np.asarray(array).tobytes() for array in jax.tree.leaves(weights))
-    fingerprint = hashlib.sha256(content).hexdigest()[:8] if content else ""
+    fingerprints = {
+        kind: _fingerprint(tree) for name, tree in weights.items() for kind in NETWORKS[name]
+    }
     replicate = functools.partial(jax.make_array_from_process_local_data, everywhere)
     weights = jax.tree.map(replicate, weights)
     shardings = everywhere, batch_sharded(mesh)
     compiled = jax.jit(apply, in_shardings=shardings, out_shardings=everywhere)
     shapes = jax.eval_shape(apply, weights, jax.ShapeDtypeStruct((1, *shape), np.uint8))
-    order = itertools.chain(*(INCEPTION_KINDS if n == "inception" else (n,) for n in names))
+    order = itertools.chain(*(NETWORKS.get(name, (name,)) for name in names))
     kinds = {kind: tuple(0 if a is None else a.shape[1] for a in shapes[kind]) for kind in order}
-    return FeatureExtractor(functools.partial(compiled, weights), kinds, tuple(shape), fingerprint)
+    return FeatureExtractor(functools.partial(compiled, weights), kinds, tuple(shape), fingerprints)
+
+
+def _fingerprint(weights: Any) -> str:
+    content = b"".join(np.asarray(array).tobytes() for array in jax.tree.leaves(weights))
+    return hashlib.sha256(content).hexdigest()[:8]
 
 
 def extract(
@@ -198,7 +217,7 @@ def extract(
     DataError for an image that cannot be read.
     """
     name, n, shape, *_ = image_set
-    setting = f"{name} {n} {shape} {batch_size} {keep} {extractor.kinds} {extractor.fingerprint}"
+    setting = f"{name} {n} {shape} {batch_size} {keep} {extractor.kinds} {extractor.fingerprints}"
     feature_sets: dict[str, FeatureSet] = {}
     if is_primary():
         arrays = partial_results.load(partial, setting)

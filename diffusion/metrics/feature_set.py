@@ -95,6 +95,7 @@ def from_arrays(arrays: dict[str, np.ndarray], prefix: str = "") -> FeatureSet:
         raise ValueError(f"feature set: expected {wanted}; found {found}")
     classes = None
     if "classes.n" in arrays:
+        arrays.setdefault("classes.unsure", np.zeros_like(arrays["classes.n"]))  # of version 1
         classes = ClassStats(*(arrays[f"classes.{name}"] for name in ClassStats._fields))
     return FeatureSet(stats, features, classes, int(arrays["n"]))
 

@@ -76,7 +76,7 @@ def pixels(shape: tuple[int, int, int]) -> Callable[[Array], Array]:
     Longer sides are area-averaged to 16 pixels, because a covariance of more features than images
     is singular. The returned function raises ValueError for images of another shape or type.
     """
-    rows, columns = (_area_weights(size, min(size, MAX_SIDE)) for size in shape[:2])
+    rows, columns = (area_weights(size, min(size, MAX_SIDE)) for size in shape[:2])
 
     def features(images: Array) -> Array:
         _check_images(images, shape)
@@ -87,7 +87,7 @@ def pixels(shape: tuple[int, int, int]) -> Callable[[Array], Array]:
     return features
 
 
-def _area_weights(size: int, parts: int) -> np.ndarray:
+def area_weights(size: int, parts: int) -> np.ndarray:
     """Returns weights [parts, size] that average `size` pixels over equal parts of their extent."""
     edges = np.linspace(0, size, parts + 1)
     pixel = np.arange(size)

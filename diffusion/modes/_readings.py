@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from diffusion.checkpoint import Checkpoints
 from diffusion.experiment import Experiment
 from diffusion.modes import _sampling, _scores, _split_pass
+from diffusion.modes._baselines import load_baselines, worse_than
 from diffusion.modes._common import Trained
 from diffusion.modes._session import Session
 from diffusion.plotting import curves
@@ -126,15 +127,17 @@ def make_evaluate(run: Run, exp: Experiment) -> Callable[[Any], dict[str, float]
 
     Raises ConfigError, DataError; what is built raises preemption.Stopped.
     """
-    config = run.config
+    config, split = run.config, run.config.bpd.split
     trained = Trained(config, exp, run.workdir, 0, None)
     bits_per_dim = _split_pass.make_bpd_fn(trained)
+    rows = load_baselines(config, exp, split, config.bpd.quick)
     distances = _scores.make_quick_distances(trained) if config.eval.quick else None
 
     def evaluate(params):
         bits = bits_per_dim(params)
         near = distances(params) if distances else {}
-        logging.info(f"bits/dim   {bits.mean:.3f} +- {bits.error:.3f} on {config.bpd.split}")
+        reading = f"{bits.mean:.3f} +- {bits.error:.3f} on {split}"
+        logging.info(f"bits/dim   {reading}{worse_than(bits.mean, rows)}")
         if near:
             logging.info(f"distance   {', '.join(f'{k} {v:.4g}' for k, v in near.items())}")
         return {"bpd": float(bits.mean), "bpd_error": float(bits.error), **near}

@@ -4,6 +4,7 @@ Image i is a function of the seed, i, the sampler and the weights. It depends on
 nor the devices, so that a set can be resumed at any image and extended later.
 """
 
+import functools
 import hashlib
 import json
 import pathlib
@@ -110,7 +111,8 @@ def compile_sampler(config: ConfigDict, exp: Experiment, batch_size: int) -> Com
     def advance(params, keys, labels, state, i, j):
         return editing.advance_between(sampler, predictor(params, labels), keys, state, ts, i, j)
 
-    finish = jax.jit(augment.unscale, in_shardings=split, out_shardings=whole)
+    finish = functools.partial(augment.unscale, levels=exp.levels)
+    finish = jax.jit(finish, in_shardings=split, out_shardings=whole)
     start, advance = compile_chain(exp, start, advance)
     return CompiledSampler(start, advance, finish, ts, size, evaluations, config.sample.label)
 

@@ -5,30 +5,37 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import convert, data, experiment, metrics
-from diffusion.convert import files
+from diffusion import data, experiment, metrics
 from diffusion.data.prepare.image_decoding import ImageSpec
 from diffusion.experiment import Experiment
-from diffusion.metrics import Score, extraction, feature_set, features, frechet, inception
+from diffusion.metrics import (
+    Score,
+    extraction,
+    feature_set,
+    features,
+    frechet,
+)
 from diffusion.metrics.extraction import FeatureExtractor, ImageSet
 from diffusion.metrics.feature_set import FeatureSet
 from diffusion.modes import _sampling
 from diffusion.modes._common import Trained, batch_size
+from diffusion.modes._feature_networks import has_classes, load_classifier, load_inception
 from diffusion.runtime import preemption
 from diffusion.runtime.config import cache_dir, call_for_key, with_overrides
 from diffusion.utils import digests, logging
-from diffusion.utils.errors import DataError, DDPMError
+from diffusion.utils.errors import ConfigError, DataError
 from diffusion.utils.io import save_npz
-from diffusion.utils.multihost import all_processes, barrier, broadcast_from_primary, is_primary
+from diffusion.utils.multihost import all_processes, broadcast_from_primary, is_primary
 from diffusion.utils.progress import QUIET_S, Progress
 
 # The sampler of a quick reading, the same at every step of a training.
 QUICK = {"sampler.name": "ddim", "sampler.grid": "uniform", "sampler.times": (), "sampler.eta": 0.0}
 QUICK_STEPS, QUICK_REFERENCE_NUM = 20, 10_000
+BESIDE = ("precision_recall", "density_coverage", "classes")  # a distance, in frontiers
+RANKING = ("inception", "classifier")  # features that order images as people do, see docs
 AVAILABLE = "available"  # in eval.features: all that need no weights, and Inception's with theirs
 
 
@@ -63,13 +70,22 @@ def make_scorer(config: ConfigDict, exp: Experiment, shape: tuple[int, int, int]
     """Builds the extractor of eval.features for images (h, w, c).
 
     Without Inception weights the other features are used; `missing` says so where the config names
-    Inception's. Raises ConfigError; DataError if they are all that it names.
+    Inception's. Raises ConfigError; DataError if they are all that it names, or if it names a
+    classifier, for which the data have no classes.
     """
-    named, weights, missing = list(config.eval.features), None, None
-    names = ["inception", *features.FEATURES] if AVAILABLE in named else named
+    named, weights, missing = list(config.eval.features), {}, None
+    names = [*extraction.NETWORKS, *features.FEATURES] if AVAILABLE in named else named
+    if "classifier" in names:
+        try:
+            weights["classifier"] = load_classifier(config, exp, shape)
+        except (ConfigError, DataError) as error:
+            if "classifier" in named:
+                raise
+            names = [name for name in names if name != "classifier"]
+            logging.info(f"warning    no classifier: {error}")
     if "inception" in names:
-        weights, problem = _load_inception(config.eval.inception)
-        if not all_processes(weights is not None):
+        weights["inception"], problem = load_inception(config.eval.inception)
+        if not all_processes(weights["inception"] is not None):
             problem = problem or "another process has no Inception weights"
             missing = DataError(problem) if "inception" in named else None
             if names == ["inception"]:
@@ -80,20 +96,6 @@ def make_scorer(config: ConfigDict, exp: Experiment, shape: tuple[int, int, int]
     args = names, shape, exp.mesh, weights
     extractor = call_for_key(extraction.make_extractor, "eval.features", *args)
     return Scorer(config, exp, extractor, missing)
-
-
-def _load_inception(path: str) -> tuple[Any, str]:
-    """Returns (the folded weights, "") or (None, why there are none)."""
-    weights, problem = None, ""
-    for turn in (True, False):  # process 0 downloads; the others then find the file
-        if turn == is_primary():
-            try:
-                arrays = convert.from_inception(files.inception(path, str(cache_dir() / "weights")))
-                weights = jax.device_get(inception.fold(arrays))
-            except (DDPMError, ValueError) as error:
-                problem = str(error)
-        barrier("inception weights")
-    return weights, problem
 
 
 # References
@@ -143,7 +145,7 @@ def _read_cached(images: ImageSet, fingerprint: str, scorer: Scorer) -> dict[str
     stem = stem.replace("/", "_")
     paths = {}
     for kind in extractor.kinds:
-        weights = extractor.fingerprint if kind in extraction.INCEPTION_KINDS else ""
+        weights = extractor.fingerprints.get(kind, "")
         paths[kind] = folder / f"{stem}_{kind}{weights}_{c.eval.keep}.npz"
     found: dict[str, FeatureSet] = {}
     for path in paths.values() if is_primary() else ():
@@ -151,14 +153,18 @@ def _read_cached(images: ImageSet, fingerprint: str, scorer: Scorer) -> dict[str
     if not broadcast_from_primary(found.keys() == extractor.kinds.keys()):
         found = scorer.read(images, folder / f"{stem}_partial.npz")
         for kind, each in found.items():
-            save_statistics(paths[kind], kind, each)
+            save_statistics(paths[kind], kind, each, extractor.fingerprints.get(kind, ""))
     return found
 
 
-def save_statistics(path: pathlib.Path, kind: str, each: FeatureSet) -> None:
-    """Writes an npz with all of a feature set, and `mu` and `sigma`, which other programs read."""
+def save_statistics(path: pathlib.Path, kind: str, each: FeatureSet, weights: str = "") -> None:
+    """Writes an npz with all of a feature set, and `mu` and `sigma`, which other programs read.
+
+    weights: the fingerprint of the network that computed the features.
+    """
     mu, sigma = frechet.finalize(each.stats)
-    save_npz(path, mu=mu, sigma=sigma, kind=kind, **feature_set.to_arrays(each))
+    arrays = feature_set.to_arrays(each)
+    save_npz(path, mu=mu, sigma=sigma, kind=kind, weights=weights, **arrays)
 
 
 def load_statistics(
@@ -177,13 +183,18 @@ def load_statistics(
     except Exception:  # NumPy raises anything for a file that is no npz
         return None
     try:
-        if "kind" in arrays and str(arrays["kind"]) in extractor.kinds:
-            return {str(arrays["kind"]): feature_set.from_arrays(arrays)}
+        if (kind := str(arrays.get("kind", ""))) in extractor.kinds:
+            network = str(arrays.get("weights", ""))
+            if network and network != extractor.fingerprints.get(kind, ""):
+                found = f"{network}, expected {extractor.fingerprints.get(kind)}"
+                raise ValueError(f"its {kind} features are of other weights, {found}")
+            return {kind: feature_set.from_arrays(arrays)}
         d = np.shape(arrays["mu"])[-1]
-        kind = next((k for k, (size, _) in extractor.kinds.items() if size == d), None)
+        kinds = {k: size for k, (size, _) in extractor.kinds.items() if k != "classifier"}
+        kind = next((k for k, size in kinds.items() if size == d), None)
         if kind is None:
-            kinds = ", ".join(f"{k} {size}" for k, (size, _) in extractor.kinds.items())
-            raise ValueError(f"expected statistics of {kinds} features, found {d}")
+            known = ", ".join(f"{k} {size}" for k, size in kinds.items())
+            raise ValueError(f"expected statistics of {known} features, found {d}")
         stats = frechet.moments_from(arrays["mu"], arrays["sigma"], metrics.FID_NUM_IMAGES)
         return {kind: feature_set.from_stats(stats)}
     except ValueError as error:
@@ -224,7 +235,7 @@ def score(
     for kind, images in generated.items():
         for reference in (nothing, *(r for r in references if kind in r.feature_sets)):
             real = reference.feature_sets[kind]
-            for name in metrics.applicable_metrics(images, real):
+            for name in metrics.applicable_metrics(images, real, kind):
                 if real is not None and not metrics.METRICS[name].reference:
                     continue
                 try:
@@ -259,6 +270,33 @@ def make_distances(scorer: Scorer, real: Reference) -> Callable[[np.ndarray], di
     return distances
 
 
+def make_fidelity(scorer: Scorer, real: Reference) -> Callable[[np.ndarray], dict[str, float]]:
+    """Builds uint8[n, h, w, c] -> {a Frechet distance, what follows from neighbours, others}.
+
+    The first ones are of the features that rank images best: Inception's, a classifier's, or the
+    first of eval.features. Others are the distances by all other features.
+    """
+    first = next((kind for kind in RANKING if kind in scorer.extractor.kinds), None)
+    first = first or next(iter(scorer.extractor.kinds))
+    kinds = [first, *(kind for kind in scorer.extractor.kinds if kind != first)]
+
+    def fidelity(images: np.ndarray) -> dict[str, float]:
+        n, mesh = len(images), scorer.exp.mesh
+        image_set = extraction.image_set_from_array("samples", images)
+        found = extraction.extract(image_set, scorer.extractor, scorer.batch_size(n), n, mesh)
+        scores: dict[str, float] = {}
+        for kind in kinds if found else ():
+            names = ["fd", *BESIDE] if kind == first else ["fd"]
+            for name in metrics.applicable_metrics(found[kind], real.feature_sets[kind], kind):
+                if name not in names:
+                    continue
+                values = metrics.evaluate(name, found[kind], real.feature_sets[kind])
+                scores |= {metrics.metric_name(k, kind, n): s.value for k, s in values.items()}
+        return scores
+
+    return fidelity
+
+
 def make_measures(trained: Trained) -> tuple[Callable, dict[str, Callable]]:
     """Builds the measures of figures: (distances to `train`, {space: features of a batch}).
 
@@ -276,14 +314,15 @@ def make_measures(trained: Trained) -> tuple[Callable, dict[str, Callable]]:
 
 
 def make_quick_distances(trained: Trained) -> Callable[[Any], dict[str, float]]:
-    """Builds params -> {fd_random, fd_pixels} of eval.quick samples against the training split.
+    """Builds params -> {fd_random, ...} of eval.quick samples against the training split.
 
     The samples are drawn in 20 steps from the same noise each time, so that what changes during a
     training is the model. Raises ConfigError, DataError.
     """
     exp, n = trained.exp, trained.config.eval.quick
     keys = {"sampler.steps": min(QUICK_STEPS, exp.process.T)}
-    keys |= {"eval.reference_num": QUICK_REFERENCE_NUM, "eval.features": tuple(features.FEATURES)}
+    names = ("classifier",) * has_classes(trained.config, exp) + tuple(features.FEATURES)
+    keys |= {"eval.reference_num": QUICK_REFERENCE_NUM, "eval.features": names}
     config = with_overrides(trained.config, QUICK | keys)
     sampler = _sampling.compile_sampler(config, exp, min(n, config.eval.batch_size))
     scorer = make_scorer(config, exp, exp.image_shape)

@@ -105,13 +105,16 @@ class SplitPass(NamedTuple):
     setting: str = ""
 
     def compile(self, chain: ChainModel, reading: Callable, more: int = 0) -> Callable:
-        """Compiles (params, batch, *more) -> reading(process, predict, keys, x_0, *more)."""
+        """Compiles (params, batch, *more) -> reading(process, predict, keys, x_0, *more).
+
+        The reading gets the number of levels by name.
+        """
         whole, sharded = replicated(self.exp.mesh), batch_sharded(self.exp.mesh)
 
         def on_batch(params, batch, *more):
             predict = chain.predictor(params, batch.label)
-            x_0 = augment.scale(batch.image)
-            return reading(chain.process, predict, self.keys(batch), x_0, *more)
+            x_0, levels = augment.scale(batch.image, self.exp.levels), self.exp.levels
+            return reading(chain.process, predict, self.keys(batch), x_0, *more, levels=levels)
 
         shardings = (whole, sharded, *[whole] * more)
         return jax.jit(on_batch, in_shardings=shardings, out_shardings=whole)

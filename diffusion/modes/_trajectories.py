@@ -1,5 +1,6 @@
 """What figures show: trajectories of images along a chain, and real images."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -75,26 +76,27 @@ def read_real(config: ConfigDict, exp: Experiment, n: int) -> tuple[np.ndarray, 
     return images.read(np.random.default_rng(c.seed).permutation(images.n)[:n])
 
 
-def observe_images(state: base.SamplerState) -> tuple[Array, Array]:
+def observe_images(levels: int, state: base.SamplerState) -> tuple[Array, Array]:
     """Returns x_t and the predicted x_0 as uint8[n, h, w, c]."""
-    return augment.unscale(state.x), augment.unscale(state.x_0)
+    return augment.unscale(state.x, levels), augment.unscale(state.x_0, levels)
 
 
 def rollout(
     context: FigureContext,
     starts: Sequence[Trajectories],
-    observe: Callable[[Any], Any] = observe_images,
+    observe: Callable[[Any], Any] | None = None,
 ) -> list[Any]:
     """Advances trajectories and records them; all processes take part.
 
     Args:
-      observe: state -> arrays [n, ...], what is recorded.
+      observe: state -> arrays [n, ...], what is recorded; None: `observe_images`.
 
     Returns:
       The recorded arrays of each of `starts`, [positions, n, ...], in every process.
     """
     trained, sampler, seed = context.trained, context.sampler, context.config.figures.seed
     split, whole = batch_sharded(trained.exp.mesh), replicated(trained.exp.mesh)
+    observe = observe or functools.partial(observe_images, context.trained.exp.levels)
     observe = jax.jit(observe, in_shardings=split, out_shardings=whole)
     batches = [list(_batches(context, start)) for start in starts]
     steps = [start.positions[-1] - start.positions[0] for start in starts]

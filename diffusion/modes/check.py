@@ -20,6 +20,7 @@ from jax import random
 
 from diffusion import checkpoint, data, experiment, process
 from diffusion.data import augment
+from diffusion.data.prepare.pipeline import evenly_spaced_levels
 from diffusion.experiment import Experiment
 from diffusion.modes._common import describe_data, describe_devices
 from diffusion.modes._nonfinite import compile_update, not_halted
@@ -69,6 +70,10 @@ def check_data(run: Run, images: data.ImageDataset) -> np.ndarray:
         raise DataError(f"data: expected images, found {found}; look at how they were prepared")
     if high < DARK:
         logging.info(f"           dark: no value above {high} of 255; is that intended?")
+    levels = evenly_spaced_levels(np.bincount(sample.ravel(), minlength=256) > 0)
+    if levels != run.config.data.levels:
+        found = f"{levels} levels in {len(sample)} images, data.levels is {run.config.data.levels}"
+        logging.info(f"           {found}; is that intended?")
     if images.n < run.config.train.batch_size:
         logging.info(f"           few: a batch of {run.config.train.batch_size} repeats some")
     return sample[np.linspace(0, len(sample) - 1, 8).astype(int)]
@@ -141,9 +146,10 @@ def check_checkpoint(folder: pathlib.Path, abstract: Any, state: Any) -> None:
 
 def noising_grid(exp: Experiment, images: np.ndarray) -> np.ndarray:
     """Returns x_t of the images uint8[n, h, w, c] as a grid, a row for each share of the chain."""
-    x_0, T, rows = augment.scale(jnp.asarray(images)), exp.process.T, []
+    x_0, T, rows = augment.scale(jnp.asarray(images), exp.levels), exp.process.T, []
     for i, share in enumerate(SHARES):
         t = jnp.full(len(images), round(share * T), jnp.int32)
         eps = random.normal(random.fold_in(random.key(0), i), x_0.shape)
-        rows.append(np.asarray(augment.unscale(process.q_sample(exp.process, x_0, t, eps))))
+        x_t = process.q_sample(exp.process, x_0, t, eps)
+        rows.append(np.asarray(augment.unscale(x_t, exp.levels)))
     return image_grid(np.concatenate(rows), len(images))

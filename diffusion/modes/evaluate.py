@@ -162,7 +162,7 @@ def report(
         "notes": notes,
         "data": config.data.name or config.data.source,
         "references": {r.name: r.about for r in references},
-        "inception": scorer.extractor.fingerprint,
+        "weights": scorer.extractor.fingerprints,
         "versions": {name: version(name) for name in PACKAGES},
         "config": config,
     }

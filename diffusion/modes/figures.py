@@ -157,7 +157,8 @@ def shared(
     if all((images[:1] == images).all() for images in drawn):
         name = context.config.sampler.name
         logging.info(f"note       {name} draws no noise: samples that share x_t are equal")
-    images = np.concatenate([augment.unscale(jnp.asarray(latents)), drawn], 1)
+    noisy = augment.unscale(jnp.asarray(latents), context.trained.exp.levels)
+    images = np.concatenate([noisy, drawn], 1)
     columns, rows = ("xₜ", *map(str, 1 + number)), times(context, positions, "t = ")
     words = {"title": "Samples that share xₜ", "note": "drawn from p(x₀ | xₜ)"}
     return grid_file("shared.png", images, columns, rows=rows, breaks=[1], **words)
@@ -189,12 +190,13 @@ def _interpolate(context: FigureContext, name: str, pairs: Sequence[tuple], **wo
     The noise of a pair is the same for every lambda. The network gets the nearer image's label.
     """
     share, seed = np.linspace(0, 1, 11).astype(np.float32), np.uint32(context.config.figures.seed)
+    process, levels = context.trained.exp.process, context.trained.exp.levels
 
     @jax.jit
     def mix(number, image, t):
         keys = jnp.broadcast_to(random.fold_in(random.key(seed), number), share.shape)
-        x_0, y_0 = (jnp.broadcast_to(a, (len(share), *a.shape)) for a in augment.scale(image))
-        process = context.trained.exp.process
+        images = augment.scale(image, levels)
+        x_0, y_0 = (jnp.broadcast_to(a, (len(share), *a.shape)) for a in images)
         return editing.interpolate_latents(process, keys, x_0, y_0, t, share)
 
     starts = []
@@ -278,10 +280,10 @@ def inpainting(context: FigureContext, draws: int = 6) -> Files:
     start, advance = _sampling.compile_chain(exp, start, advance)
     resampler = context.sampler._replace(start=start, advance=advance, ts=np.append(path.t, 0))
     image, label = read_real(config, exp, c.rows)
-    x_0, label = (np.repeat(a, draws, 0) for a in (augment.scale(image), label))
+    x_0, label = (np.repeat(a, draws, 0) for a in (augment.scale(image, exp.levels), label))
     images = Trajectories((0, len(path.t)), np.arange(len(x_0)), label=label, x=x_0)
     resampling = context._replace(sampler=resampler)
-    [x] = rollout(resampling, [images], lambda state: augment.unscale(state[0]))
+    [x] = rollout(resampling, [images], lambda state: augment.unscale(state[0], exp.levels))
     drawn = x[-1].reshape(c.rows, draws, *exp.image_shape)
     images = np.concatenate([image[:, None], image[:, None], drawn], 1)
     images = np.broadcast_to(images, (*images.shape[:-1], 3)).copy()

@@ -1,7 +1,8 @@
 """--mode=frontier: quality against network evaluations and seconds, over samplers, grids, steps.
 
-Each sampler draws images from the same noise, which are scored against the training set; the
-config's own sampler is one of them. Entries are kept in frontier.json, so that a killed run
+Each sampler draws a set of images from the noise of each of frontier.seeds; the config's own
+sampler is one of them. Every set is scored against the training split, and so are as many real
+images, the best that a sampler could do. Entries are kept in frontier.json, so that a killed run
 resumes, and one with more samplers or steps adds to it.
 """
 
@@ -11,20 +12,23 @@ import itertools
 import json
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from diffusion import experiment
 from diffusion.experiment import Experiment
 from diffusion.modes import _sampling
 from diffusion.modes._common import Trained
 from diffusion.modes._sampling import CompiledSampler
-from diffusion.modes._scores import load_reference, make_distances, make_scorer
+from diffusion.modes._scores import load_reference, make_fidelity, make_scorer
 from diffusion.plotting import curves
 from diffusion.runtime.config import Run, with_overrides
 from diffusion.utils import logging
+from diffusion.utils.errors import DataError
 from diffusion.utils.io import save_json, save_text
 from diffusion.utils.multihost import broadcast_from_primary, is_primary
 from diffusion.utils.progress import QUIET_S, Progress, human_time
@@ -33,15 +37,22 @@ KEYS = ("sampler.name", "sampler.grid", "sampler.steps")  # what differs between
 Key = tuple[str, str, int]  # their values
 
 
+REAL = "real images"  # the name of an entry that no sampler drew
+SIGMAS = 2  # scores that differ by fewer standard errors of their difference count as equal
+
+
 class FrontierEntry(NamedTuple):
-    """One sampler. evaluations: of the network per image; seconds: per image."""
+    """One sampler, or real images.
+
+    evaluations: of the network per image; seconds: per image; scores: {name: a value a seed}.
+    """
 
     sampler: str
     grid: str
     steps: int
     evaluations: int
     seconds: float
-    scores: dict[str, float]
+    scores: dict[str, list[float]]
 
 
 def run(run: Run) -> None:
@@ -54,39 +65,77 @@ def run(run: Run) -> None:
     trained = _sampling.load_for_sampling(run, exp)
     samplers = compile_samplers(run, trained.exp)
     scorer = make_scorer(run.config, exp, exp.image_shape)
-    distances = make_distances(scorer, load_reference("train", scorer))
+    fidelity = make_fidelity(scorer, load_reference("train", scorer))
     folder = run.workdir / "frontier" / f"{trained.step:08d}"
     setting = entry_setting(trained, list(scorer.extractor.kinds))
     done = load_entries(folder / "frontier.json", setting) if is_primary() else {}
     todo = [key for key in samplers if broadcast_from_primary(key not in done)]
-    what = f"{c.num:,} samples by each of {len(samplers)} samplers, {len(todo)} of them to do"
+    sets = f"{len(c.seeds)} sets of {c.num:,} samples" if len(c.seeds) > 1 else f"{c.num:,} samples"
+    what = f"{sets} by each of {len(samplers)} samplers, {len(todo)} of them to do"
     logging.info(f"drawing    {what}")
     rest = [samplers[key].evaluations for key in todo]
     if todo:  # the longest one is timed on a few steps, and counts as if it had been drawn
         longest = max((samplers[key] for key in todo), key=lambda sampler: sampler.evaluations)
         began = time.monotonic()
-        drew = _sampling.estimate_seconds(longest, trained.params, c.num)
+        drew = _sampling.estimate_seconds(longest, trained.params, c.num) * len(c.seeds)
         work, spent = [longest.evaluations], time.monotonic() - began + drew
         left = human_time(seconds_left(spent, drew, work, rest))
         logging.info(f"           {sum(rest):,} evaluations per image, about {left}")
     for key in todo:
-        began = time.monotonic()
-        images, seconds = draw_timed(samplers[key], trained.params, run.config.sample.seed, c.num)
-        scores = distances(images)
+        began, scores = time.monotonic(), []
+        for seed in c.seeds:
+            images, seconds = draw_timed(samplers[key], trained.params, seed, c.num)
+            scores.append(fidelity(images))
         if is_primary():  # only there are images scored
-            done[key] = FrontierEntry(*key, samplers[key].evaluations, seconds, scores)
-            spent, drew = spent + time.monotonic() - began, drew + seconds * c.num
+            done[key] = FrontierEntry(*key, samplers[key].evaluations, seconds, by_seed(scores))
+            spent += time.monotonic() - began
+            drew += seconds * c.num * len(c.seeds)
             work.append(rest.pop(0))
             left = seconds_left(spent, drew, work, rest)
             logging.info(f"{line(done[key])}{f'  ETA {human_time(left)}' if left else ''}")
             write(folder, setting, list(done.values()))
+    real = real_entry(run.config, exp, fidelity)
     if is_primary():
-        for text in advice(list(done.values())):
-            logging.info(text)
-        curves.plot_frontier(folder / "frontier.png", *frontier_curves(list(done.values())))
+        report([real, *done.values()], folder)
     logging.info(f"done       {folder}/frontier.png, frontier.csv, frontier.json")
     if scorer.missing:
         raise scorer.missing
+
+
+def by_seed(scores: list[dict[str, float]]) -> dict[str, list[float]]:
+    """Returns {name: [a value a seed]} of the scores of each seed."""
+    return {name: [each[name] for each in scores] for name in scores[0]}
+
+
+def real_entry(
+    config: ConfigDict, exp: Experiment, fidelity: Callable[[np.ndarray], dict[str, float]]
+) -> FrontierEntry:
+    """Scores frontier.num real images for each seed, of the split test where it has as many.
+
+    Images of the split train are in what they are compared with, which makes their scores better
+    than those of other real images.
+    """
+    c = config.frontier
+    try:
+        split, images = "test", experiment.load_split(config, exp, "test")
+    except DataError:
+        split, images = "train", experiment.load_split(config, exp)
+    if images.n < c.num:
+        split, images = "train", experiment.load_split(config, exp)
+    n, scores = min(c.num, images.n), []
+    for seed in c.seeds:
+        chosen = np.random.RandomState(seed).permutation(images.n)[:n]
+        scores.append(fidelity(images.read(np.sort(chosen))[0]))
+    scores = by_seed(scores) if is_primary() else {}
+    return FrontierEntry(REAL, split, n, 0, 0.0, scores)
+
+
+def report(entries: list[FrontierEntry], folder: pathlib.Path) -> None:
+    """Prints the table and what follows from it; writes frontier.csv and frontier.png."""
+    for text in [*table(entries), *advice(entries)]:
+        logging.info(text)
+    write_csv(folder / "frontier.csv", entries)
+    curves.plot_frontier(folder / "frontier.png", frontier_panels(entries))
 
 
 def seconds_left(spent: float, drew: float, work: list[int], rest: list[int]) -> float:
@@ -131,7 +180,7 @@ def draw_timed(
 def entry_setting(trained: Trained, kinds: list[str]) -> dict[str, Any]:
     """Returns what every entry depends on, besides its own keys."""
     config = trained.config
-    setting = _sampling.sample_setting(config, trained.step, "ema", config.sample.seed)
+    setting = _sampling.sample_setting(config, trained.step, "ema", [*config.frontier.seeds])
     rest = {key: value for key, value in setting.items() if key not in KEYS}
     device = jax.devices()[0].device_kind  # seconds of different devices are not comparable
     return {**rest, "frontier.num": config.frontier.num, "features": kinds, "device": device}
@@ -148,46 +197,149 @@ def load_entries(path: pathlib.Path, setting: dict[str, Any]) -> dict[Key, Front
 
 
 def write(folder: pathlib.Path, setting: dict[str, Any], entries: list[FrontierEntry]) -> None:
-    """Writes frontier.json, to resume from, and frontier.csv."""
+    """Writes frontier.json, to resume from."""
     content = {"setting": setting, "entries": [entry._asdict() for entry in entries]}
     save_json(folder / "frontier.json", content)
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow([*FrontierEntry._fields[:5], *entries[0].scores])
-    for entry in entries:
-        table.writerow([*entry[:5], *(f"{value:.6g}" for value in entry.scores.values())])
-    save_text(folder / "frontier.csv", text.getvalue())
 
 
-def line(entry: FrontierEntry) -> str:
-    """Returns an entry as a row of a table."""
-    scores = "  ".join(f"{name} {value:9.4g}" for name, value in entry.scores.items())
-    sampler = f"{entry.sampler}, {entry.grid}, {entry.steps} steps"
-    return f"{sampler:34} {entry.evaluations:5} evaluations {entry.seconds:9.3g} s/image  {scores}"
+def write_csv(path: pathlib.Path, entries: list[FrontierEntry]) -> None:
+    """Writes the means and the errors of all scores."""
+    scores, text = summaries(entries), io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    names = [name for score in scores for name in (score, f"{score}_error")]
+    rows.writerow([*FrontierEntry._fields[:5], *names])
+    for i, entry in enumerate(entries):
+        numbers = (x[i] for each in scores.values() for x in (each.mean, each.error))
+        rows.writerow([*entry[:5], *(f"{value:.6g}" for value in numbers)])
+    save_text(path, text.getvalue())
 
 
-def frontier_curves(
-    entries: list[FrontierEntry],
-) -> tuple[str, dict[str, list[tuple[int, float, float]]]]:
-    """Returns (the first score's name, {sampler and grid: (evaluations, seconds, score)...})."""
-    score = next(iter(entries[0].scores))
-    several = len({entry.grid for entry in entries}) > 1
-    out: dict[str, list[tuple[int, float, float]]] = {}
-    for entry in sorted(entries, key=lambda entry: entry.evaluations):
-        name = f"{entry.sampler}, {entry.grid}" if several else entry.sampler
-        point = entry.evaluations, entry.seconds, entry.scores[score]
-        out.setdefault(name, []).append(point)
-    return score, out
+# What the entries say
+
+
+class Summary(NamedTuple):
+    """A score of each entry: the mean over seeds and its standard error, float64[n].
+
+    The errors are pooled over the entries, since a few seeds alone say little of a deviation.
+    Distances are averaged in logarithms, where their errors are alike. `paired` is the error of the
+    difference of two samplers, which draw from the same noise, in the units of `units`.
+    """
+
+    mean: np.ndarray
+    error: np.ndarray
+    units: np.ndarray  # the mean of the values' logarithms, or of the values
+    paired: float
+
+
+def summaries(entries: list[FrontierEntry]) -> dict[str, Summary]:
+    """Returns the summary of each score over the entries. Of one seed all errors are 0."""
+    out, drawn = {}, [entry.sampler != REAL for entry in entries]
+    for name in entries[0].scores:
+        values = np.array([entry.scores[name] for entry in entries], np.float64)
+        seeds, log = values.shape[1], is_distance(name)
+        z = np.log(np.maximum(values, 1e-12)) if log else values
+        mean, variance, residual = z.mean(1), 0.0, z[drawn]
+        if seeds > 1:
+            variance = z.var(1, ddof=1).mean()
+        residual = residual - residual.mean(0) - residual.mean(1)[:, None] + residual.mean()
+        freedom = max(1, (len(residual) - 1) * (seeds - 1))
+        paired = np.sqrt(2 * (residual**2).sum() / freedom / seeds)
+        shown, unit = (np.exp(mean), np.exp(mean)) if log else (mean, np.ones(len(mean)))
+        out[name] = Summary(shown, unit * np.sqrt(variance / seeds), mean, float(paired))
+    return out
+
+
+def is_distance(score: str) -> bool:
+    """Returns whether a score is a distance, lower is better, and not a fraction."""
+    return score.startswith(("fd", "fid", "sfid"))
+
+
+def recommended(entries: list[FrontierEntry]) -> int:
+    """Returns the cheapest sampler that is not worse than the best by more than the error.
+
+    The first score decides, a distance.
+    """
+    each = next(iter(summaries(entries).values()))
+    drawn = [i for i, entry in enumerate(entries) if entry.sampler != REAL]
+    best = min(drawn, key=lambda i: each.units[i])
+    equal = [i for i in drawn if not is_worse(each, i, best)]
+    return min(equal, key=lambda i: (entries[i].evaluations, each.units[i]))
+
+
+def is_worse(each: Summary, i: int, j: int) -> bool:
+    """Returns whether sampler i has a larger distance than j by more than the error of that."""
+    return each.units[i] - each.units[j] > SIGMAS * each.paired
 
 
 def advice(entries: list[FrontierEntry]) -> list[str]:
-    """Returns the best sampler within each budget of evaluations; a larger one only if better."""
-    score = next(iter(entries[0].scores))
-    best, lines = float("inf"), []
-    for entry in sorted(entries, key=lambda entry: (entry.evaluations, entry.scores[score])):
-        if entry.scores[score] < best:
-            best = entry.scores[score]
-            values = zip(KEYS, entry[:3], strict=True)
-            flags = " ".join(f"--config.{key}={value}" for key, value in values)
-            lines.append(f"from {entry.evaluations:5,} evaluations: {score} {best:.4g} by {flags}")
+    """Returns the best sampler at each cost, a dearer one only if better, and the recommended."""
+    (score, each), lines, best = next(iter(summaries(entries).items())), [], None
+    drawn = [i for i, entry in enumerate(entries) if entry.sampler != REAL]
+    for i in sorted(drawn, key=lambda i: (entries[i].evaluations, each.mean[i])):
+        if best is None or is_worse(each, best, i):
+            best = i
+            number = with_error(each, i)
+            cost = f"from {entries[i].evaluations:5,} evaluations"
+            lines.append(f"{cost}: {score} {number} by {flags(entries[i])}")
+    chosen, seeds = entries[recommended(entries)], len(entries[0].scores[score])
+    lines.append(f"recommended {flags(chosen)}: {chosen.evaluations:,} evaluations")
+    within = f"{SIGMAS} standard errors over {seeds} seeds" if seeds > 1 else "any difference"
+    lines.append(f"           the cheapest whose {score} is within {within} of the best")
     return lines
+
+
+def flags(entry: FrontierEntry) -> str:
+    """Returns the flags of an entry's sampler."""
+    return " ".join(f"--config.{k}={value}" for k, value in zip(KEYS, entry[:3], strict=True))
+
+
+def with_error(each: Summary, i: int) -> str:
+    """Returns the mean of an entry and its error, if there is one."""
+    error = f" +- {each.error[i]:.2g}" if each.error[i] else ""
+    return f"{each.mean[i]:.4g}{error}"
+
+
+def line(entry: FrontierEntry) -> str:
+    """Returns what is known of an entry as soon as it is drawn."""
+    scores = "  ".join(f"{name} {np.mean(values):.4g}" for name, values in entry.scores.items())
+    cost = f"{entry.evaluations:5} evaluations {entry.seconds:9.3g} s/image"
+    return f"{label(entry):36} {cost}  {scores}"
+
+
+def label(entry: FrontierEntry) -> str:
+    """Returns a name for an entry."""
+    if entry.sampler == REAL:
+        return f"{entry.steps:,} {REAL} of {entry.grid}"
+    return f"{entry.sampler}, {entry.grid}, {entry.steps} steps"
+
+
+def table(entries: list[FrontierEntry]) -> list[str]:
+    """Returns the scores of every entry with their errors, but for further distances, by cost."""
+    found = summaries(entries).items()
+    scores = {k: each for i, (k, each) in enumerate(found) if i == 0 or not is_distance(k)}
+    rows = [f"{'':36} evaluations" + "".join(f"{name:>22}" for name in scores)]
+    for i in sorted(range(len(entries)), key=lambda i: entries[i].evaluations):
+        cells = "".join(f"{with_error(each, i):>22}" for each in scores.values())
+        rows.append(f"{label(entries[i]):36} {entries[i].evaluations:11,}{cells}")
+    return rows
+
+
+def frontier_panels(entries: list[FrontierEntry]) -> list[curves.FrontierPanel]:
+    """Returns distance, density and coverage over evaluations, and the distance over seconds."""
+    several = len({entry.grid for entry in entries if entry.sampler != REAL}) > 1
+    panels = []
+    found = list(summaries(entries).items())
+    others = [item for item in found if item[0].startswith(("density", "coverage"))]
+    for column, (name, each) in [*((3, item) for item in (found[0], *others)), (4, found[0])]:
+        lines: dict[str, list[curves.Point]] = {}
+        floor = None
+        for i in sorted(range(len(entries)), key=lambda i: entries[i].evaluations):
+            entry, point = entries[i], (each.mean[i], each.error[i])
+            if entry.sampler == REAL:
+                floor = point
+                continue
+            sampler = f"{entry.sampler}, {entry.grid}" if several else entry.sampler
+            lines.setdefault(sampler, []).append((entry[column], *point))
+        cost = ("network evaluations per image", "seconds per image")[column - 3]
+        panels.append(curves.FrontierPanel(name, cost, lines, floor, is_distance(name)))
+    return panels

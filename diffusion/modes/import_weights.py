@@ -29,9 +29,9 @@ from diffusion.runtime.config import (
     differences,
     fill_defaults,
     flatten,
-    validate,
     with_overrides,
 )
+from diffusion.runtime.validation import validate
 from diffusion.sharding import replicated
 from diffusion.train_step import TrainState
 from diffusion.utils import logging

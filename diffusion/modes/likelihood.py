@@ -3,7 +3,7 @@
 import csv
 import io
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -14,6 +14,8 @@ from jax.tree_util import Partial
 from diffusion import experiment, probability_flow
 from diffusion.data import augment
 from diffusion.likelihood import VLBTerms, rate_distortion, vlb_terms
+from diffusion.metrics.baselines import Baseline
+from diffusion.modes._baselines import load_baselines, worse_than
 from diffusion.modes._common import Trained, load_trained
 from diffusion.modes._split_pass import (
     ChainModel,
@@ -36,20 +38,23 @@ from diffusion.utils.progress import Progress
 
 
 def run(run: Run) -> None:
-    """Writes workdir/eval/STEP/{bpd.json, rate_distortion.csv, rate_distortion.png}."""
+    """Writes workdir/eval/STEP/{bpd.json, bpd.png, rate_distortion.csv, rate_distortion.png}."""
     exp = experiment.build(run.config)
     check(run, exp)
     trained = load_trained(run, exp)
     folder = trained.workdir / "eval" / f"{trained.step:08d}"
     work = make_pass(trained, run.config.bpd.split, run.config.bpd.num)
     bound, results = read_all(trained, work, folder)
+    rows = load_baselines(run.config, exp, run.config.bpd.split, work.n)
     for what, average in results.items():
-        logging.info(f"{average.mean:8.4f} +- {average.error:.4f} bits/dim  {what}")
+        number = f"{average.mean:8.4f} +- {average.error:.4f} bits/dim"
+        logging.info(f"{number}  {what}{worse_than(float(average.mean), rows)}")
     if is_primary():
-        write(trained, work, bound, results, folder)
+        write(trained, work, bound, results, rows, folder)
         for partial in folder.glob("bpd_partial*.npz"):
             partial.unlink()
-    logging.info(f"done       {folder}/bpd.json, rate_distortion.csv, rate_distortion.png")
+    files = "bpd.json, bpd.png, rate_distortion.csv, rate_distortion.png"
+    logging.info(f"done       {folder}/{files}")
     if exp.process.T == 1000 and run.config.data.name == "cifar10":
         print_table_4(bound)
 
@@ -140,8 +145,8 @@ def read_ode(trained: Trained, work: SplitPass) -> tuple[MeanAndStderr, float]:
     with Progress(work.n, unit="image") as progress:
         for batch, real in work.batches():
             field = Partial(eps, trained.params, batch.label)
-            x_0 = augment.scale(batch.image)
-            args = exp.process, field, work.keys(batch), x_0
+            x_0 = augment.scale(batch.image, exp.levels)
+            args = exp.process, field, work.keys(batch), x_0, exp.levels
             out = probability_flow.bits_per_dim(*args)
             bits.append(out.bits[:real])
             evaluations.append(out.evaluations)
@@ -157,9 +162,10 @@ def write(
     work: SplitPass,
     bound: Bound,
     results: Mapping[str, MeanAndStderr],
+    rows: Sequence[Baseline],
     folder: pathlib.Path,
 ) -> None:
-    """Writes bpd.json, rate_distortion.csv and the three panels of Figure 5."""
+    """Writes bpd.json and its bars, rate_distortion.csv and the three panels of Figure 5."""
 
     def number(average, index=()):
         return {"mean": float(average.mean[index]), "error": float(average.error[index])}
@@ -172,6 +178,8 @@ def write(
         "images": work.n,
         "seed": config.bpd.seed,
         "bits_per_dim": {what: number(average) for what, average in results.items()},
+        "levels": trained.exp.levels,
+        "baselines": {row.name: {"mean": row.bits, "error": row.error} for row in rows},
         "L_T": number(bound.bits, -1),
         "rate": number(bound.rate, 0),
         "L_0": number(bound.bits, 0),
@@ -188,6 +196,9 @@ def write(
         cells = [f"{a[t - 1]:.6g}" for average in row for a in average]
         table.writerow([T - t + 1, t, *cells])
     save_text(folder / "rate_distortion.csv", text.getvalue())
+    bars = [(what, float(a.mean), float(a.error)) for what, a in results.items()]
+    lengths = [(row.name, row.bits, row.error or 0.0) for row in rows]
+    curves.plot_code_lengths(folder / "bpd.png", bars, lengths)
     path = folder / "rate_distortion.png"
     curves.plot_rate_distortion(path, bound.rate.mean, bound.rmse.mean)
 

@@ -5,13 +5,14 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from diffusion.utils.io import atomic_write
 
 PathLike = str | os.PathLike
-Point = tuple[int, float, float]  # (network evaluations, seconds, score)
+Point = tuple[float, float, float]  # (cost, score, its standard error)
 
 BLUE, RED, BLACK, GREY, GRID = "#1f5fa8", "#c0392b", "#20242b", "#5a6270", "#e3e6ea"
 TITLE = {"color": BLACK, "fontsize": 12, "fontweight": "bold"}
@@ -124,38 +125,78 @@ def plot_quality(png_path: PathLike, steps: np.ndarray, series: Mapping[str, np.
     _plot_panels(png_path, [(REVERSE_STEPS, steps, name, y) for name, y in series.items()])
 
 
-def plot_frontier(png_path: PathLike, score: str, curves: Mapping[str, Sequence[Point]]) -> None:
-    """Plots a score (lower is better) against network evaluations and against seconds per image.
+def plot_code_lengths(
+    png_path: PathLike,
+    models: Sequence[tuple[str, float, float]],
+    others: Sequence[tuple[str, float, float]],
+) -> None:
+    """Plots (name, bits/dim, error) of models and of what they are compared with as bars."""
+    rows = sorted(
+        [*((BLUE, *m) for m in models), *((GREY, *o) for o in others)], key=lambda r: r[2]
+    )
+    with _panels(png_path, 1, (8, 0.6 + 0.4 * len(rows))) as (axes,):
+        for i, (colour, name, bits, error) in enumerate(rows):
+            axes.barh(i, bits, xerr=error or None, color=colour, height=0.7, alpha=0.85)
+            style = {"color": colour, "verticalalignment": "center", "fontsize": 9}
+            axes.text(bits + error, i, f"  {bits:.3f}  {name}", **style)
+        axes.set_xlim(0, 1.8 * max(bits for _, _, bits, _ in rows))  # room for the names
+        axes.set_yticks([])
+        axes.invert_yaxis()
+        axes.set_title("bits/dim, lower is better", loc="left", **TITLE)
 
-    curves: name of a sampler -> its points. The points of the Pareto front are ringed.
+
+class FrontierPanel(NamedTuple):
+    """A score against a cost.
+
+    lines: name of a sampler -> its points, by cost. floor: (score, error) of real images.
     """
-    costs = ("network evaluations per image", "seconds per image")
-    with _panels(png_path, 2, (11, 4.6), sharey=True) as grid:
-        for column, axes in enumerate(grid):
-            for i, (label, curve) in enumerate(curves.items()):
-                x, y = [point[column] for point in curve], [point[2] for point in curve]
-                style = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.8, "markersize": 4}
-                axes.plot(x, y, "o-" if i < len(COLOURS) else "o--", label=label, **style)
-            points = sorted((point[column], point[2]) for c in curves.values() for point in c)
-            front = [p for i, p in enumerate(points) if all(p[1] < q[1] for q in points[:i])]
-            axes.plot(*zip(*front, strict=True), "o", markersize=9, fillstyle="none", color=BLACK)
-            for axis in (axes.xaxis, axes.yaxis):
-                _set_scale(axis, log=True, ticks=(1, 2, 5))
-            axes.tick_params(labelsize=8)
-            axes.set_xlabel(costs[column], color=GREY)
-        left, right = grid
-        left.set_title(score, loc="left", **TITLE)
-        right.set_title("ringed: no better score at its cost", loc="right", color=GREY, fontsize=9)
-        right.legend(frameon=False, fontsize=8, labelcolor=BLACK)
+
+    score: str
+    cost: str
+    lines: Mapping[str, Sequence[Point]]
+    floor: tuple[float, float] | None
+    lower: bool  # whether lower is better
+
+
+def plot_frontier(png_path: PathLike, panels: Sequence[FrontierPanel]) -> None:
+    """Plots scores against costs, with error bars; the points of each Pareto front are ringed."""
+    with _panels(png_path, len(panels), (4.6 * len(panels), 4.6)) as grid:
+        for panel, axes in zip(panels, grid, strict=True):
+            _plot_frontier_panel(axes, panel)
+        rings = "ringed: no better score at its cost; dotted: real images"
+        grid[-1].set_title(rings, loc="right", color=GREY, fontsize=8)
+        grid[-1].legend(frameon=False, fontsize=8, labelcolor=BLACK)
+
+
+def _plot_frontier_panel(axes, panel: FrontierPanel) -> None:
+    for i, (label, points) in enumerate(panel.lines.items()):
+        x, y, error = zip(*points, strict=True)
+        style = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.8, "markersize": 4}
+        shape = "o-" if i < len(COLOURS) else "o--"
+        axes.errorbar(x, y, error, fmt=shape, label=label, elinewidth=1, capsize=2, **style)
+    sign = 1 if panel.lower else -1
+    points = sorted((x, sign * y) for line in panel.lines.values() for x, y, _ in line)
+    front = [p for i, p in enumerate(points) if all(p[1] < q[1] for q in points[:i])]
+    x, y = zip(*front, strict=True)
+    axes.plot(x, [sign * value for value in y], "o", markersize=9, fillstyle="none", color=BLACK)
+    if panel.floor:
+        mean, error = panel.floor
+        axes.axhline(mean, color=BLACK, linewidth=1.2, linestyle=":")
+        axes.axhspan(mean - error, mean + error, color=BLACK, alpha=0.08, linewidth=0)
+    _set_scale(axes.xaxis, log=True, ticks=(1, 2, 5))
+    _set_scale(axes.yaxis, log=panel.lower, ticks=(1, 2, 5))
+    axes.tick_params(labelsize=8)
+    axes.set_xlabel(panel.cost, color=GREY)
+    axes.set_title(panel.score, loc="left", **TITLE)
 
 
 @contextlib.contextmanager
-def _panels(png_path: PathLike, n: int, size: tuple, sharey: bool = False) -> Iterator[list]:
+def _panels(png_path: PathLike, n: int, size: tuple) -> Iterator[list]:
     """Yields n axes side by side in the common style; writes the figure, of size inches, after."""
     from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=size, dpi=150, layout="constrained")
-    grid = figure.subplots(1, n, sharey=sharey, squeeze=False)[0]
+    grid = figure.subplots(1, n, squeeze=False)[0]
     for axes in grid:
         axes.grid(True, color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from configs import default
 from diffusion.runtime import config as config_
-from diffusion.runtime import preemption
+from diffusion.runtime import preemption, validation
 from diffusion.runtime.config import Run
 from diffusion.utils import logging
 from diffusion.utils.errors import STOPPED, ConfigError, DDPMError, LostPeerError, one_line
@@ -62,7 +62,7 @@ def main(
     try:
         run = config_.resolve(flag_values, argv, workdir.load_config)
         check_flags(run)
-        config_.validate(run.config)
+        validation.validate(run.config)
         logging.quiet_libraries(flag_values.verbosity)
         if run.mode != "prepare":  # which takes no accelerator
             start_jax(run.config)
@@ -174,7 +174,7 @@ def start_jax(config: ConfigDict) -> None:
     use_cpu_cores(config)
     start_distributed(config)
     logging.silence(jax.process_index() > 0)
-    config_.validate(config, jax.device_count())
+    validation.validate(config, jax.device_count())
 
 
 def use_cpu_cores(config: ConfigDict) -> None:

@@ -37,11 +37,16 @@ class TimestepErrors(NamedTuple):
 
 
 def timestep_errors(
-    p: Process, predict: Predict, key: Array, x_0: Array, ts: Array | None = None
+    p: Process,
+    predict: Predict,
+    key: Array,
+    x_0: Array,
+    ts: Array | None = None,
+    levels: int = 256,
 ) -> TimestepErrors:
     """Measures one draw of x_t for each t, the draws of `likelihood.vlb_terms` for the same key.
 
-    ts: int[k], the times of the columns; None: 1..T.
+    ts: int[k], the times of the columns; None: 1..T. levels: of x_0, see data.augment.scale.
     """
     keys = example_keys(key, x_0.shape[0])
     log_stds = jnp.asarray(np.log(decoder_stds(p)), x_0.dtype)
@@ -53,7 +58,7 @@ def timestep_errors(
         mean, _ = targets.p_mean_log_variance(p, prediction, x_t, 0, t_b)
 
         def bits(log_std):
-            nats = -decoder_log_likelihood(x_0, mean, log_std).reshape(len(x_0), -1)
+            nats = -decoder_log_likelihood(x_0, mean, log_std, levels).reshape(len(x_0), -1)
             # A dot product, since XLA does not vectorise tanh inside of a reduction on CPUs.
             weights = jnp.full(nats.shape[1], 1 / nats.shape[1] / np.log(2), nats.dtype)
             return jnp.dot(nats, weights, precision="highest")

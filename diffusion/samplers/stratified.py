@@ -26,7 +26,7 @@ def timestep_strata(T: int, n: int) -> np.ndarray:
 
 
 def stratified_vlb(
-    p: Process, predict: Predict, key: Array, x_0: Array, edges: np.ndarray
+    p: Process, predict: Predict, key: Array, x_0: Array, edges: np.ndarray, levels: int = 256
 ) -> Array:
     """Estimates each image's bound in bits/dim [b] from one time in each stratum, without bias.
 
@@ -37,8 +37,9 @@ def stratified_vlb(
         p: the process.
         predict: the model on p.
         key: one key, or one per example [b].
-        x_0: [b, ...] on the levels k/127.5 - 1.
+        x_0: [b, ...] in [-1, 1].
         edges: int[n+1], from `timestep_strata`.
+        levels: of x_0, see data.augment.scale.
     """
     keys = example_keys(key, x_0.shape[0])
     keys_t = jax.vmap(random.fold_in, (0, None))(keys, 0)  # noise is drawn at t >= 1 only
@@ -52,7 +53,7 @@ def stratified_vlb(
 
         t, eps = jax.vmap(draw)(keys_t, keys, x_0)
         x_t = q_sample(p, x_0, t, eps)
-        bits = likelihood.vlb_term(p, predict(x_t, t), x_0, x_t, t)
+        bits = likelihood.vlb_term(p, predict(x_t, t), x_0, x_t, t, levels)
         return total + (high - low).astype(bits.dtype) * bits, None
 
     edges = jnp.asarray(edges)

@@ -121,6 +121,22 @@ def test_scale_and_unscale_are_exact_on_all_levels():
     assert np.unique(k - truncated, return_counts=True)[1].tolist() == [193, 63]
 
 
+@pytest.mark.parametrize("levels", [2, 3, 7, 17, 86, 255])
+def test_fewer_levels_are_evenly_spaced(levels):
+    """x_0 is on an exact grid, whatever the rounding or truncation of the stored bytes."""
+    k = np.arange(levels)
+    grid = 2 * k / (levels - 1) - 1
+    for to_byte in (np.rint, np.floor) if levels <= 86 else (np.rint,):
+        stored = to_byte(k * 255 / (levels - 1)).astype(np.uint8)
+        x = np.asarray(jax.jit(augment.scale, static_argnums=1)(stored, levels))
+        np.testing.assert_allclose(x, grid, rtol=0, atol=3e-7)  # as above
+        assert (x[0], x[-1]) == (-1, 1)
+    back = jax.jit(augment.unscale, static_argnums=1)
+    near = grid.astype(np.float32) + np.float32(0.49 * 2 / (levels - 1))
+    for x in (grid.astype(np.float32), near):
+        np.testing.assert_array_equal(back(x, levels), np.rint(k * 255 / (levels - 1)))
+
+
 def test_unscale_rounds_to_the_nearest_level_and_clips():
     x = jnp.float32([-7.0, -1.001, -1 + 0.49 / 127.5, -1 + 0.51 / 127.5, 1.001, jnp.inf])
     assert np.asarray(augment.unscale(x)).tolist() == [0, 0, 0, 1, 255, 255]

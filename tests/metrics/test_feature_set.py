@@ -53,7 +53,7 @@ def test_saved_set_continues(tmp_path, stop, prefix):
 
 def test_set_without_classes_saves_none():
     stats = collect_split(X[:200])
-    classes = {"classes.n", "classes.p", "classes.plogp"}
+    classes = {"classes.n", "classes.p", "classes.plogp", "classes.unsure"}
     assert to_arrays(from_stats(stats.stats)).keys() == to_arrays(stats).keys() - classes
 
 

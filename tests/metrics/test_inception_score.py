@@ -6,8 +6,10 @@ import pytest
 from diffusion.metrics.inception_score import (
     ClassStats,
     add_class_stats,
+    class_distance,
     empty_class_stats,
     inception_score,
+    share_unsure,
 )
 from tests.oracle import official
 
@@ -66,3 +68,22 @@ def test_splits_are_slices(n):
 def test_empty_split_raises():
     with pytest.raises(ValueError, match="an image or more per split of 10, found 7"):
         inception_score(class_stats_of(np.zeros((7, 3))))
+
+
+def test_share_of_images_of_which_the_classifier_is_unsure():
+    """Two classes: the larger probability is 0.9 at a difference of logits of log 9."""
+    difference = np.log(9) * np.array([1 - 1e-9, 1 + 1e-9, 0.0, 3.0, -0.5, -1.5])
+    logits = np.stack([difference, np.zeros(6)], 1)
+    assert share_unsure(class_stats_of(logits)) == 3 / 6
+    assert share_unsure(class_stats_of(7 - logits)) == 3 / 6
+
+
+def test_distance_of_classes_is_the_share_that_has_to_change():
+    """Of certain images: 30, 10, 0 against 20, 10, 10 of 40 exchange a quarter."""
+
+    def sure(*counts):
+        return class_stats_of(1e4 * np.eye(3)[np.repeat(np.arange(3), counts)])
+
+    np.testing.assert_allclose(class_distance(sure(30, 10, 0), sure(20, 10, 10)), 0.25, rtol=1e-12)
+    np.testing.assert_allclose(class_distance(sure(10, 0, 0), sure(0, 5, 5)), 1, rtol=1e-12)
+    assert class_distance(sure(30, 10, 0), sure(60, 20, 0)) < 1e-12

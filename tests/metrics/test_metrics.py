@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from diffusion.metrics import METRICS, Score, applicable_metrics, evaluate, metric_name
+from diffusion.metrics import (
+    CLASSIFIER_SCORES,
+    METRICS,
+    Score,
+    applicable_metrics,
+    evaluate,
+    metric_name,
+)
 from diffusion.metrics.feature_set import add, begin, from_stats
 from diffusion.metrics.frechet import finalize, moments_from
 from tests.metrics.feature_sets import collect_split, draw_features, logits_of
@@ -87,7 +94,8 @@ def test_published_statistics_serve_as_reference(half_scores):
     published = from_stats(moments_from(mean, cov, 200))
     assert applicable_metrics(HALF, published) == ["fd", "fd_infinity", "is"]
     assert applicable_metrics(HALF) == ["is"] and applicable_metrics(published, published) == ["fd"]
-    assert applicable_metrics(HALF, OTHER) == list(METRICS)
+    assert applicable_metrics(HALF, OTHER, "classifier") == list(METRICS)
+    assert {*METRICS} - {*applicable_metrics(HALF, OTHER, "inception")} == {"classes"}
     for name in ("fd", "fd_infinity"):
         for score, (value, _) in evaluate(name, HALF, published).items():
             np.testing.assert_allclose(value, half_scores[name][score].value, rtol=1e-9)
@@ -151,7 +159,9 @@ def test_metric_name(score, kind, n, name):
 
 
 def test_only_inception_features_have_a_fid(half_scores):
-    scores = [score for found in half_scores.values() for score in found]
+    every = [score for found in half_scores.values() for score in found]
+    scores = [score for score in every if score not in CLASSIFIER_SCORES]
+    assert [metric_name(score, "classifier", 9) for score in CLASSIFIER_SCORES] == every[-4:-2]
     kinds = ("inception", "spatial", "random", "pixels", "clip")
     names = [
         metric_name(score, kind, n) for score in scores for kind in kinds for n in (10, 50_000)

@@ -8,7 +8,8 @@ from configs import digits
 from diffusion import experiment
 from diffusion.modes import _sampling
 from diffusion.runtime import preemption
-from diffusion.runtime.config import YOUNGER, flatten, validate, with_overrides
+from diffusion.runtime.config import YOUNGER, flatten, with_overrides
+from diffusion.runtime.validation import validate
 from diffusion.utils.errors import ConfigError, WorkdirError
 from diffusion.utils.io import save_npz
 

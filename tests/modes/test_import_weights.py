@@ -16,7 +16,8 @@ import pytest
 from diffusion import checkpoint, convert, experiment
 from diffusion.convert import readers, safetensors_file
 from diffusion.modes import import_weights
-from diffusion.runtime.config import fill_defaults, flatten, validate, with_overrides
+from diffusion.runtime.config import fill_defaults, flatten, with_overrides
+from diffusion.runtime.validation import validate
 from diffusion.runtime.workdir import check_owner
 from diffusion.samplers import ancestral, base
 from diffusion.utils.errors import DDPMError, WorkdirError

@@ -113,9 +113,9 @@ def test_analytic_variances_of_as_many_images_as_they_need(tmp_path, monkeypatch
     @jax.jit
     def errors(x_0):
         predict = chain.predictor({}, np.zeros(96, np.int32))
-        return analytic.timestep_errors(exp.process, predict, noise, x_0)
+        return analytic.timestep_errors(exp.process, predict, noise, x_0, levels=exp.levels)
 
-    mse = np.asarray(errors(augment.scale(images)).mse, np.float64)
+    mse = np.asarray(errors(augment.scale(images, exp.levels)).mse, np.float64)
     means = {n: mse[:n].mean(0) for n in (32, 64)}
     error = {n: (mse[:n].std(0, ddof=1) / np.sqrt(n) / means[n]).max() for n in means}
     assert error[32] > 1.01 * error[64]

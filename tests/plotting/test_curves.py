@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from diffusion.plotting.curves import (
+    FrontierPanel,
+    plot_code_lengths,
     plot_frontier,
     plot_loss,
     plot_quality,
@@ -211,11 +213,28 @@ def test_panels_are_drawn_in_ink(tmp_path):
 
 
 def test_frontier_rings_the_pareto_front(tmp_path, drawn):
-    """Of (10, 5), (20, 4), (20, 6), (40, 4.5): the first two, in evaluations as in seconds."""
-    curves = {"a": [(10, 0.1, 5.0), (20, 0.2, 4.0)], "b": [(20, 0.2, 6.0), (40, 0.4, 4.5)]}
-    plot_frontier(tmp_path / "f.png", "fd", curves)
-    for axes, scale in zip(drawn, (1, 0.01), strict=True):
-        ringed = axes.lines[-1].get_xydata()
-        np.testing.assert_allclose(ringed, [[10 * scale, 5], [20 * scale, 4]])
-        assert axes.get_xscale() == axes.get_yscale() == "log"
-        np.testing.assert_allclose(axes.lines[0].get_xydata()[:, 1], [5, 4])
+    """Of (10, 5), (20, 4), (20, 6), (40, 4.5): the first two where lower is better."""
+    lines = {"a": [(10, 5.0, 0.5), (20, 4.0, 0.1)], "b": [(20, 6.0, 0.1), (40, 4.5, 0.1)]}
+    panels = [
+        FrontierPanel("fd", "evaluations", lines, (1.5, 0.25), lower=True),
+        FrontierPanel("density", "evaluations", lines, None, lower=False),
+    ]
+    plot_frontier(tmp_path / "f.png", panels)
+    fronts = ([[10, 5], [20, 4]], [[10, 5], [20, 6]])
+    for axes, front, panel in zip(drawn, fronts, panels, strict=True):
+        curves = {tuple(map(tuple, line.get_xydata())) for line in axes.lines}
+        assert {tuple(map(tuple, front)), ((10, 5), (20, 4)), ((20, 6), (40, 4.5))} <= curves
+        assert axes.get_xscale() == "log"
+        assert axes.get_yscale() == ("log" if panel.lower else "linear")
+        bars = axes.containers[0].lines[2][0].get_segments()
+        np.testing.assert_allclose(bars[0], [[10, 4.5], [10, 5.5]])
+    [floor] = [line for line in drawn[0].lines if line.get_linestyle() == ":"]
+    assert set(floor.get_ydata()) == {1.5}
+
+
+def test_code_lengths_are_bars_in_order_of_length(tmp_path, drawn):
+    plot_code_lengths(tmp_path / "b.png", [("model", 2.0, 0.25)], [("PNG", 3.0, 0), ("x", 1.5, 0)])
+    [axes] = drawn
+    assert [bar.get_width() for bar in axes.patches] == [1.5, 2.0, 3.0]
+    assert [text.get_text().split()[-1] for text in axes.texts] == ["x", "model", "PNG"]
+    assert axes.yaxis_inverted()

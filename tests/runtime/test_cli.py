@@ -151,6 +151,15 @@ def test_help_lists_flags_and_every_key():
     assert [s for s, _ in itertools.groupby(sections)] == [*dict.fromkeys(sections)]
 
 
+def test_keys_may_be_typed_before_the_config():
+    """They get their types from the config, wherever it stands."""
+    keys = ["--config.model.ch=24", "--config.data.flip=True", "--config.eval.seeds=(1,2)"]
+    for argv in ([*keys, TINY], [TINY, *keys], [keys[0], "--mode=sample", TINY, *keys[1:]]):
+        found = config_.resolve(main.define_flags(), ["main.py", *argv], lambda workdir: None)
+        config = found.config
+        assert (config.model.ch, config.data.flip, config.eval.seeds) == (24, True, (1, 2))
+
+
 def modules_after(*args):
     """Returns the modules that a process has imported at the end of a command line."""
     code = "import sys, main; main.main(sys.argv); print('\\n'.join(sys.modules))"

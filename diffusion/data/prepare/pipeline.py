@@ -28,6 +28,7 @@ SPLITS = ("train", "test")
 MAX_SKIPPED_NAMES = 100
 SAMPLE_IMAGES, SAMPLE_BYTES = 64, 32 * 2**20  # in a summary, whichever is less
 REPORT_EVERY = 256  # images
+MAX_FEW_LEVELS = 64  # more are so near to each other that any few values may be among them
 
 
 class Summary(NamedTuple):
@@ -47,6 +48,7 @@ class Summary(NamedTuple):
     classes: dict[str, int]  # name -> count
     low: int  # of all values stored, 0..255
     high: int
+    levels: int  # see `evenly_spaced_levels`
     mean: float
     repeats: dict[str, int]  # split -> images that repeat an earlier one of the split
     shared: int  # images of test that are in train
@@ -148,6 +150,9 @@ def describe(summary: Summary) -> list[str]:
         f"original modes: {modes}; {s.unchanged:,} images are stored unchanged",
         f"values {s.low} to {s.high}, mean {s.mean:.1f}; {s.num_bytes / 1e6:,.1f} MB",
     ]
+    if s.levels < 256:
+        advice = f"train with --config.data.levels={s.levels}"
+        lines.append(f"{s.levels} levels, evenly spaced over 0..255: {advice}")
     if s.classes:
         fewest, most = (f(s.classes, key=s.classes.get) for f in (min, max))
         ends = f"{s.classes[fewest]:,} ({fewest}) to {s.classes[most]:,} ({most})"
@@ -157,6 +162,23 @@ def describe(summary: Summary) -> list[str]:
     lines.append(f"duplicates: {_counts(s.repeats)}{shared}")
     lines += [f"skipped {name}: {why}" for name, why in s.skipped[:5]]
     return lines + ([f"skipped {s.num_skipped - 5:,} more"] if s.num_skipped > 5 else [])
+
+
+def evenly_spaced_levels(occurring: np.ndarray) -> int:
+    """Returns the least number of levels, evenly spaced over 0..255, that has all values.
+
+    Args:
+      occurring: bool[256], which values occur. They are rounded or truncated to integers.
+
+    Returns:
+      2 to MAX_FEW_LEVELS, or 256 where more are needed.
+    """
+    values = occurring.nonzero()[0]
+    for levels in range(2, MAX_FEW_LEVELS + 1):
+        step = 255 / (levels - 1)
+        if (np.abs(values - np.rint(values / step) * step) < 1).all():
+            return levels
+    return 256
 
 
 def _counts(counts: dict[str, int]) -> str:
@@ -191,8 +213,7 @@ class _Encoded(NamedTuple):
     size: tuple[int, int]
     mode: str
     changed: bool
-    low: int
-    high: int
+    occurring: np.ndarray  # bool[256], the values that it has
     total: int  # the sum of its values
 
 
@@ -219,8 +240,7 @@ def _encode_item(spec: ImageSpec, classes: tuple[str, ...], item: Item) -> _Enco
         size=image.size,
         mode=image.mode,
         changed=image.changed,
-        low=int(x.min()),
-        high=int(x.max()),
+        occurring=np.bincount(x.ravel(), minlength=256) > 0,
         total=int(x.sum(dtype=np.int64)),
     )
 
@@ -267,7 +287,8 @@ class _Tally:
         self.sizes = array.array("Q")
         self.modes, self.labels = collections.Counter(), collections.Counter()
         self.skipped, self.num_skipped = [], 0
-        self.low, self.high, self.total, self.unchanged, self.num_bytes = 255, 0, 0, 0, 0
+        self.total, self.unchanged, self.num_bytes = 0, 0, 0
+        self.occurring = np.zeros(256, bool)
         self.sample_size = min(SAMPLE_IMAGES, max(1, SAMPLE_BYTES // self.values))
         self.sample, self.stride = [], 1  # every stride-th record, at most 2 * sample_size
 
@@ -280,7 +301,7 @@ class _Tally:
         self.sizes.append(x.size[0] << 32 | x.size[1])
         self.modes[x.mode] += 1
         self.labels[label] += 1
-        self.low, self.high = min(self.low, x.low), max(self.high, x.high)
+        self.occurring |= x.occurring
         self.total += x.total
         self.unchanged += not x.changed
         self.num_bytes += len(x.record)
@@ -315,8 +336,9 @@ class _Tally:
             frequent=tuple((_unpack(sizes[i]), int(counts[i])) for i in by_count),
             modes=dict(self.modes.most_common()),
             classes={name: self.labels[label] for label, name in enumerate(classes)},
-            low=self.low,
-            high=self.high,
+            low=int(self.occurring.nonzero()[0][0]),
+            high=int(self.occurring.nonzero()[0][-1]),
+            levels=evenly_spaced_levels(self.occurring),
             mean=self.total / (n * self.values),
             repeats={split: int((x[1:] == x[:-1]).sum()) for split, x in hashes.items()},
             shared=int(shared.sum()),

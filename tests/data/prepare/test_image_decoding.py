@@ -20,7 +20,7 @@ from PIL import Image
 
 from diffusion.data.prepare import image_decoding
 from diffusion.data.prepare.image_decoding import FITS, ImageError, ImageSpec, normalize_image
-from diffusion.runtime.config import VALIDATORS
+from diffusion.runtime.validation import VALIDATORS
 from tests.conftest import ROOT
 
 WHITE = (255, 255, 255)

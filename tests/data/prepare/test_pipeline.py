@@ -339,7 +339,8 @@ def test_the_sample_is_bounded_in_bytes(monkeypatch):
 
 def test_an_image_takes_few_bytes_of_memory():
     """16, and up to an eighth more in arrays that grow; at the end as much again, sorted."""
-    x = pipeline._Encoded(tfds_writer.make_encoder((8, 8, 3), ())(file(noise(1)[0]), 0), *[7] * 7)
+    record = tfds_writer.make_encoder((8, 8, 3), ())(file(noise(1)[0]), 0)
+    x = pipeline._Encoded(record, 7, (7, 7), "RGB", False, np.ones(256, bool), 7)
     sizes = np.random.default_rng(0).integers(1, 2**15, (100_000, 2)).tolist()
     tally = pipeline._Tally(SPEC)
     tracemalloc.start()

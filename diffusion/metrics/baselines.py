@@ -1,0 +1,121 @@
+"""Code lengths that a reading of bits/dim has to beat: simple histograms, PNG and WebP."""
+
+import io
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+PIXEL_COUNT, NEIGHBOUR_COUNT = 0.1, 0.05  # added to every count of a histogram
+MAX_COUNTS, MAX_KEYS = 2**22, 2**24  # of the histograms that are in memory at a time
+MOSAIC_BYTES = 2**22  # of the pixels that are compressed; lossless WebP takes seconds for these
+
+
+class Baseline(NamedTuple):
+    """A code length in bits/dim, and its standard error over images where it is a mean of these."""
+
+    name: str
+    bits: float
+    error: float | None = None
+
+
+def baselines(train: np.ndarray, images: np.ndarray, levels: int = 256) -> list[Baseline]:
+    """Returns the code lengths of images uint8[m, h, w, c] by models of train uint8[n, h, w, c].
+
+    Values are brought to `levels` levels, evenly spaced over 0..255. The models are
+
+    - one histogram for all pixels, in which all levels are alike: log2(levels) bits/dim;
+    - a histogram for each pixel and channel, with 0.1 added to each count;
+    - a histogram for each pixel and channel and each class of its left and its upper neighbour,
+      with 0.05 added to each count. Level 0, the other levels below the middle one, and the rest
+      are the three classes; a neighbour outside of the image counts as level 0.
+
+    PNG and WebP, lossless, are those of `mosaic_bits`. Raises ValueError for other shapes or types,
+    and fewer than two images.
+    """
+    for role, each in (("train", train), ("images", images)):
+        if each.dtype != np.uint8 or each.shape[1:] != train.shape[1:] or each.ndim != 4:
+            raise ValueError(f"{role}: expected uint8[n, h, w, c], found {each.dtype}{each.shape}")
+    if len(images) < 2:
+        raise ValueError(f"images: expected two or more, found {len(images)}")
+    seen, new = (to_levels(each, levels) for each in (train, images))
+    rows = [Baseline("uniform", math.log2(levels))]
+    for name, contexts, count in (
+        ("pixel histogram", _no_context, PIXEL_COUNT),
+        ("pixel and two neighbours", _neighbour_classes, NEIGHBOUR_COUNT),
+    ):
+        bits = _histogram_bits(seen, new, levels, contexts, count)
+        rows.append(Baseline(name, float(bits.mean()), float(bits.std(ddof=1) / len(bits) ** 0.5)))
+    return rows + [Baseline(f"lossless {k}", mosaic_bits(images, k)) for k in ("PNG", "WebP")]
+
+
+def to_levels(images: np.ndarray, levels: int) -> np.ndarray:
+    """Returns the number uint8[...] of each value's nearest level, as data.augment.scale has it."""
+    return np.rint(np.arange(256) * ((levels - 1) / 255)).astype(np.uint8)[images]
+
+
+def _no_context(k: np.ndarray, levels: int) -> np.ndarray:
+    return np.zeros_like(k)
+
+
+def _neighbour_classes(k: np.ndarray, levels: int) -> np.ndarray:
+    """Returns 0..8 for each value of k uint8[n, h, w, c]: 3 of its left, 1 of its upper class."""
+    classes = (k > 0).astype(np.uint8) + (k >= levels // 2)
+    context = np.zeros_like(classes)
+    context[:, :, 1:] += 3 * classes[:, :, :-1]
+    context[:, 1:] += classes[:, :-1]
+    return context
+
+
+def _histogram_bits(seen, new, levels, contexts, count) -> np.ndarray:
+    """Returns the bits/dim of each image of `new`, float64[m], by histograms of `seen`.
+
+    A histogram belongs to a dimension and a context of it, which is below 9.
+    """
+    (seen_in, new_in), d = (contexts(k, levels) for k in (seen, new)), math.prod(new.shape[1:])
+    seen, new, seen_in, new_in = (a.reshape(len(a), d) for a in (seen, new, seen_in, new_in))
+    bits, block = np.zeros(len(new)), min(MAX_COUNTS // (9 * levels), MAX_KEYS // len(seen))
+    block = max(1, block)
+    for first in range(0, d, block):
+        part = slice(first, first + block)
+        place = 9 * np.arange(seen[:, part].shape[1], dtype=np.int32)
+        key = (place + seen_in[:, part]) * levels + seen[:, part]
+        counts = np.bincount(key.ravel(), minlength=len(place) * 9 * levels) + count
+        counts = counts.reshape(-1, levels)
+        log_p = np.log2(counts / counts.sum(1, keepdims=True)).ravel()
+        bits -= log_p[(place + new_in[:, part]) * levels + new[:, part]].sum(1)
+    return bits / d
+
+
+def mosaic(images: np.ndarray) -> np.ndarray:
+    """Returns the first images uint8[n, h, w, c] side by side without a gap, uint8[H, W, c].
+
+    They are as many as fill rows that are as long as the columns, or one more, with at most 4 MiB.
+    """
+    n = max(1, min(len(images), MOSAIC_BYTES // math.prod(images.shape[1:])))
+    rows = math.isqrt(n)
+    columns = n // rows
+    _, h, w, c = images.shape
+    grid = images[: rows * columns].reshape(rows, columns, h, w, c)
+    return grid.transpose(0, 2, 1, 3, 4).reshape(rows * h, columns * w, c)
+
+
+def encode(pixels: np.ndarray, form: str) -> bytes:
+    """Returns a file of "PNG" or "WebP" (lossless, slowest setting) with pixels uint8[H, W, c]."""
+    from PIL import Image
+
+    image, file = (
+        Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels),
+        io.BytesIO(),
+    )
+    options = (
+        {"optimize": True} if form == "PNG" else {"lossless": True, "quality": 100, "method": 6}
+    )
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def mosaic_bits(images: np.ndarray, form: str) -> float:
+    """Returns the size of the file of a mosaic of images uint8[n, h, w, c], in bits/dim."""
+    pixels = mosaic(images)
+    return 8 * len(encode(pixels, form)) / pixels.size

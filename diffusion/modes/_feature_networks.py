@@ -1,0 +1,89 @@
+"""The networks whose features images are scored by: Inception's, and a classifier of the data."""
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion import convert, data, experiment
+from diffusion.convert import files
+from diffusion.data.loader import load_dataset
+from diffusion.experiment import Experiment
+from diffusion.metrics import classifier, extraction, inception
+from diffusion.runtime import preemption
+from diffusion.runtime.config import cache_dir
+from diffusion.utils import logging
+from diffusion.utils.errors import DataError, DDPMError
+from diffusion.utils.io import save_npz
+from diffusion.utils.multihost import barrier, is_primary
+from diffusion.utils.progress import QUIET_S, Progress
+
+CLASSIFIER_NUM = 20_000  # training images for the classifier, at most
+
+
+def load_inception(path: str) -> tuple[Any, str]:
+    """Returns (the folded weights, "") or (None, why there are none)."""
+    weights, problem = None, ""
+    for turn in (True, False):  # process 0 downloads; the others then find the file
+        if turn == is_primary():
+            try:
+                arrays = convert.from_inception(files.inception(path, str(cache_dir() / "weights")))
+                weights = jax.device_get(inception.fold(arrays))
+            except (DDPMError, ValueError) as error:
+                problem = str(error)
+        barrier("inception weights")
+    return weights, problem
+
+
+def has_classes(config: ConfigDict, exp: Experiment) -> bool:
+    """Returns whether the training data have classes, so that a classifier can learn them."""
+    return experiment.load_split(config, exp).num_classes > 1
+
+
+def load_classifier(config: ConfigDict, exp: Experiment, shape: tuple[int, ...]) -> Any:
+    """Returns the classifier of the training split, from the cache or trained now.
+
+    Raises ConfigError and DataError where the data are missing, of another shape, or without
+    classes.
+    """
+    images, c = experiment.load_split(config, exp), config.data
+    if images.num_classes < 2 or images.shape != tuple(shape):
+        found = f"{images.num_classes} classes and images of {'x'.join(map(str, images.shape))}"
+        wanted = f"data with classes of the images that are scored, {'x'.join(map(str, shape))}"
+        raise DataError(f"eval.features: 'classifier' expects {wanted}; found {found}")
+    images = extraction.evenly_spaced(images, CLASSIFIER_NUM)
+    stem = f"{c.name or c.source}_{images.n}_{data.fingerprint(images)}_{classifier.VERSION}"
+    path = cache_dir() / "classifiers" / f"{stem.replace('/', '_')}.npz"
+    for turn in (True, False):  # process 0 trains it; the others then find the file
+        if turn == is_primary():
+            found = _read_classifier(path) or _train_classifier(images, path)
+        barrier("classifier")
+    right = f"{found.accuracy:.1%} of {found.held_out:,} held-out images right"
+    logging.info(f"classifier {right}, for the features of that name")
+    return found.params
+
+
+def _read_classifier(path: pathlib.Path) -> classifier.Classifier | None:
+    try:
+        with np.load(path) as file:
+            params = {name: file[name] for name in file.files}
+            accuracy, held_out = (params.pop(name).item() for name in ("accuracy", "held_out"))
+            return classifier.Classifier(params, accuracy, held_out)
+    except Exception:  # NumPy raises anything for a file that is no npz
+        return None
+
+
+def _train_classifier(images: data.ImageDataset, path: pathlib.Path) -> classifier.Classifier:
+    logging.info(f"training   a classifier of {images.num_classes} classes on {images.n:,} images")
+    image, label = load_dataset(images)
+    with Progress(classifier.STEPS, unit="step", quiet_s=QUIET_S) as progress:
+
+        def on_step(done):
+            progress(done)
+            preemption.raise_if_requested()
+
+        trained = classifier.train(image, label, images.num_classes, on_step=on_step)
+    save_npz(path, accuracy=trained.accuracy, held_out=trained.held_out, **trained.params)
+    return trained
