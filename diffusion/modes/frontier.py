@@ -38,6 +38,7 @@ Key = tuple[str, str, int]  # their values
 
 
 REAL = "real images"  # the name of an entry that no sampler drew
+JUDGEMENTS = "precision", "density", "coverage", "unsure"  # beside the first distance
 SIGMAS = 2  # scores that differ by fewer standard errors of their difference count as equal
 
 
@@ -255,20 +256,40 @@ def is_distance(score: str) -> bool:
 
 
 def recommended(entries: list[FrontierEntry]) -> int:
-    """Returns the cheapest sampler that is not worse than the best by more than the error.
+    """Returns the cheapest of the samplers that are worse than the best in the fewest judgements.
 
-    The first score decides, a distance.
+    Judgements are the first distance, precision, density, coverage and the share of images that a
+    classifier is unsure of. Worse is what exceeds the error of a difference.
     """
-    each = next(iter(summaries(entries).values()))
     drawn = [i for i, entry in enumerate(entries) if entry.sampler != REAL]
-    best = min(drawn, key=lambda i: each.units[i])
-    equal = [i for i in drawn if not is_worse(each, i, best)]
-    return min(equal, key=lambda i: (entries[i].evaluations, each.units[i]))
+    worse = dict.fromkeys(drawn, 0)
+    for name, each in judgements(entries).items():
+        best = min(drawn, key=lambda i, name=name, each=each: cost(name, each, i))
+        for i in drawn:
+            worse[i] += is_worse(name, each, i, best)
+    distance = next(iter(summaries(entries).values()))
+    return min(drawn, key=lambda i: (worse[i], entries[i].evaluations, distance.units[i]))
 
 
-def is_worse(each: Summary, i: int, j: int) -> bool:
-    """Returns whether sampler i has a larger distance than j by more than the error of that."""
-    return each.units[i] - each.units[j] > SIGMAS * each.paired
+def judgements(entries: list[FrontierEntry]) -> dict[str, Summary]:
+    """Returns the summaries of the scores that decide."""
+    first, *others = summaries(entries).items()
+    return dict([first, *(item for item in others if item[0].startswith(JUDGEMENTS))])
+
+
+def is_better_low(score: str) -> bool:
+    """Returns whether lower is better."""
+    return is_distance(score) or score == "unsure"
+
+
+def cost(name: str, each: Summary, i: int) -> float:
+    """Returns the score of entry i in its units, with the sign for which lower is better."""
+    return each.units[i] if is_better_low(name) else -each.units[i]
+
+
+def is_worse(name: str, each: Summary, i: int, j: int) -> bool:
+    """Returns whether sampler i is worse than j by more than the error of their difference."""
+    return cost(name, each, i) - cost(name, each, j) > SIGMAS * each.paired
 
 
 def advice(entries: list[FrontierEntry]) -> list[str]:
@@ -276,15 +297,18 @@ def advice(entries: list[FrontierEntry]) -> list[str]:
     (score, each), lines, best = next(iter(summaries(entries).items())), [], None
     drawn = [i for i, entry in enumerate(entries) if entry.sampler != REAL]
     for i in sorted(drawn, key=lambda i: (entries[i].evaluations, each.mean[i])):
-        if best is None or is_worse(each, best, i):
+        if best is None or is_worse(score, each, best, i):
             best = i
             number = with_error(each, i)
             cost = f"from {entries[i].evaluations:5,} evaluations"
             lines.append(f"{cost}: {score} {number} by {flags(entries[i])}")
     chosen, seeds = entries[recommended(entries)], len(entries[0].scores[score])
     lines.append(f"recommended {flags(chosen)}: {chosen.evaluations:,} evaluations")
-    within = f"{SIGMAS} standard errors over {seeds} seeds" if seeds > 1 else "any difference"
-    lines.append(f"           the cheapest whose {score} is within {within} of the best")
+    by = f"by {SIGMAS} standard errors over {seeds} seeds" if seeds > 1 else "at all"
+    lines.append(
+        f"           the cheapest of those that are worse than the best, {by}, in the fewest of"
+    )
+    lines.append(f"           {', '.join(judgements(entries))}")
     return lines
 
 
@@ -301,9 +325,9 @@ def with_error(each: Summary, i: int) -> str:
 
 def line(entry: FrontierEntry) -> str:
     """Returns what is known of an entry as soon as it is drawn."""
-    scores = "  ".join(f"{name} {np.mean(values):.4g}" for name, values in entry.scores.items())
+    score, values = next(iter(entry.scores.items()))
     cost = f"{entry.evaluations:5} evaluations {entry.seconds:9.3g} s/image"
-    return f"{label(entry):36} {cost}  {scores}"
+    return f"{label(entry):36} {cost}  {score} {np.mean(values):.4g}"
 
 
 def label(entry: FrontierEntry) -> str:
@@ -314,22 +338,25 @@ def label(entry: FrontierEntry) -> str:
 
 
 def table(entries: list[FrontierEntry]) -> list[str]:
-    """Returns the scores of every entry with their errors, but for further distances, by cost."""
-    found = summaries(entries).items()
-    scores = {k: each for i, (k, each) in enumerate(found) if i == 0 or not is_distance(k)}
-    rows = [f"{'':36} evaluations" + "".join(f"{name:>22}" for name in scores)]
+    """Returns the judgements of every entry with their errors, by cost."""
+    scores = judgements(entries)
+    kind = next(iter(scores)).partition("_")[2]
+    names = [name.removesuffix(f"_{kind}") for name in scores]
+    title = f"by {kind or 'Inception'} features"
+    rows = [f"{title:36} evaluations"]
+    rows[0] += "".join(f"{name:>18}" for name in names)
     for i in sorted(range(len(entries)), key=lambda i: entries[i].evaluations):
-        cells = "".join(f"{with_error(each, i):>22}" for each in scores.values())
+        cells = "".join(f"{with_error(each, i):>18}" for each in scores.values())
         rows.append(f"{label(entries[i]):36} {entries[i].evaluations:11,}{cells}")
     return rows
 
 
 def frontier_panels(entries: list[FrontierEntry]) -> list[curves.FrontierPanel]:
-    """Returns distance, density and coverage over evaluations, and the distance over seconds."""
+    """Returns distance, precision and coverage over evaluations, the distance over seconds."""
     several = len({entry.grid for entry in entries if entry.sampler != REAL}) > 1
     panels = []
-    found = list(summaries(entries).items())
-    others = [item for item in found if item[0].startswith(("density", "coverage"))]
+    found = list(judgements(entries).items())
+    others = [item for item in found if item[0].startswith(("precision", "coverage"))]
     for column, (name, each) in [*((3, item) for item in (found[0], *others)), (4, found[0])]:
         lines: dict[str, list[curves.Point]] = {}
         floor = None
@@ -340,6 +367,6 @@ def frontier_panels(entries: list[FrontierEntry]) -> list[curves.FrontierPanel]:
                 continue
             sampler = f"{entry.sampler}, {entry.grid}" if several else entry.sampler
             lines.setdefault(sampler, []).append((entry[column], *point))
-        cost = ("network evaluations per image", "seconds per image")[column - 3]
-        panels.append(curves.FrontierPanel(name, cost, lines, floor, is_distance(name)))
+        axis = ("network evaluations per image", "seconds per image")[column - 3]
+        panels.append(curves.FrontierPanel(name, axis, lines, floor, is_distance(name)))
     return panels

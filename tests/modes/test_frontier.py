@@ -16,10 +16,11 @@ from tests.runs import run, run_two_processes
 from tests.test_configs import config_of
 
 
-def entry(sampler, steps, evaluations, fd, grid="uniform", density=1.0, coverage=1.0, noise=0.0):
+def entry(sampler, steps, evaluations, fd, grid="uniform", precision=1.0, coverage=1.0, noise=0.0):
     """An entry of three seeds, whose distances are off by the noise, relative to them."""
     scores = {"fd": [fd * (1 + noise * z) for z in (-1, 0, 1)]}
-    scores |= {"density": [density] * 3, "coverage": [coverage] * 3, "fd_pixels": [1 / fd] * 3}
+    scores |= {"precision": [precision] * 3, "coverage": [coverage] * 3}
+    scores |= {"fd_pixels": [1 / fd] * 3}
     return FrontierEntry(sampler, grid, steps, evaluations, 0.1, scores)
 
 
@@ -28,12 +29,12 @@ def test_errors_are_pooled_over_entries():
     entries = [entry("a", 5, 5, 2.0), entry("b", 5, 5, 10.0)]
     entries[0].scores["fd"] = [2 * np.exp(z) for z in (-0.1, 0, 0.1)]
     entries[1].scores["fd"] = [10 * np.exp(z) for z in (-0.3, 0, 0.3)]
-    entries[0].scores["density"] = [0.4, 0.5, 0.6]
+    entries[0].scores["precision"] = [0.4, 0.5, 0.6]
     found = frontier.summaries(entries)
     np.testing.assert_allclose(found["fd"].mean, [2, 10])
     pooled = np.sqrt((0.1**2 + 0.3**2) / 2 / 3)
     np.testing.assert_allclose(found["fd"].error, [2 * pooled, 10 * pooled])
-    np.testing.assert_allclose(found["density"].error, np.sqrt(0.1**2 / 2 / 3) * np.ones(2))
+    np.testing.assert_allclose(found["precision"].error, np.sqrt(0.1**2 / 2 / 3) * np.ones(2))
     one = [entry._replace(scores={"fd": [3.0]}) for entry in entries]
     assert frontier.summaries(one)["fd"].error.tolist() == [0, 0]
 
@@ -64,13 +65,13 @@ def test_larger_budget_is_named_only_where_it_scores_better():
         entry("unipc", 10, 10, 4.0),
     ]
     lines = frontier.advice(entries)
-    assert [line.split("=")[1].split()[0] for line in lines[:-2]] == ["heun", "unipc", "slow"]
+    assert [line.split("=")[1].split()[0] for line in lines[:-3]] == ["heun", "unipc", "slow"]
     assert "sampler.steps=40" in lines[2] and "from    40" in lines[2]
     assert lines[3].startswith("recommended --config.sampler.name=slow")
     noises = itertools.cycle(itertools.permutations((-1, 0, 1)))
     for each, noise in zip(entries, noises, strict=False):
         each.scores["fd"] = list(np.exp(np.log(each.scores["fd"]) + np.array(noise)))
-    named = [line.split("=")[1].split()[0] for line in frontier.advice(entries)[:-2]]
+    named = [line.split("=")[1].split()[0] for line in frontier.advice(entries)[:-3]]
     assert named == ["heun"]  # deviations by a factor of e make all of them equal
 
 
@@ -88,6 +89,12 @@ def test_cheapest_of_equals_is_recommended():
     entries = [real, best, near, far, nearer]
     assert entries[frontier.recommended(entries)] == nearer
     assert entries[frontier.recommended([real, best, far])] == best
+    # Equal in distance, but not in precision: of two judgements one is lost.
+    for each, values in ((best, [0.8, 0.81, 0.82]), (nearer, [0.6, 0.62, 0.61])):
+        each.scores["precision"] = values
+    assert entries[frontier.recommended([real, best, nearer])] == best
+    best.scores["coverage"], nearer.scores["coverage"] = [0.1] * 3, [0.9] * 3
+    assert [real, best, nearer][frontier.recommended([real, best, nearer])] == nearer
 
 
 def test_panels_rise_in_cost_and_name_the_grid_only_where_there_are_several():
@@ -97,7 +104,7 @@ def test_panels_rise_in_cost_and_name_the_grid_only_where_there_are_several():
         entry("ddim", 10, 10, 4.0),
     ]
     panels = frontier.frontier_panels(entries)
-    assert [panel.score for panel in panels] == ["fd", "density", "coverage", "fd"]
+    assert [panel.score for panel in panels] == ["fd", "precision", "coverage", "fd"]
     assert [panel.lower for panel in panels] == [True, False, False, True]
     assert panels[0].lines == {"ddim": [(10, pytest.approx(4), 0), (20, pytest.approx(2), 0)]}
     assert panels[0].floor == (pytest.approx(0.5), 0)
