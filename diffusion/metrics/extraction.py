@@ -50,7 +50,7 @@ def image_set_from_split(
     images: ImageDataset, split: str, n: int = 0, workers: int = 0
 ) -> ImageSet:
     """Returns n images of a split, evenly spaced because sets come sorted; 0 for all of them."""
-    subset = evenly_spaced(images, n)
+    subset = evenly_spaced_subset(images, n)
 
     def batches(batch_size, rows, first):
         return (image for image, *_ in iterate_split(subset, batch_size, rows, workers, first))
@@ -58,7 +58,7 @@ def image_set_from_split(
     return ImageSet(split, subset.n, images.shape, batches)
 
 
-def evenly_spaced(images: ImageDataset, n: int) -> ImageDataset:
+def evenly_spaced_subset(images: ImageDataset, n: int) -> ImageDataset:
     """Returns n of the images, evenly spaced; all of them for 0 and where there are not as many."""
     if not 0 < n < images.n:
         return images

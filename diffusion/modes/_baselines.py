@@ -33,7 +33,7 @@ def load_baselines(config: ConfigDict, exp: Experiment, split: str, n: int) -> l
         logging.info(f"warning    no baselines of bits/dim: {error}")
         return []
     most = max(2, MAX_BYTES // math.prod(exp.image_shape))
-    train = extraction.evenly_spaced(train, most)
+    train = extraction.evenly_spaced_subset(train, most)
     images = experiment.load_split(config, exp, split)._replace(n=min(n, most))
     key = f"{data.fingerprint(train)}_{data.fingerprint(images)}_{exp.levels}"
     path = cache_dir() / "baselines" / f"{key}.json"

@@ -42,19 +42,19 @@ def has_classes(config: ConfigDict, exp: Experiment) -> bool:
     return experiment.load_split(config, exp).num_classes > 1
 
 
-def load_classifier(config: ConfigDict, exp: Experiment, shape: tuple[int, ...]) -> Any:
+def load_classifier(config: ConfigDict, exp: Experiment) -> Any:
     """Returns the classifier of the training split, from the cache or trained now.
 
-    Raises ConfigError and DataError where the data are missing, of another shape, or without
-    classes.
+    Raises ConfigError and DataError where the data are missing or without classes.
     """
     images, c = experiment.load_split(config, exp), config.data
-    if images.num_classes < 2 or images.shape != tuple(shape):
-        found = f"{images.num_classes} classes and images of {'x'.join(map(str, images.shape))}"
-        wanted = f"data with classes of the images that are scored, {'x'.join(map(str, shape))}"
-        raise DataError(f"eval.features: 'classifier' expects {wanted}; found {found}")
-    images = extraction.evenly_spaced(images, CLASSIFIER_NUM)
-    stem = f"{c.name or c.source}_{images.n}_{data.fingerprint(images)}_{classifier.VERSION}"
+    if images.num_classes < 2:
+        wanted = "data with two classes or more"
+        found = f"found {images.num_classes}; leave it out"
+        raise DataError(f"eval.features: 'classifier' expects {wanted}, {found}")
+    images = extraction.evenly_spaced_subset(images, CLASSIFIER_NUM)
+    digest = f"{data.fingerprint(images)}_{classifier.CLASSIFIER_VERSION}"
+    stem = f"{c.name or c.source}_{images.n}_{digest}"
     path = cache_dir() / "classifiers" / f"{stem.replace('/', '_')}.npz"
     for turn in (True, False):  # process 0 trains it; the others then find the file
         if turn == is_primary():

@@ -39,6 +39,10 @@ RANKING = ("inception", "classifier")  # features that order images as people do
 AVAILABLE = "available"  # in eval.features: all that need no weights, and Inception's with theirs
 
 
+class WrongShape(DataError):
+    """Images that the classifier of the data cannot see."""
+
+
 class Scorer(NamedTuple):
     """Extracts the features of images. missing: why features asked for by name are missing."""
 
@@ -70,16 +74,20 @@ def make_scorer(config: ConfigDict, exp: Experiment, shape: tuple[int, int, int]
     """Builds the extractor of eval.features for images (h, w, c).
 
     Without Inception weights the other features are used; `missing` says so where the config names
-    Inception's. Raises ConfigError; DataError if they are all that it names, or if it names a
-    classifier, for which the data have no classes.
+    Inception's. A classifier is left out for images of another shape than the data's. Raises
+    ConfigError; DataError if Inception's are all that it names, or if it names a classifier, for
+    which the data have no classes.
     """
     named, weights, missing = list(config.eval.features), {}, None
     names = [*extraction.NETWORKS, *features.FEATURES] if AVAILABLE in named else named
     if "classifier" in names:
         try:
-            weights["classifier"] = load_classifier(config, exp, shape)
+            if shape != exp.image_shape:
+                sizes = ("x".join(map(str, s)) for s in (shape, exp.image_shape))
+                raise WrongShape("the images are {}, the data's {}".format(*sizes))
+            weights["classifier"] = load_classifier(config, exp)
         except (ConfigError, DataError) as error:
-            if "classifier" in named:
+            if "classifier" in named and not isinstance(error, WrongShape):
                 raise
             names = [name for name in names if name != "classifier"]
             logging.info(f"warning    no classifier: {error}")

@@ -37,7 +37,7 @@ KEYS = ("sampler.name", "sampler.grid", "sampler.steps")  # what differs between
 Key = tuple[str, str, int]  # their values
 
 
-REAL = "real images"  # the name of an entry that no sampler drew
+REAL_IMAGES = "real images"  # the name of an entry that no sampler drew
 JUDGEMENTS = "precision", "density", "coverage", "unsure"  # beside the first distance
 SIGMAS = 2  # scores that differ by fewer standard errors of their difference count as equal
 
@@ -128,12 +128,12 @@ def real_entry(
         chosen = np.random.RandomState(seed).permutation(images.n)[:n]
         scores.append(fidelity(images.read(np.sort(chosen))[0]))
     scores = by_seed(scores) if is_primary() else {}
-    return FrontierEntry(REAL, split, n, 0, 0.0, scores)
+    return FrontierEntry(REAL_IMAGES, split, n, 0, 0.0, scores)
 
 
 def report(entries: list[FrontierEntry], folder: pathlib.Path) -> None:
     """Prints the table and what follows from it; writes frontier.csv and frontier.png."""
-    for text in [*table(entries), *advice(entries)]:
+    for text in [*entry_table(entries), *advice(entries)]:
         logging.info(text)
     write_csv(folder / "frontier.csv", entries)
     curves.plot_frontier(folder / "frontier.png", frontier_panels(entries))
@@ -218,7 +218,7 @@ def write_csv(path: pathlib.Path, entries: list[FrontierEntry]) -> None:
 # What the entries say
 
 
-class Summary(NamedTuple):
+class ScoreSummary(NamedTuple):
     """A score of each entry: the mean over seeds and its standard error, float64[n].
 
     The errors are pooled over the entries, since a few seeds alone say little of a deviation.
@@ -232,9 +232,9 @@ class Summary(NamedTuple):
     paired: float
 
 
-def summaries(entries: list[FrontierEntry]) -> dict[str, Summary]:
+def summaries(entries: list[FrontierEntry]) -> dict[str, ScoreSummary]:
     """Returns the summary of each score over the entries. Of one seed all errors are 0."""
-    out, drawn = {}, [entry.sampler != REAL for entry in entries]
+    out, drawn = {}, [entry.sampler != REAL_IMAGES for entry in entries]
     for name in entries[0].scores:
         values = np.array([entry.scores[name] for entry in entries], np.float64)
         seeds, log = values.shape[1], is_distance(name)
@@ -246,7 +246,7 @@ def summaries(entries: list[FrontierEntry]) -> dict[str, Summary]:
         freedom = max(1, (len(residual) - 1) * (seeds - 1))
         paired = np.sqrt(2 * (residual**2).sum() / freedom / seeds)
         shown, unit = (np.exp(mean), np.exp(mean)) if log else (mean, np.ones(len(mean)))
-        out[name] = Summary(shown, unit * np.sqrt(variance / seeds), mean, float(paired))
+        out[name] = ScoreSummary(shown, unit * np.sqrt(variance / seeds), mean, float(paired))
     return out
 
 
@@ -261,7 +261,7 @@ def recommended(entries: list[FrontierEntry]) -> int:
     Judgements are the first distance, precision, density, coverage and the share of images that a
     classifier is unsure of. Worse is what exceeds the error of a difference.
     """
-    drawn = [i for i, entry in enumerate(entries) if entry.sampler != REAL]
+    drawn = [i for i, entry in enumerate(entries) if entry.sampler != REAL_IMAGES]
     worse = dict.fromkeys(drawn, 0)
     for name, each in judgements(entries).items():
         best = min(drawn, key=lambda i, name=name, each=each: cost(name, each, i))
@@ -271,7 +271,7 @@ def recommended(entries: list[FrontierEntry]) -> int:
     return min(drawn, key=lambda i: (worse[i], entries[i].evaluations, distance.units[i]))
 
 
-def judgements(entries: list[FrontierEntry]) -> dict[str, Summary]:
+def judgements(entries: list[FrontierEntry]) -> dict[str, ScoreSummary]:
     """Returns the summaries of the scores that decide."""
     first, *others = summaries(entries).items()
     return dict([first, *(item for item in others if item[0].startswith(JUDGEMENTS))])
@@ -282,12 +282,12 @@ def is_better_low(score: str) -> bool:
     return is_distance(score) or score == "unsure"
 
 
-def cost(name: str, each: Summary, i: int) -> float:
+def cost(name: str, each: ScoreSummary, i: int) -> float:
     """Returns the score of entry i in its units, with the sign for which lower is better."""
     return each.units[i] if is_better_low(name) else -each.units[i]
 
 
-def is_worse(name: str, each: Summary, i: int, j: int) -> bool:
+def is_worse(name: str, each: ScoreSummary, i: int, j: int) -> bool:
     """Returns whether sampler i is worse than j by more than the error of their difference."""
     return cost(name, each, i) - cost(name, each, j) > SIGMAS * each.paired
 
@@ -295,7 +295,7 @@ def is_worse(name: str, each: Summary, i: int, j: int) -> bool:
 def advice(entries: list[FrontierEntry]) -> list[str]:
     """Returns the best sampler at each cost, a dearer one only if better, and the recommended."""
     (score, each), lines, best = next(iter(summaries(entries).items())), [], None
-    drawn = [i for i, entry in enumerate(entries) if entry.sampler != REAL]
+    drawn = [i for i, entry in enumerate(entries) if entry.sampler != REAL_IMAGES]
     for i in sorted(drawn, key=lambda i: (entries[i].evaluations, each.mean[i])):
         if best is None or is_worse(score, each, best, i):
             best = i
@@ -317,7 +317,7 @@ def flags(entry: FrontierEntry) -> str:
     return " ".join(f"--config.{k}={value}" for k, value in zip(KEYS, entry[:3], strict=True))
 
 
-def with_error(each: Summary, i: int) -> str:
+def with_error(each: ScoreSummary, i: int) -> str:
     """Returns the mean of an entry and its error, if there is one."""
     error = f" +- {each.error[i]:.2g}" if each.error[i] else ""
     return f"{each.mean[i]:.4g}{error}"
@@ -332,12 +332,12 @@ def line(entry: FrontierEntry) -> str:
 
 def label(entry: FrontierEntry) -> str:
     """Returns a name for an entry."""
-    if entry.sampler == REAL:
-        return f"{entry.steps:,} {REAL} of {entry.grid}"
+    if entry.sampler == REAL_IMAGES:
+        return f"{entry.steps:,} {REAL_IMAGES} of {entry.grid}"
     return f"{entry.sampler}, {entry.grid}, {entry.steps} steps"
 
 
-def table(entries: list[FrontierEntry]) -> list[str]:
+def entry_table(entries: list[FrontierEntry]) -> list[str]:
     """Returns the judgements of every entry with their errors, by cost."""
     scores = judgements(entries)
     kind = next(iter(scores)).partition("_")[2]
@@ -353,7 +353,7 @@ def table(entries: list[FrontierEntry]) -> list[str]:
 
 def frontier_panels(entries: list[FrontierEntry]) -> list[curves.FrontierPanel]:
     """Returns distance, precision and coverage over evaluations, the distance over seconds."""
-    several = len({entry.grid for entry in entries if entry.sampler != REAL}) > 1
+    several = len({entry.grid for entry in entries if entry.sampler != REAL_IMAGES}) > 1
     panels = []
     found = list(judgements(entries).items())
     others = [item for item in found if item[0].startswith(("precision", "coverage"))]
@@ -362,7 +362,7 @@ def frontier_panels(entries: list[FrontierEntry]) -> list[curves.FrontierPanel]:
         floor = None
         for i in sorted(range(len(entries)), key=lambda i: entries[i].evaluations):
             entry, point = entries[i], (each.mean[i], each.error[i])
-            if entry.sampler == REAL:
+            if entry.sampler == REAL_IMAGES:
                 floor = point
                 continue
             sampler = f"{entry.sampler}, {entry.grid}" if several else entry.sampler

@@ -132,7 +132,7 @@ def test_an_estimate_is_of_all_batches(sampler, params):
 
 def test_a_set_keeps_its_name_where_younger_keys_have_their_defaults():
     """A set of samples of an earlier version is found again; one with other values is another."""
-    config = config_with()
+    config = with_overrides(config_with(), {"data.levels": 256})
     setting = _sampling.sample_setting(config, 1, "ema", 0)
     assert setting["model.ch"] and not set(setting) & set(YOUNGER)
     other = with_overrides(config, {"sampler.clip_range": 2.0})

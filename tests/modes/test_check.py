@@ -5,7 +5,7 @@ import pytest
 
 from diffusion import data
 from diffusion.modes import check
-from diffusion.runtime.config import Run
+from diffusion.runtime.config import Run, with_overrides
 from diffusion.utils.errors import DataError, WorkdirError
 from tests.runs import TINY, run
 from tests.test_configs import config_of
@@ -33,6 +33,15 @@ def test_a_folder_that_cannot_be_written_ends_the_check(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(WorkdirError, match="cannot write there: Not a directory"):
         check.temporary_folder(tmp_path / "file" / "run").__enter__()
+
+
+def test_other_levels_than_the_config_says_are_named(tmp_path, capsys):
+    digits = data.open_dataset("digits", "train")
+    for levels, said in ((17, False), (256, True)):
+        config = with_overrides(config_of("digits", "tiny"), {"data.levels": levels})
+        check.check_data(Run("check", config, tmp_path, None), digits)
+        out = capsys.readouterr().out
+        assert ("17 levels in 512 images, data.levels is 256; is that intended?" in out) == said
 
 
 def test_images_of_one_grey_end_the_check(tmp_path):

@@ -201,7 +201,7 @@ def test_wrong_command_line_gives_one_line(workdir, tmp_path, name):
 @pytest.mark.parametrize(
     "names, code, scored",
     [
-        (("available",), 0, "fd_random, fd_pixels"),
+        (("available",), 0, "fd_classifier, fd_random, fd_pixels"),
         (("inception", "pixels"), 3, "fd_pixels"),
         (("inception",), 3, ""),
     ],

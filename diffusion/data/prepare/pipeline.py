@@ -168,15 +168,15 @@ def evenly_spaced_levels(occurring: np.ndarray) -> int:
     """Returns the least number of levels, evenly spaced over 0..255, that has all values.
 
     Args:
-      occurring: bool[256], which values occur. They are rounded or truncated to integers.
+      occurring: bool[256], which values occur: levels that were rounded, or truncated, to integers.
 
     Returns:
-      2 to MAX_FEW_LEVELS, or 256 where more are needed.
+      2 to MAX_FEW_LEVELS, of which at least half occur, or 256.
     """
     values = occurring.nonzero()[0]
-    for levels in range(2, MAX_FEW_LEVELS + 1):
-        step = 255 / (levels - 1)
-        if (np.abs(values - np.rint(values / step) * step) < 1).all():
+    for levels in range(2, min(MAX_FEW_LEVELS, 2 * len(values)) + 1):
+        exact = np.arange(levels) * 255 / (levels - 1)
+        if any(np.isin(values, to_byte(exact)).all() for to_byte in (np.rint, np.floor)):
             return levels
     return 256
 

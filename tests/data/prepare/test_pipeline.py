@@ -332,6 +332,29 @@ def test_the_sample_is_spread_over_the_set(n):
     assert gaps.min() >= 1 and gaps.max() <= max(1, 4 * n / 64)
 
 
+@pytest.mark.parametrize("levels", [2, 3, 6, 16, 17, 18, 52, 64])
+@pytest.mark.parametrize("to_byte", [np.rint, np.floor])
+def test_few_levels_are_counted_and_offered(levels, to_byte):
+    """Evenly spaced over 0..255, however the numbers were made integers."""
+    image = to_byte(np.arange(64) % levels * 255 / (levels - 1)).astype(np.uint8)
+    image = np.broadcast_to(image.reshape(8, 8, 1), (8, 8, 3))
+    summary = pipeline.survey(source([archives.Item("x", image, 0, None)]), SPEC, workers=1)
+    assert summary.levels == levels
+    [line] = [line for line in pipeline.describe(summary) if "levels" in line]
+    assert line.endswith(f"train with --config.data.levels={levels}")
+
+
+def test_other_values_are_256_levels():
+    """So are values that are few but not evenly spaced, and a top level below 255."""
+    for values in (np.arange(256), [0, 100, 255, 7], 8 * np.arange(32), np.arange(65) * 255 / 64):
+        occurring = np.zeros(256, bool)
+        occurring[np.array(values, int)] = True
+        assert pipeline.evenly_spaced_levels(occurring) == 256
+    summary = pipeline.survey(arrays(20), SPEC, workers=1)
+    assert summary.levels == 256
+    assert not [line for line in pipeline.describe(summary) if "levels" in line]
+
+
 def test_the_sample_is_bounded_in_bytes(monkeypatch):
     monkeypatch.setattr(pipeline, "SAMPLE_BYTES", 5 * 8 * 8 * 3)
     assert pipeline.survey(arrays(100), SPEC, workers=1).sample.shape == (5, 8, 8, 3)
