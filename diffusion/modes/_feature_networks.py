@@ -1,5 +1,6 @@
 """The networks whose features images are scored by: Inception's, and a classifier of the data."""
 
+import io
 import pathlib
 from typing import Any
 
@@ -67,7 +68,7 @@ def load_classifier(config: ConfigDict, exp: Experiment) -> Any:
 
 def _read_classifier(path: pathlib.Path) -> classifier.Classifier | None:
     try:
-        with np.load(path) as file:
+        with np.load(io.BytesIO(path.read_bytes())) as file:  # leaves no file open if it is cut
             params = {name: file[name] for name in file.files}
             accuracy, held_out = (params.pop(name).item() for name in ("accuracy", "held_out"))
             return classifier.Classifier(params, accuracy, held_out)

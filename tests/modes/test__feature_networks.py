@@ -53,7 +53,7 @@ def test_what_has_no_classes_or_another_shape_has_no_classifier(digits, monkeypa
     unlabelled = {"digits": lambda *args: split(*args)._replace(num_classes=0)}
     monkeypatch.setattr(data, "SOURCES", unlabelled)
     assert not _feature_networks.has_classes(config, exp)
-    with pytest.raises(DataError, match="'classifier' expects .* two classes or more, found 0"):
+    with pytest.raises(DataError, match=r"'classifier' expects .* two classes or more, found 0"):
         _scores.make_scorer(both, exp, exp.image_shape)
     monkeypatch.setattr(_scores, "load_inception", lambda path: (None, "no weights"))
     scorer = _scores.make_scorer(with_features(config, "available"), exp, exp.image_shape)

@@ -108,9 +108,11 @@ def test_an_estimate_does_not_depend_on_the_batch(images):
 
 def test_times_are_uniform_in_their_stratum(monkeypatch):
     """Each image draws its own t, weighted by the size of the stratum."""
-    monkeypatch.setattr(
-        likelihood, "vlb_term", lambda p, prediction, x_0, x_t, t, _: t.astype(float)
-    )
+
+    def term(p, prediction, x_0, x_t, t, levels):
+        return t.astype(float)
+
+    monkeypatch.setattr(likelihood, "vlb_term", term)
     monkeypatch.setattr(likelihood, "prior_bits", lambda p, x_0: jnp.zeros(len(x_0)))
     predict = make_predict()
     x_0 = jnp.zeros((6000, 1, 1, 1))
