@@ -18,7 +18,7 @@ from diffusion.metrics.features import LAYOUT, area_weights
 
 WIDTHS = 32, 64, 128  # channels of the levels; each but the last ends in 2x2 max pooling
 NUM_FEATURES = 64
-MIN_SIDE, MAX_SIDE = 4, 32  # pixels of the levels; larger images pass strided convolutions first
+MIN_SIDE, MAX_SIDE = 4, 16  # pixels of the levels; larger images pass strided convolutions first
 CLASSIFIER_VERSION = 1  # of the network and its training, for caches
 HELD_OUT = 10  # every tenth image
 BATCH_SIZE, STEPS, LEARNING_RATE, WEIGHT_DECAY = 64, 300, 3e-3, 1e-2
