@@ -80,16 +80,8 @@ def _about_kid(generated, reference):
 
 def _classes(generated, reference):
     unsure = _fraction(share_unsure(generated.classes), generated.n)
-    distance = class_distance(generated.classes, reference.classes)
-    splits = generated.classes.n.nonzero()[0]
-    others = [
-        class_distance(
-            ClassStats(*(np.delete(a, i, 0) for a in generated.classes)), reference.classes
-        )
-        for i in splits
-    ]  # by the jackknife over splits
-    error = float(np.std(others) * np.sqrt(len(splits) - 1)) if len(splits) > 1 else None
-    return dict(zip(CLASSIFIER_SCORES, (unsure, Score(distance, error)), strict=True))
+    distance = Score(class_distance(generated.classes, reference.classes))
+    return dict(zip(CLASSIFIER_SCORES, (unsure, distance), strict=True))
 
 
 def _about_classes(generated, reference):

@@ -8,6 +8,8 @@ import numpy as np
 
 PIXEL_COUNT, NEIGHBOUR_COUNT = 0.1, 0.05  # added to every count of a histogram
 MAX_COUNTS, MAX_KEYS = 2**22, 2**24  # of the histograms that are in memory at a time
+BASELINES_VERSION = 1  # of all of these, for caches
+MAX_MOSAIC_SIDE = 16_383  # pixels
 MOSAIC_BYTES = 2**22  # of the pixels that are compressed; lossless WebP takes seconds for these
 
 
@@ -19,7 +21,7 @@ class Baseline(NamedTuple):
     error: float | None = None
 
 
-def baselines(train: np.ndarray, images: np.ndarray, levels: int = 256) -> list[Baseline]:
+def baselines(train: np.ndarray | None, images: np.ndarray, levels: int = 256) -> list[Baseline]:
     """Returns the code lengths of images uint8[m, h, w, c] by models of train uint8[n, h, w, c].
 
     Values are brought to `levels` levels, evenly spaced over 0..255. The models are
@@ -30,32 +32,32 @@ def baselines(train: np.ndarray, images: np.ndarray, levels: int = 256) -> list[
       with 0.05 added to each count. Level 0, the other levels below the middle one, and the rest
       are the three classes; a neighbour outside of the image counts as level 0.
 
-    PNG and WebP, lossless, are those of `mosaic_bits`. Raises ValueError for other shapes or types,
-    and fewer than two images.
+    Without training images there are no histograms. PNG and WebP, lossless, are those of
+    `mosaic_bits`. Raises ValueError for other shapes or types, and fewer than two images.
     """
-    for role, each in (("train", train), ("images", images)):
-        if each.dtype != np.uint8 or each.shape[1:] != train.shape[1:] or each.ndim != 4:
+    for role, each in (("train", images if train is None else train), ("images", images)):
+        if each.dtype != np.uint8 or each.shape[1:] != images.shape[1:] or each.ndim != 4:
             raise ValueError(f"{role}: expected uint8[n, h, w, c], found {each.dtype}{each.shape}")
     if len(images) < 2:
         raise ValueError(f"images: expected two or more, found {len(images)}")
-    seen, new = (to_levels(each, levels) for each in (train, images))
-    rows = [Baseline("uniform", math.log2(levels))]
-    for name, contexts, count in (
-        ("pixel histogram", _no_context, PIXEL_COUNT),
-        ("pixel and two neighbours", _neighbour_classes, NEIGHBOUR_COUNT),
-    ):
-        bits = _histogram_bits(seen, new, levels, contexts, count)
-        rows.append(Baseline(name, float(bits.mean()), float(bits.std(ddof=1) / len(bits) ** 0.5)))
-    return rows + [Baseline(f"lossless {k}", mosaic_bits(images, k)) for k in ("PNG", "WebP")]
+    new, rows = to_levels(images, levels), [Baseline("uniform", math.log2(levels))]
+    if train is not None:
+        seen = to_levels(train, levels)
+        contexts = [_neighbour_classes(k, levels) for k in (seen, new)]
+        for name, count, (seen_in, new_in) in (
+            ("pixel histogram", PIXEL_COUNT, map(np.zeros_like, contexts)),
+            ("pixel and two neighbours", NEIGHBOUR_COUNT, contexts),
+        ):
+            bits = _histogram_bits(seen, new, seen_in, new_in, levels, count)
+            error = float(bits.std(ddof=1) / len(bits) ** 0.5)
+            rows.append(Baseline(name, float(bits.mean()), error))
+    stored = np.rint(new * (255 / (levels - 1))).astype(np.uint8)
+    return rows + [Baseline(f"lossless {k}", mosaic_bits(stored, k)) for k in ("PNG", "WebP")]
 
 
 def to_levels(images: np.ndarray, levels: int) -> np.ndarray:
     """Returns the number uint8[...] of each value's nearest level, as data.augment.scale has it."""
     return np.rint(np.arange(256) * ((levels - 1) / 255)).astype(np.uint8)[images]
-
-
-def _no_context(k: np.ndarray, levels: int) -> np.ndarray:
-    return np.zeros_like(k)
 
 
 def _neighbour_classes(k: np.ndarray, levels: int) -> np.ndarray:
@@ -67,14 +69,17 @@ def _neighbour_classes(k: np.ndarray, levels: int) -> np.ndarray:
     return context
 
 
-def _histogram_bits(seen, new, levels, contexts, count) -> np.ndarray:
+def _histogram_bits(seen, new, seen_in, new_in, levels, count) -> np.ndarray:
     """Returns the bits/dim of each image of `new`, float64[m], by histograms of `seen`.
 
-    A histogram belongs to a dimension and a context of it, which is below 9.
+    A histogram belongs to a dimension and a context of it in 0..8.
     """
-    (seen_in, new_in), d = (contexts(k, levels) for k in (seen, new)), math.prod(new.shape[1:])
+    d = math.prod(new.shape[1:])
     seen, new, seen_in, new_in = (a.reshape(len(a), d) for a in (seen, new, seen_in, new_in))
-    bits, block = np.zeros(len(new)), min(MAX_COUNTS // (9 * levels), MAX_KEYS // len(seen))
+    bits, block = (
+        np.zeros(len(new)),
+        min(MAX_COUNTS // (9 * levels), MAX_KEYS // max(len(seen), len(new))),
+    )
     block = max(1, block)
     for first in range(0, d, block):
         part = slice(first, first + block)
@@ -90,12 +95,13 @@ def _histogram_bits(seen, new, levels, contexts, count) -> np.ndarray:
 def mosaic(images: np.ndarray) -> np.ndarray:
     """Returns the first images uint8[n, h, w, c] side by side without a gap, uint8[H, W, c].
 
-    They are as many as fill rows that are as long as the columns, or one more, with at most 4 MiB.
+    Rows are as long as columns or up to two images longer. There are at most 4 MiB of pixels, and
+    sides of at most 16,383, which is WebP's limit.
     """
-    n = max(1, min(len(images), MOSAIC_BYTES // math.prod(images.shape[1:])))
-    rows = math.isqrt(n)
-    columns = n // rows
-    _, h, w, c = images.shape
+    n, h, w, c = images.shape
+    n = max(1, min(n, MOSAIC_BYTES // (h * w * c)))
+    rows = max(1, min(math.isqrt(n), MAX_MOSAIC_SIDE // h))
+    columns = max(1, min(n // rows, MAX_MOSAIC_SIDE // w))
     grid = images[: rows * columns].reshape(rows, columns, h, w, c)
     return grid.transpose(0, 2, 1, 3, 4).reshape(rows * h, columns * w, c)
 
@@ -104,14 +110,12 @@ def encode(pixels: np.ndarray, form: str) -> bytes:
     """Returns a file of "PNG" or "WebP" (lossless, slowest setting) with pixels uint8[H, W, c]."""
     from PIL import Image
 
-    image, file = (
-        Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels),
-        io.BytesIO(),
-    )
-    options = (
-        {"optimize": True} if form == "PNG" else {"lossless": True, "quality": 100, "method": 6}
-    )
-    image.save(file, form, **options)
+    file = io.BytesIO()
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    if form == "PNG":
+        image.save(file, form, optimize=True)
+    else:
+        image.save(file, form, lossless=True, quality=100, method=6)
     return file.getvalue()
 
 

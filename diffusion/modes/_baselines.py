@@ -10,7 +10,7 @@ from diffusion import data, experiment
 from diffusion.data.loader import load_dataset
 from diffusion.experiment import Experiment
 from diffusion.metrics import extraction
-from diffusion.metrics.baselines import Baseline, baselines
+from diffusion.metrics.baselines import BASELINES_VERSION, Baseline, baselines
 from diffusion.runtime.config import cache_dir
 from diffusion.utils import logging
 from diffusion.utils.errors import DataError
@@ -23,33 +23,37 @@ MAX_BYTES = 2**28  # of the pixels of either split; evenly spaced images of a la
 def load_baselines(config: ConfigDict, exp: Experiment, split: str, n: int) -> list[Baseline]:
     """Returns the baselines of the first n images of a split, and prints them; [] but on process 0.
 
-    Their histograms are of the training split. They are kept in the cache.
+    Their histograms are of the training split; for its own images there are none. They are kept in
+    the cache.
     """
     if not is_primary():
         return []
-    try:
-        train = experiment.load_split(config, exp)
-    except DataError as error:
-        logging.info(f"warning    no baselines of bits/dim: {error}")
-        return []
     most = max(2, MAX_BYTES // math.prod(exp.image_shape))
-    train = extraction.evenly_spaced_subset(train, most)
-    images = experiment.load_split(config, exp, split)._replace(n=min(n, most))
-    key = f"{data.fingerprint(train)}_{data.fingerprint(images)}_{exp.levels}"
-    path = cache_dir() / "baselines" / f"{key}.json"
+    images, train = experiment.load_split(config, exp, split), None
+    images = images._replace(n=min(n, most, images.n))
+    about = f"{images.n:,} images of {split}, {exp.levels} levels"
+    if split != "train":
+        try:
+            train = extraction.evenly_spaced_subset(experiment.load_split(config, exp), most)
+            about += f", histograms of {train.n:,} of train"
+        except DataError as error:
+            about += f", no histograms: {error}"
+    stem = "_".join(data.fingerprint(each) for each in (train, images) if each)
+    name = f"{stem}_{exp.levels}_{BASELINES_VERSION}.json"
+    path = cache_dir() / "baselines" / name
     try:
         rows = [Baseline(*row) for row in json.loads(path.read_text())]
     except (OSError, ValueError, TypeError):
-        (seen, _), (new, _) = map(load_dataset, (train, images))
-        rows = baselines(seen, new, exp.levels)
+        seen = None if train is None else load_dataset(train)[0]
+        rows = baselines(seen, load_dataset(images)[0], exp.levels)
         save_json(path, rows)
     listed = ", ".join(f"{row.name} {row.bits:.3f}" for row in rows)
-    about = f"{images.n:,} images of {split}, {exp.levels} levels, by {train.n:,} of train"
     logging.info(f"baselines  {listed} bits/dim ({about})")
     return rows
 
 
-def worse_than(bits: float, rows: Sequence[Baseline]) -> str:
-    """Returns "; worse than ..." with the baselines below a reading in bits/dim, or ""."""
-    better = sorted((row for row in rows if row.bits < bits), key=lambda row: row.bits)
+def worse_than(bits: float, error: float, rows: Sequence[Baseline]) -> str:
+    """Returns "; worse than ..." with the baselines that a reading is above by its error, or ""."""
+    better = [row for row in rows if row.bits + math.hypot(error, row.error or 0) < bits]
+    better.sort(key=lambda row: row.bits)
     return "; worse than " * bool(better) + ", ".join(f"{x.name} {x.bits:.3f}" for x in better)

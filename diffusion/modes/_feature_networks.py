@@ -1,6 +1,7 @@
 """The networks whose features images are scored by: Inception's, and a classifier of the data."""
 
 import io
+import math
 import pathlib
 from typing import Any
 
@@ -12,7 +13,7 @@ from diffusion import convert, data, experiment
 from diffusion.convert import files
 from diffusion.data.loader import load_dataset
 from diffusion.experiment import Experiment
-from diffusion.metrics import classifier, extraction, inception
+from diffusion.metrics import classifier, inception
 from diffusion.runtime import preemption
 from diffusion.runtime.config import cache_dir
 from diffusion.utils import logging
@@ -21,7 +22,7 @@ from diffusion.utils.io import save_npz
 from diffusion.utils.multihost import barrier, is_primary
 from diffusion.utils.progress import QUIET_S, Progress
 
-CLASSIFIER_NUM = 20_000  # training images for the classifier, at most
+CLASSIFIER_NUM, CLASSIFIER_BYTES = 20_000, 2**30  # of training images, at most
 
 
 def load_inception(path: str) -> tuple[Any, str]:
@@ -38,25 +39,26 @@ def load_inception(path: str) -> tuple[Any, str]:
     return weights, problem
 
 
-def has_classes(config: ConfigDict, exp: Experiment) -> bool:
-    """Returns whether the training data have classes, so that a classifier can learn them."""
-    return experiment.load_split(config, exp).num_classes > 1
+def has_classes(images: data.ImageDataset) -> bool:
+    """Returns whether a classifier can learn the classes of these images."""
+    large = min(images.shape[:2]) >= classifier.MIN_SIDE
+    return images.num_classes > 1 and images.n >= classifier.MIN_IMAGES and large
 
 
 def load_classifier(config: ConfigDict, exp: Experiment) -> Any:
     """Returns the classifier of the training split, from the cache or trained now.
 
-    Raises ConfigError and DataError where the data are missing or without classes.
+    Raises ConfigError and DataError where the data are missing, too few or without classes.
     """
     images, c = experiment.load_split(config, exp), config.data
-    if images.num_classes < 2:
-        wanted = "data with two classes or more"
-        found = f"found {images.num_classes}; leave it out"
-        raise DataError(f"eval.features: 'classifier' expects {wanted}, {found}")
-    images = extraction.evenly_spaced_subset(images, CLASSIFIER_NUM)
+    if not has_classes(images):
+        wanted = f"{classifier.MIN_IMAGES} images of 4x4 or more, in two classes or more"
+        found = f"{images.n} of {images.shape[0]}x{images.shape[1]} in {images.num_classes}"
+        message = f"expected {wanted}, for 'classifier', found {found}; leave it out"
+        raise DataError(f"eval.features: {message}")
     digest = f"{data.fingerprint(images)}_{classifier.CLASSIFIER_VERSION}"
-    stem = f"{c.name or c.source}_{images.n}_{digest}"
-    path = cache_dir() / "classifiers" / f"{stem.replace('/', '_')}.npz"
+    name = f"{c.name or c.source}_{images.n}_{digest}".replace("/", "_")
+    path = cache_dir() / "classifiers" / f"{name}.npz"
     for turn in (True, False):  # process 0 trains it; the others then find the file
         if turn == is_primary():
             found = _read_classifier(path) or _train_classifier(images, path)
@@ -77,13 +79,18 @@ def _read_classifier(path: pathlib.Path) -> classifier.Classifier | None:
 
 
 def _train_classifier(images: data.ImageDataset, path: pathlib.Path) -> classifier.Classifier:
-    logging.info(f"training   a classifier of {images.num_classes} classes on {images.n:,} images")
-    image, label = load_dataset(images)
+    """Trains on images chosen at random, since sets come sorted or with classes in turn."""
+    n = min(images.n, CLASSIFIER_NUM, CLASSIFIER_BYTES // math.prod(images.shape))
+    logging.info(f"training   a classifier of {images.num_classes} classes on {n:,} images")
+    chosen = np.random.RandomState(0).permutation(images.n)[:n]
+    subset = images._replace(n=n, read=lambda i: images.read(chosen[list(i)]))
+    image, label = load_dataset(subset)
     with Progress(classifier.STEPS, unit="step", quiet_s=QUIET_S) as progress:
 
         def on_step(done):
             progress(done)
-            preemption.raise_if_requested()
+            if jax.process_count() == 1:  # several stop together, and only one is here
+                preemption.raise_if_requested()
 
         trained = classifier.train(image, label, images.num_classes, on_step=on_step)
     save_npz(path, accuracy=trained.accuracy, held_out=trained.held_out, **trained.params)

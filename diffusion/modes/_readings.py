@@ -137,7 +137,7 @@ def make_evaluate(run: Run, exp: Experiment) -> Callable[[Any], dict[str, float]
         bits = bits_per_dim(params)
         near = distances(params) if distances else {}
         reading = f"{bits.mean:.3f} +- {bits.error:.3f} on {split}"
-        logging.info(f"bits/dim   {reading}{worse_than(bits.mean, rows)}")
+        logging.info(f"bits/dim   {reading}{worse_than(bits.mean, bits.error, rows)}")
         if near:
             logging.info(f"distance   {', '.join(f'{k} {v:.4g}' for k, v in near.items())}")
         return {"bpd": float(bits.mean), "bpd_error": float(bits.error), **near}

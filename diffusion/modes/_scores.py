@@ -39,10 +39,6 @@ RANKING = ("inception", "classifier")  # features that order images as people do
 AVAILABLE = "available"  # in eval.features: all that need no weights, and Inception's with theirs
 
 
-class WrongShape(DataError):
-    """Images that the classifier of the data cannot see."""
-
-
 class Scorer(NamedTuple):
     """Extracts the features of images. missing: why features asked for by name are missing."""
 
@@ -81,16 +77,21 @@ def make_scorer(config: ConfigDict, exp: Experiment, shape: tuple[int, int, int]
     named, weights, missing = list(config.eval.features), {}, None
     names = [*extraction.NETWORKS, *features.FEATURES] if AVAILABLE in named else named
     if "classifier" in names:
+        problem = ""
+        if shape != exp.image_shape:
+            sizes = ("x".join(map(str, s)) for s in (shape, exp.image_shape))
+            problem = "the images are {}, the data's {}".format(*sizes)
         try:
-            if shape != exp.image_shape:
-                sizes = ("x".join(map(str, s)) for s in (shape, exp.image_shape))
-                raise WrongShape("the images are {}, the data's {}".format(*sizes))
-            weights["classifier"] = load_classifier(config, exp)
+            weights["classifier"] = problem or load_classifier(config, exp)
         except (ConfigError, DataError) as error:
-            if "classifier" in named and not isinstance(error, WrongShape):
+            if "classifier" in named:
                 raise
+            problem = str(error)
+        if problem:
             names = [name for name in names if name != "classifier"]
-            logging.info(f"warning    no classifier: {error}")
+            logging.info(f"warning    no classifier: {problem}")
+        if not names:
+            raise DataError(f"eval.features: expected other features than 'classifier'; {problem}")
     if "inception" in names:
         weights["inception"], problem = load_inception(config.eval.inception)
         if not all_processes(weights["inception"] is not None):
@@ -198,6 +199,8 @@ def load_statistics(
                 raise ValueError(f"its {kind} features are of other weights, {found}")
             return {kind: feature_set.from_arrays(arrays)}
         d = np.shape(arrays["mu"])[-1]
+        if kind:
+            raise ValueError(f"expected {' or '.join(extractor.kinds)} features, found {kind}")
         kinds = {k: size for k, (size, _) in extractor.kinds.items() if k != "classifier"}
         kind = next((k for k, size in kinds.items() if size == d), None)
         if kind is None:
@@ -278,11 +281,14 @@ def make_distances(scorer: Scorer, real: Reference) -> Callable[[np.ndarray], di
     return distances
 
 
-def make_fidelity(scorer: Scorer, real: Reference) -> Callable[[np.ndarray], dict[str, float]]:
+def make_fidelity(
+    scorer: Scorer, real: Reference, num: int
+) -> Callable[[np.ndarray], dict[str, float]]:
     """Builds uint8[n, h, w, c] -> {a Frechet distance, what follows from neighbours, others}.
 
     The first ones are of the features that rank images best: Inception's, a classifier's, or the
-    first of eval.features. Others are the distances by all other features.
+    first of eval.features. Others are the distances by all other features. The names are those of
+    scores of `num` images. What is built raises ConfigError for too few images.
     """
     first = next((kind for kind in RANKING if kind in scorer.extractor.kinds), None)
     first = first or next(iter(scorer.extractor.kinds))
@@ -294,12 +300,14 @@ def make_fidelity(scorer: Scorer, real: Reference) -> Callable[[np.ndarray], dic
         found = extraction.extract(image_set, scorer.extractor, scorer.batch_size(n), n, mesh)
         scores: dict[str, float] = {}
         for kind in kinds if found else ():
-            names = ["fd", *BESIDE] if kind == first else ["fd"]
-            for name in metrics.applicable_metrics(found[kind], real.feature_sets[kind], kind):
-                if name not in names:
-                    continue
-                values = metrics.evaluate(name, found[kind], real.feature_sets[kind])
-                scores |= {metrics.metric_name(k, kind, n): s.value for k, s in values.items()}
+            generated, reference = found[kind], real.feature_sets[kind]
+            beside = BESIDE if kind == first else ("classes",)
+            for name in metrics.applicable_metrics(generated, reference, kind):
+                if name == "fd" or name in beside:
+                    values = call_for_key(metrics.evaluate, "frontier", name, generated, reference)
+                    scores |= {
+                        metrics.metric_name(k, kind, num): s.value for k, s in values.items()
+                    }
         return scores
 
     return fidelity
@@ -329,7 +337,8 @@ def make_quick_distances(trained: Trained) -> Callable[[Any], dict[str, float]]:
     """
     exp, n = trained.exp, trained.config.eval.quick
     keys = {"sampler.steps": min(QUICK_STEPS, exp.process.T)}
-    names = ("classifier",) * has_classes(trained.config, exp) + tuple(features.FEATURES)
+    classes = has_classes(experiment.load_split(trained.config, exp))
+    names = ("classifier",) * classes + tuple(features.FEATURES)
     keys |= {"eval.reference_num": QUICK_REFERENCE_NUM, "eval.features": names}
     config = with_overrides(trained.config, QUICK | keys)
     sampler = _sampling.compile_sampler(config, exp, min(n, config.eval.batch_size))

@@ -20,7 +20,7 @@ from jax import random
 
 from diffusion import checkpoint, data, experiment, process
 from diffusion.data import augment
-from diffusion.data.prepare.pipeline import evenly_spaced_levels
+from diffusion.data.prepare.pipeline import MAX_FEW_LEVELS, evenly_spaced_levels
 from diffusion.experiment import Experiment
 from diffusion.modes._common import describe_data, describe_devices
 from diffusion.modes._nonfinite import compile_update, not_halted
@@ -70,9 +70,11 @@ def check_data(run: Run, images: data.ImageDataset) -> np.ndarray:
         raise DataError(f"data: expected images, found {found}; look at how they were prepared")
     if high < DARK:
         logging.info(f"           dark: no value above {high} of 255; is that intended?")
-    levels = evenly_spaced_levels(np.bincount(sample.ravel(), minlength=256) > 0)
-    if levels != run.config.data.levels:
-        found = f"{levels} levels in {len(sample)} images, data.levels is {run.config.data.levels}"
+    occurring, said = np.zeros(256, bool), run.config.data.levels
+    occurring[sample] = True
+    levels = evenly_spaced_levels(occurring)
+    if levels != said and (said == 256 or said <= MAX_FEW_LEVELS):
+        found = f"{levels} levels in {len(sample)} images, data.levels is {said}"
         logging.info(f"           {found}; is that intended?")
     if images.n < run.config.train.batch_size:
         logging.info(f"           few: a batch of {run.config.train.batch_size} repeats some")

@@ -18,13 +18,20 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from scipy import stats
 
 from diffusion import experiment
 from diffusion.experiment import Experiment
 from diffusion.modes import _sampling
 from diffusion.modes._common import Trained
 from diffusion.modes._sampling import CompiledSampler
-from diffusion.modes._scores import load_reference, make_fidelity, make_scorer
+from diffusion.modes._scores import (
+    Reference,
+    Scorer,
+    load_reference,
+    make_fidelity,
+    make_scorer,
+)
 from diffusion.plotting import curves
 from diffusion.runtime.config import Run, with_overrides
 from diffusion.utils import logging
@@ -38,8 +45,8 @@ Key = tuple[str, str, int]  # their values
 
 
 REAL_IMAGES = "real images"  # the name of an entry that no sampler drew
-JUDGEMENTS = "precision", "density", "coverage", "unsure"  # beside the first distance
-SIGMAS = 2  # scores that differ by fewer standard errors of their difference count as equal
+JUDGEMENTS = "precision", "coverage", "unsure"  # beside the first distance, see docs/evaluation
+CONFIDENCE = 0.95  # of a difference that counts
 
 
 class FrontierEntry(NamedTuple):
@@ -66,9 +73,11 @@ def run(run: Run) -> None:
     trained = _sampling.load_for_sampling(run, exp)
     samplers = compile_samplers(run, trained.exp)
     scorer = make_scorer(run.config, exp, exp.image_shape)
-    fidelity = make_fidelity(scorer, load_reference("train", scorer))
+    reference = load_reference("train", scorer)
+    fidelity = make_fidelity(scorer, reference, c.num)
+    real = real_entry(run.config, exp, fidelity)
     folder = run.workdir / "frontier" / f"{trained.step:08d}"
-    setting = entry_setting(trained, list(scorer.extractor.kinds))
+    setting = entry_setting(trained, scorer, reference)
     done = load_entries(folder / "frontier.json", setting) if is_primary() else {}
     todo = [key for key in samplers if broadcast_from_primary(key not in done)]
     sets = f"{len(c.seeds)} sets of {c.num:,} samples" if len(c.seeds) > 1 else f"{c.num:,} samples"
@@ -95,7 +104,6 @@ def run(run: Run) -> None:
             left = seconds_left(spent, drew, work, rest)
             logging.info(f"{line(done[key])}{f'  ETA {human_time(left)}' if left else ''}")
             write(folder, setting, list(done.values()))
-    real = real_entry(run.config, exp, fidelity)
     if is_primary():
         report([real, *done.values()], folder)
     logging.info(f"done       {folder}/frontier.png, frontier.csv, frontier.json")
@@ -178,13 +186,15 @@ def draw_timed(
     return np.concatenate(images), (time.monotonic() - began) / (timed * sampler.size)
 
 
-def entry_setting(trained: Trained, kinds: list[str]) -> dict[str, Any]:
+def entry_setting(trained: Trained, scorer: Scorer, reference: Reference) -> dict[str, Any]:
     """Returns what every entry depends on, besides its own keys."""
-    config = trained.config
+    config, extractor = trained.config, scorer.extractor
     setting = _sampling.sample_setting(config, trained.step, "ema", [*config.frontier.seeds])
     rest = {key: value for key, value in setting.items() if key not in KEYS}
     device = jax.devices()[0].device_kind  # seconds of different devices are not comparable
-    return {**rest, "frontier.num": config.frontier.num, "features": kinds, "device": device}
+    rest |= {"frontier.num": config.frontier.num, "eval.keep": config.eval.keep, "device": device}
+    features = {kind: extractor.fingerprints.get(kind, "") for kind in extractor.kinds}
+    return rest | {"features": features, "reference": reference.about}
 
 
 def load_entries(path: pathlib.Path, setting: dict[str, Any]) -> dict[Key, FrontierEntry]:
@@ -221,32 +231,39 @@ def write_csv(path: pathlib.Path, entries: list[FrontierEntry]) -> None:
 class ScoreSummary(NamedTuple):
     """A score of each entry: the mean over seeds and its standard error, float64[n].
 
-    The errors are pooled over the entries, since a few seeds alone say little of a deviation.
-    Distances are averaged in logarithms, where their errors are alike. `paired` is the error of the
-    difference of two samplers, which draw from the same noise, in the units of `units`.
+    Attributes:
+      cost: float64[n], what is compared, lower is better: the mean square root of a distance, or a
+        fraction, which counts as no better than that of real images.
+      margin: the least difference of two samplers' costs that counts. They draw from the same
+        noise, so it follows from what is left of the costs without the effects of sampler and seed.
     """
 
     mean: np.ndarray
     error: np.ndarray
-    units: np.ndarray  # the mean of the values' logarithms, or of the values
-    paired: float
+    cost: np.ndarray
+    margin: float
 
 
 def summaries(entries: list[FrontierEntry]) -> dict[str, ScoreSummary]:
     """Returns the summary of each score over the entries. Of one seed all errors are 0."""
-    out, drawn = {}, [entry.sampler != REAL_IMAGES for entry in entries]
+    out, drawn = {}, np.array([entry.sampler != REAL_IMAGES for entry in entries])
     for name in entries[0].scores:
         values = np.array([entry.scores[name] for entry in entries], np.float64)
-        seeds, log = values.shape[1], is_distance(name)
-        z = np.log(np.maximum(values, 1e-12)) if log else values
-        mean, variance, residual = z.mean(1), 0.0, z[drawn]
+        seeds, margin, error = values.shape[1], 0.0, np.zeros(len(values))
+        if is_distance(name):
+            costs = np.sqrt(np.maximum(values, 0))
+        else:
+            costs = values if name == "unsure" else -values
+            if not drawn.all():
+                costs = np.maximum(costs, costs[~drawn].mean())
         if seeds > 1:
-            variance = z.var(1, ddof=1).mean()
-        residual = residual - residual.mean(0) - residual.mean(1)[:, None] + residual.mean()
-        freedom = max(1, (len(residual) - 1) * (seeds - 1))
-        paired = np.sqrt(2 * (residual**2).sum() / freedom / seeds)
-        shown, unit = (np.exp(mean), np.exp(mean)) if log else (mean, np.ones(len(mean)))
-        out[name] = ScoreSummary(shown, unit * np.sqrt(variance / seeds), mean, float(paired))
+            error = values.std(1, ddof=1) / np.sqrt(seeds)
+            rest = costs[drawn]
+            rest = rest - rest.mean(0) - rest.mean(1)[:, None] + rest.mean()
+            if freedom := (len(rest) - 1) * (seeds - 1):
+                quantile = stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
+                margin = quantile * np.sqrt(2 * (rest**2).sum() / freedom / seeds)
+        out[name] = ScoreSummary(values.mean(1), error, costs.mean(1), float(margin))
     return out
 
 
@@ -258,57 +275,54 @@ def is_distance(score: str) -> bool:
 def recommended(entries: list[FrontierEntry]) -> int:
     """Returns the cheapest of the samplers that are worse than the best in the fewest judgements.
 
-    Judgements are the first distance, precision, density, coverage and the share of images that a
-    classifier is unsure of. Worse is what exceeds the error of a difference.
+    Judgements are the first distance, precision, coverage and the share of images that a classifier
+    is unsure of. Worse is what exceeds the margin of a difference.
     """
-    drawn = [i for i, entry in enumerate(entries) if entry.sampler != REAL_IMAGES]
+    drawn, scores = drawn_entries(entries), judgements(entries)
+    distance = next(iter(scores.values()))
     worse = dict.fromkeys(drawn, 0)
-    for name, each in judgements(entries).items():
-        best = min(drawn, key=lambda i, name=name, each=each: cost(name, each, i))
+    for each in scores.values():
+        best = min(drawn, key=lambda i, each=each: each.cost[i])
         for i in drawn:
-            worse[i] += is_worse(name, each, i, best)
+            worse[i] += is_worse(each, i, best)
+    return min(drawn, key=lambda i: (worse[i], entries[i].evaluations, distance.cost[i]))
+
+
+def drawn_entries(entries: list[FrontierEntry]) -> list[int]:
+    """Returns the indices of the entries that samplers drew, by cost and then by distance."""
     distance = next(iter(summaries(entries).values()))
-    return min(drawn, key=lambda i: (worse[i], entries[i].evaluations, distance.units[i]))
+    drawn = (i for i, entry in enumerate(entries) if entry.sampler != REAL_IMAGES)
+    return sorted(drawn, key=lambda i: (entries[i].evaluations, distance.cost[i]))
 
 
-def judgements(entries: list[FrontierEntry]) -> dict[str, ScoreSummary]:
-    """Returns the summaries of the scores that decide."""
+def judgements(
+    entries: list[FrontierEntry], beside: tuple[str, ...] = JUDGEMENTS
+) -> dict[str, ScoreSummary]:
+    """Returns the summaries of the first score and of those beside it, by default what decides."""
     first, *others = summaries(entries).items()
-    return dict([first, *(item for item in others if item[0].startswith(JUDGEMENTS))])
+    return dict([first, *(item for item in others if item[0].startswith(beside))])
 
 
-def is_better_low(score: str) -> bool:
-    """Returns whether lower is better."""
-    return is_distance(score) or score == "unsure"
-
-
-def cost(name: str, each: ScoreSummary, i: int) -> float:
-    """Returns the score of entry i in its units, with the sign for which lower is better."""
-    return each.units[i] if is_better_low(name) else -each.units[i]
-
-
-def is_worse(name: str, each: ScoreSummary, i: int, j: int) -> bool:
-    """Returns whether sampler i is worse than j by more than the error of their difference."""
-    return cost(name, each, i) - cost(name, each, j) > SIGMAS * each.paired
+def is_worse(each: ScoreSummary, i: int, j: int) -> bool:
+    """Returns whether sampler i is worse than j by more than the margin of their difference."""
+    return each.cost[i] - each.cost[j] > each.margin
 
 
 def advice(entries: list[FrontierEntry]) -> list[str]:
     """Returns the best sampler at each cost, a dearer one only if better, and the recommended."""
     (score, each), lines, best = next(iter(summaries(entries).items())), [], None
-    drawn = [i for i, entry in enumerate(entries) if entry.sampler != REAL_IMAGES]
-    for i in sorted(drawn, key=lambda i: (entries[i].evaluations, each.mean[i])):
-        if best is None or is_worse(score, each, best, i):
+    for i in drawn_entries(entries):
+        if best is None or is_worse(each, best, i):
             best = i
-            number = with_error(each, i)
-            cost = f"from {entries[i].evaluations:5,} evaluations"
-            lines.append(f"{cost}: {score} {number} by {flags(entries[i])}")
+            budget = f"from {entries[i].evaluations:5,} evaluations"
+            lines.append(f"{budget}: {score} {with_error(each, i)} by {flags(entries[i])}")
     chosen, seeds = entries[recommended(entries)], len(entries[0].scores[score])
-    lines.append(f"recommended {flags(chosen)}: {chosen.evaluations:,} evaluations")
-    by = f"by {SIGMAS} standard errors over {seeds} seeds" if seeds > 1 else "at all"
-    lines.append(
-        f"           the cheapest of those that are worse than the best, {by}, in the fewest of"
-    )
+    lines.append(f"recommended {flags(chosen)}: {chosen.evaluations:,} evaluations, the cheapest")
+    lines.append("           of the samplers that are worse than the best in the fewest of")
     lines.append(f"           {', '.join(judgements(entries))}")
+    if seeds > 1:
+        limit = f"beyond the {CONFIDENCE:.0%} interval of a difference over {seeds} seeds"
+        lines.append(f"           (worse: {limit})")
     return lines
 
 
@@ -338,8 +352,8 @@ def label(entry: FrontierEntry) -> str:
 
 
 def entry_table(entries: list[FrontierEntry]) -> list[str]:
-    """Returns the judgements of every entry with their errors, by cost."""
-    scores = judgements(entries)
+    """Returns the judgements and the density of every entry with their errors, by cost."""
+    scores = judgements(entries, (*JUDGEMENTS, "density"))
     kind = next(iter(scores)).partition("_")[2]
     names = [name.removesuffix(f"_{kind}") for name in scores]
     title = f"by {kind or 'Inception'} features"
@@ -353,20 +367,19 @@ def entry_table(entries: list[FrontierEntry]) -> list[str]:
 
 def frontier_panels(entries: list[FrontierEntry]) -> list[curves.FrontierPanel]:
     """Returns distance, precision and coverage over evaluations, the distance over seconds."""
-    several = len({entry.grid for entry in entries if entry.sampler != REAL_IMAGES}) > 1
-    panels = []
-    found = list(judgements(entries).items())
-    others = [item for item in found if item[0].startswith(("precision", "coverage"))]
-    for column, (name, each) in [*((3, item) for item in (found[0], *others)), (4, found[0])]:
+    drawn, panels = drawn_entries(entries), []
+    several = len({entries[i].grid for i in drawn}) > 1
+    distance, *others = judgements(entries).items()
+    others = [item for item in others if item[0].startswith(("precision", "coverage"))]
+    axes = {"evaluations": "network evaluations per image", "seconds": "seconds per image"}
+    chosen = [*(("evaluations", *item) for item in (distance, *others)), ("seconds", *distance)]
+    for cost, name, each in chosen:
+        points = [(float(m), float(e)) for m, e in zip(each.mean, each.error, strict=True)]
         lines: dict[str, list[curves.Point]] = {}
-        floor = None
-        for i in sorted(range(len(entries)), key=lambda i: entries[i].evaluations):
-            entry, point = entries[i], (each.mean[i], each.error[i])
-            if entry.sampler == REAL_IMAGES:
-                floor = point
-                continue
+        for i in drawn:
+            entry = entries[i]
             sampler = f"{entry.sampler}, {entry.grid}" if several else entry.sampler
-            lines.setdefault(sampler, []).append((entry[column], *point))
-        axis = ("network evaluations per image", "seconds per image")[column - 3]
-        panels.append(curves.FrontierPanel(name, axis, lines, floor, is_distance(name)))
+            lines.setdefault(sampler, []).append((getattr(entry, cost), *points[i]))
+        floor = next((points[i] for i in range(len(entries)) if i not in drawn), None)
+        panels.append(curves.FrontierPanel(name, axes[cost], lines, floor, is_distance(name)))
     return panels

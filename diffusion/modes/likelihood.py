@@ -48,7 +48,7 @@ def run(run: Run) -> None:
     rows = load_baselines(run.config, exp, run.config.bpd.split, work.n)
     for what, average in results.items():
         number = f"{average.mean:8.4f} +- {average.error:.4f} bits/dim"
-        logging.info(f"{number}  {what}{worse_than(float(average.mean), rows)}")
+        logging.info(f"{number}  {what}{worse_than(average.mean, average.error, rows)}")
     if is_primary():
         write(trained, work, bound, results, rows, folder)
         for partial in folder.glob("bpd_partial*.npz"):

@@ -131,9 +131,8 @@ def plot_code_lengths(
     others: Sequence[tuple[str, float, float]],
 ) -> None:
     """Plots (name, bits/dim, error) of models and of what they are compared with as bars."""
-    rows = sorted(
-        [*((BLUE, *m) for m in models), *((GREY, *o) for o in others)], key=lambda r: r[2]
-    )
+    rows = [*((BLUE, *row) for row in models), *((GREY, *row) for row in others)]
+    rows = sorted((row for row in rows if np.isfinite(row[2])), key=lambda row: row[2])
     with _panels(png_path, 1, (8, 0.6 + 0.4 * len(rows))) as (axes,):
         for i, (colour, name, bits, error) in enumerate(rows):
             axes.barh(i, bits, xerr=error or None, color=colour, height=0.7, alpha=0.85)

@@ -17,7 +17,10 @@ NONE_OR_TWO = (lambda x: x == 0 or x >= 2, "an int of 2 or more, or 0 for none")
 FRACTION = (lambda x: x < 1, "a number in [0, 1)")
 BETA, BETAS = (lambda x: 0 < x <= 1, "a number in (0, 1]"), "a tuple of numbers in (0, 1]"
 SEED = (lambda x: x < 2**32, "an int in 0..2^32-1")
-SEEDS = (lambda x: len(x) > 0 and max(x) < 2**32, "a tuple of ints in 0..2^32-1")
+SEEDS = (
+    lambda x: len(x) > 0 and max(x) < 2**32 and len({*x}) == len(x),
+    "a tuple of distinct ints in 0..2^32-1",
+)
 COUNTS = (lambda x: all(isinstance(n, int) and n >= 1 for n in x), "a tuple of ints of 1 or more")
 ZERO_OR_ONE = (lambda x: x in (0, 1), "0 or 1")
 SOME = (lambda x: len(x) > 0 and all(x), "a tuple that is not empty")

@@ -100,3 +100,19 @@ def test_other_images_raise():
             baselines.baselines(train, new)
     with pytest.raises(ValueError, match="expected two or more, found 1"):
         baselines.baselines(images, images[:1])
+
+
+def test_files_are_of_the_levels_alone():
+    """Noise below the distance of two levels costs nothing."""
+    rng = np.random.default_rng(0)
+    clean = (85 * rng.integers(0, 4, (20, 8, 8, 1))).astype(np.uint8)
+    noise = rng.integers(-40, 41, clean.shape)
+    noisy = np.clip(clean + noise, 0, 255).astype(np.uint8)
+    rows = [baselines.baselines(None, images, 4) for images in (clean, noisy)]
+    assert rows[0] == rows[1] and len(rows[0]) == 3
+
+
+def test_a_mosaic_fits_into_a_webp():
+    images = np.zeros((5000, 4, 256, 1), np.uint8)
+    pixels = baselines.mosaic(images)
+    assert max(pixels.shape) <= 16_383 and baselines.mosaic_bits(images, "WebP") > 0

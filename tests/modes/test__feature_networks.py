@@ -44,16 +44,18 @@ def test_classifier_is_trained_once_for_a_data_set(digits, tmp_path, monkeypatch
 def test_what_has_no_classes_or_another_shape_has_no_classifier(digits, monkeypatch, capsys):
     """Without classes an error where it is asked for by name; else a line, and it is left out."""
     config, exp = digits
-    assert _feature_networks.has_classes(config, exp)
+    assert _feature_networks.has_classes(experiment.load_split(config, exp))
     both = with_features(config, "classifier", "random")
     assert list(_scores.make_scorer(both, exp, (9, 9, 1)).extractor.kinds) == ["random"]
     line = "warning    no classifier: the images are 9x9x1, the data's 8x8x1"
     assert line in capsys.readouterr().out
+    with pytest.raises(DataError, match="expected other features than 'classifier'"):
+        _scores.make_scorer(with_features(config, "classifier"), exp, (9, 9, 1))
     split = data.SOURCES["digits"]
     unlabelled = {"digits": lambda *args: split(*args)._replace(num_classes=0)}
     monkeypatch.setattr(data, "SOURCES", unlabelled)
-    assert not _feature_networks.has_classes(config, exp)
-    with pytest.raises(DataError, match=r"'classifier' expects .* two classes or more, found 0"):
+    assert not _feature_networks.has_classes(experiment.load_split(config, exp))
+    with pytest.raises(DataError, match="for 'classifier', found 1501 of 8x8 in 0; leave it out"):
         _scores.make_scorer(both, exp, exp.image_shape)
     monkeypatch.setattr(_scores, "load_inception", lambda path: (None, "no weights"))
     scorer = _scores.make_scorer(with_features(config, "available"), exp, exp.image_shape)
