@@ -135,7 +135,7 @@ def get_config() -> ConfigDict:
                 "batch_size": 250,  # images at a time
                 "seeds": (0,),  # each draws a set of samples; errors are over the sets
                 "weights": ("ema",),  # ema, raw or both
-                "features": ("available",),  # all there are of: inception, classifier, random, pixels
+                "features": ("available",),  # all; or of inception, classifier, random, pixels
                 "inception": "",  # file of the Inception weights; "": download
                 "references": ("train", "test"),  # splits, statistics (npz) or folders of images
                 "reference_num": 0,  # images of a reference; 0: all
