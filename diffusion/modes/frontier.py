@@ -358,9 +358,9 @@ def entry_table(entries: list[FrontierEntry]) -> list[str]:
     names = [name.removesuffix(f"_{kind}") for name in scores]
     title = f"by {kind or 'Inception'} features"
     rows = [f"{title:36} evaluations"]
-    rows[0] += "".join(f"{name:>18}" for name in names)
+    rows[0] += "".join(f"{name:>20}" for name in names)
     for i in sorted(range(len(entries)), key=lambda i: entries[i].evaluations):
-        cells = "".join(f"{with_error(each, i):>18}" for each in scores.values())
+        cells = "".join(f"{with_error(each, i):>20}" for each in scores.values())
         rows.append(f"{label(entries[i]):36} {entries[i].evaluations:11,}{cells}")
     return rows
 

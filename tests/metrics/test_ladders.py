@@ -37,6 +37,6 @@ def test_exact_denoiser_draws_its_mixture():
     centres = ladders.load_digits().reference[:50]
     x = ladders.exact_samples(centres, 200, 200, 0).reshape(200, 1, -1).astype(float)
     nearest = np.abs(x - centres.reshape(1, 50, -1)).mean(-1).min(-1)
-    # The mean of |N(0, std)| is 0.8 std; black and white pixels are clipped on one side.
+    # The mean of |N(0, std)| is 0.8 std; half of it is left of pixels that are black or white.
     deviation = 0.8 * ladders.SOLVER_STD * 127.5
-    assert 0.4 * deviation < nearest.min() and nearest.max() < 1.5 * deviation
+    assert 0.25 * deviation < nearest.min() and nearest.max() < 1.5 * deviation

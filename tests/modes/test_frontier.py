@@ -139,7 +139,7 @@ def test_time_that_is_left_is_exact_where_compiling_takes_a_constant():
 
 
 def test_defaults_are_sixteen_samplers_and_few_evaluations():
-    """Two CPU cores took 2m38s for them on the demo."""
+    """Two CPU cores took two minutes for them on the demo."""
     config = config_of("digits")
     samplers = frontier.compile_samplers(Run("frontier", config, None, None), build(config))
     evaluations = sum(sampler.evaluations for sampler in samplers.values())
