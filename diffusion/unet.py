@@ -261,7 +261,7 @@ class UNet(nn.Module):
 
     @property
     def null_label(self) -> int | None:
-        """The label of "no class"; None where no label means that."""
+        """Returns the label of "no class"; None where no label means that."""
         return {-1: self.num_classes, -2: None}.get(self.null_class, self.null_class)
 
     def _check(self, x, t, y):

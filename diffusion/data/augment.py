@@ -19,7 +19,7 @@ def unscale(x: Array, levels: int = 256) -> Array:
     """Maps float[...] to the nearest level, uint8[...]; values outside [-1, 1] are clipped.
 
     The official code truncates instead (utils.unnormalize_data and a cast), which puts 63 of the
-    256 levels one too low; this is the exact inverse of `scale`.
+    256 levels one too low; this is the exact inverse of `scale` for rounded levels.
     """
     k = jnp.clip(jnp.rint((x.astype(jnp.float32) + 1) * ((levels - 1) / 2)), 0, levels - 1)
     return jnp.rint(k * (255 / (levels - 1))).astype(jnp.uint8)

@@ -76,10 +76,8 @@ def _histogram_bits(seen, new, seen_in, new_in, levels, count) -> np.ndarray:
     """
     d = math.prod(new.shape[1:])
     seen, new, seen_in, new_in = (a.reshape(len(a), d) for a in (seen, new, seen_in, new_in))
-    bits, block = (
-        np.zeros(len(new)),
-        min(MAX_COUNTS // (9 * levels), MAX_KEYS // max(len(seen), len(new))),
-    )
+    bits = np.zeros(len(new))
+    block = min(MAX_COUNTS // (9 * levels), MAX_KEYS // max(len(seen), len(new)))
     block = max(1, block)
     for first in range(0, d, block):
         part = slice(first, first + block)

@@ -11,13 +11,7 @@ from ml_collections import ConfigDict
 from diffusion import data, experiment, metrics
 from diffusion.data.prepare.image_decoding import ImageSpec
 from diffusion.experiment import Experiment
-from diffusion.metrics import (
-    Score,
-    extraction,
-    feature_set,
-    features,
-    frechet,
-)
+from diffusion.metrics import Score, extraction, feature_set, features, frechet
 from diffusion.metrics.extraction import FeatureExtractor, ImageSet
 from diffusion.metrics.feature_set import FeatureSet
 from diffusion.modes import _sampling
@@ -35,7 +29,7 @@ from diffusion.utils.progress import QUIET_S, Progress
 QUICK = {"sampler.name": "ddim", "sampler.grid": "uniform", "sampler.times": (), "sampler.eta": 0.0}
 QUICK_STEPS, QUICK_REFERENCE_NUM = 20, 10_000
 BESIDE = ("precision_recall", "density_coverage", "classes")  # a distance, in frontiers
-RANKING = ("inception", "classifier")  # features that order images as people do, see docs
+RANKING = ("inception", "classifier")  # features that frontiers judge by, if they are there
 AVAILABLE = "available"  # in eval.features: all that need no weights, and Inception's with theirs
 
 
@@ -77,16 +71,7 @@ def make_scorer(config: ConfigDict, exp: Experiment, shape: tuple[int, int, int]
     named, weights, missing = list(config.eval.features), {}, None
     names = [*extraction.NETWORKS, *features.FEATURES] if AVAILABLE in named else named
     if "classifier" in names:
-        problem = ""
-        if shape != exp.image_shape:
-            sizes = ("x".join(map(str, s)) for s in (shape, exp.image_shape))
-            problem = "the images are {}, the data's {}".format(*sizes)
-        try:
-            weights["classifier"] = problem or load_classifier(config, exp)
-        except (ConfigError, DataError) as error:
-            if "classifier" in named:
-                raise
-            problem = str(error)
+        weights["classifier"], problem = _find_classifier(config, exp, shape)
         if problem:
             names = [name for name in names if name != "classifier"]
             logging.info(f"warning    no classifier: {problem}")
@@ -105,6 +90,19 @@ def make_scorer(config: ConfigDict, exp: Experiment, shape: tuple[int, int, int]
     args = names, shape, exp.mesh, weights
     extractor = call_for_key(extraction.make_extractor, "eval.features", *args)
     return Scorer(config, exp, extractor, missing)
+
+
+def _find_classifier(config: ConfigDict, exp: Experiment, shape: tuple) -> tuple[Any, str]:
+    """Returns (the classifier's weights, "") or (None, why there is none)."""
+    if shape != exp.image_shape:
+        sizes = ("x".join(map(str, s)) for s in (shape, exp.image_shape))
+        return None, "the images are {}, the data's {}".format(*sizes)
+    try:
+        return load_classifier(config, exp), ""
+    except (ConfigError, DataError) as error:
+        if "classifier" in config.eval.features:
+            raise
+        return None, str(error)
 
 
 # References
@@ -286,9 +284,9 @@ def make_fidelity(
 ) -> Callable[[np.ndarray], dict[str, float]]:
     """Builds uint8[n, h, w, c] -> {a Frechet distance, what follows from neighbours, others}.
 
-    The first ones are of the features that rank images best: Inception's, a classifier's, or the
-    first of eval.features. Others are the distances by all other features. The names are those of
-    scores of `num` images. What is built raises ConfigError for too few images.
+    The first ones are of Inception's features, a classifier's, or the first of eval.features.
+    Others are the distances by all other features. The names are those of scores of `num` images.
+    What is built raises ConfigError for too few images.
     """
     first = next((kind for kind in RANKING if kind in scorer.extractor.kinds), None)
     first = first or next(iter(scorer.extractor.kinds))

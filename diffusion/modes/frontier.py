@@ -25,13 +25,7 @@ from diffusion.experiment import Experiment
 from diffusion.modes import _sampling
 from diffusion.modes._common import Trained
 from diffusion.modes._sampling import CompiledSampler
-from diffusion.modes._scores import (
-    Reference,
-    Scorer,
-    load_reference,
-    make_fidelity,
-    make_scorer,
-)
+from diffusion.modes._scores import Reference, Scorer, load_reference, make_fidelity, make_scorer
 from diffusion.plotting import curves
 from diffusion.runtime.config import Run, with_overrides
 from diffusion.utils import logging
@@ -45,7 +39,8 @@ Key = tuple[str, str, int]  # their values
 
 
 REAL_IMAGES = "real images"  # the name of an entry that no sampler drew
-JUDGEMENTS = "precision", "coverage", "unsure"  # beside the first distance, see docs/evaluation
+JUDGEMENTS = "precision", "unsure"  # beside the first distance: they see noise and blur
+COLUMNS_BESIDE = (*JUDGEMENTS, "density", "coverage")
 CONFIDENCE = 0.95  # of a difference that counts
 
 
@@ -275,8 +270,9 @@ def is_distance(score: str) -> bool:
 def recommended(entries: list[FrontierEntry]) -> int:
     """Returns the cheapest of the samplers that are worse than the best in the fewest judgements.
 
-    Judgements are the first distance, precision, coverage and the share of images that a classifier
-    is unsure of. Worse is what exceeds the margin of a difference.
+    Judgements are the first distance, precision and the share of images that a classifier is unsure
+    of, which put rising noise and blur in order (tests/metrics/ladders.py). Worse is what exceeds
+    the margin of a difference.
     """
     drawn, scores = drawn_entries(entries), judgements(entries)
     distance = next(iter(scores.values()))
@@ -352,8 +348,8 @@ def label(entry: FrontierEntry) -> str:
 
 
 def entry_table(entries: list[FrontierEntry]) -> list[str]:
-    """Returns the judgements and the density of every entry with their errors, by cost."""
-    scores = judgements(entries, (*JUDGEMENTS, "density"))
+    """Returns the judgements, density and coverage of every entry with their errors, by cost."""
+    scores = judgements(entries, COLUMNS_BESIDE)
     kind = next(iter(scores)).partition("_")[2]
     names = [name.removesuffix(f"_{kind}") for name in scores]
     title = f"by {kind or 'Inception'} features"
@@ -369,7 +365,7 @@ def frontier_panels(entries: list[FrontierEntry]) -> list[curves.FrontierPanel]:
     """Returns distance, precision and coverage over evaluations, the distance over seconds."""
     drawn, panels = drawn_entries(entries), []
     several = len({entries[i].grid for i in drawn}) > 1
-    distance, *others = judgements(entries).items()
+    distance, *others = judgements(entries, COLUMNS_BESIDE).items()
     others = [item for item in others if item[0].startswith(("precision", "coverage"))]
     axes = {"evaluations": "network evaluations per image", "seconds": "seconds per image"}
     chosen = [*(("evaluations", *item) for item in (distance, *others)), ("seconds", *distance)]

@@ -7,6 +7,7 @@ import pytest
 from diffusion import data, experiment
 from diffusion.metrics import classifier
 from diffusion.modes import _feature_networks, _scores
+from diffusion.runtime import preemption
 from diffusion.runtime.config import with_overrides
 from diffusion.utils.errors import DataError
 from tests.test_configs import config_of
@@ -61,6 +62,18 @@ def test_what_has_no_classes_or_another_shape_has_no_classifier(digits, monkeypa
     scorer = _scores.make_scorer(with_features(config, "available"), exp, exp.image_shape)
     assert list(scorer.extractor.kinds) == ["random", "pixels"]
     assert "warning    no classifier: eval.features" in capsys.readouterr().out
+
+
+def test_one_process_of_several_does_not_ask_for_stops_alone(digits, tmp_path, monkeypatch):
+    """The others do not train, and requests are followed at the same call in all of them."""
+    config, exp = digits
+    images, asked = experiment.load_split(config, exp), []
+    monkeypatch.setattr(preemption, "raise_if_requested", lambda: asked.append(1))
+    _feature_networks._train_classifier(images, tmp_path / "alone.npz")
+    assert len(asked) == classifier.STEPS
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    _feature_networks._train_classifier(images, tmp_path / "of_two.npz")
+    assert len(asked) == classifier.STEPS
 
 
 def with_features(config, *names):
