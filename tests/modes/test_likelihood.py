@@ -7,14 +7,17 @@ import re
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import random
 from PIL import Image
+from scipy import stats
 
-from diffusion import data, experiment
+from diffusion import data, experiment, probability_flow
 from diffusion.data import augment, loader
 from diffusion.modes import _split_pass
+from diffusion.modes import likelihood as modes_likelihood
 from diffusion.modes._common import Trained, open_checkpoints
 from diffusion.samplers import analytic
 from diffusion.utils import partial_results
@@ -141,6 +144,41 @@ def test_analytic_variances_of_as_many_images_as_they_need(tmp_path, monkeypatch
 @pytest.fixture
 def trained_copy(trained, tmp_path):
     return shutil.copytree(trained[0], tmp_path / "run")
+
+
+def test_readings_get_the_levels_of_the_data(tmp_path, monkeypatch):
+    """x_0 of digits is k / 8 - 1 with k = 0..16, for the bound and for the ODE alike."""
+    model = toy_model(tmp_path, **{"bpd.batch_size": 8})
+    work = _split_pass.make_pass(model, "test", 16)._replace(size=8)
+
+    def reading(p, predict, keys, x_0, levels):
+        return 8 * (x_0 + 1), jnp.full(len(x_0), levels)
+
+    k, levels = work.compile(_split_pass.trained_chain(model), reading)({}, next(work.batches())[0])
+    assert set(np.unique(k)) <= set(range(17)) and np.max(k) == 16 and set(levels.tolist()) == {17}
+
+    def bits_per_dim(p, eps, keys, x_0, levels):
+        np.testing.assert_array_equal(8 * (x_0 + 1), np.rint(8 * (x_0 + 1)))
+        return probability_flow.BitsPerDim(np.full(len(x_0), float(levels)), 1)
+
+    monkeypatch.setattr(probability_flow, "bits_per_dim", bits_per_dim)
+    assert modes_likelihood.read_ode(model, work)[0].mean == 17
+
+
+def test_the_loss_gets_the_levels_of_the_data():
+    """For x_1 in small noise a coarse level is nearly certain, and a fine one is not."""
+    keys = {"loss": {"name": "vlb"}, "target": "x0", "process.T": 1, "process.betas": (1e-3,)}
+    x_0 = jnp.full((4, 8, 8, 1), 0.5)
+    loss = {}
+    for levels in (17, 256):
+        config = config_of("digits", "tiny")
+        config.update_from_flattened_dict(keys | {"sampler.steps": 1, "data.levels": levels})
+        exp = experiment.build(config)
+        loss[levels] = exp.loss(lambda x_t, t: x_0, random.key(0), x_0)[0].mean()
+    # The decoder's standard deviation is sqrt(1e-3) = 0.032, half a level 1/16 and 1/255.
+    for levels, bits in loss.items():
+        mass = stats.norm.cdf(1 / (levels - 1), scale=1e-3**0.5) * 2 - 1
+        np.testing.assert_allclose(bits, -np.log2(mass), rtol=0.02)
 
 
 def test_bits_per_dimension_add_up_whatever_the_batches_and_devices(trained_copy):

@@ -61,6 +61,15 @@ def test_samples_depend_on_neither_batch_nor_devices(tmp_path, capsys):
     assert np.abs(three.astype(int) - six[:3]).max() <= 1
 
 
+@pytest.mark.parametrize("levels", [2, 17])
+def test_samples_are_on_the_levels_of_the_data(tmp_path, levels):
+    """Bytes that are evenly spaced from 0 to 255, and more than one of them."""
+    sample.save_samples(toy_model(tmp_path, **{"data.levels": levels}))
+    [images] = images_in(tmp_path).values()
+    allowed = np.rint(np.arange(levels) * 255 / (levels - 1))
+    assert np.isin(images, allowed).all() and len(np.unique(images)) > 1
+
+
 def test_a_set_is_kept_or_extended_and_another_setting_is_another_set(tmp_path, capsys):
     first = None
     for num in (6, 3, 9):
