@@ -5,9 +5,10 @@
     directory/STEP/manifest    JSON: the step, and the type and SHA-256 of every array
     directory/scores.json      {step: score}, for `keep_best`
 
-Orbax writes a step under a temporary name and renames it, but it restores a flipped bit in silence
-and takes any directory with a number for a name as a step. So every restored array is compared with
-the manifest, and a step without a good manifest is never restored.
+Orbax writes a step under a temporary name and renames it, or, in an object store, ends it with a
+file of its own. But it restores a flipped bit in silence and takes any directory with a number for
+a name as a step. So every restored array is compared with the manifest, and a step without a good
+manifest is never restored.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ Tree = Any
 ITEMS = ("ema", "state")
 MAX_FAILURES = 3  # saves in a row that fail before the run ends
 LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleted")  # what a killed run leaves behind
+COMMIT = "commit_success.txt"  # orbax's sign of a complete step in an object store
 
 
 class Checkpoints:
@@ -51,7 +53,7 @@ class Checkpoints:
         """Opens the directory, which is made if missing. Raises WorkdirError if it is not writable.
 
         Args:
-          directory: on a file system that all processes share.
+          directory: on a file system that all processes share, or in an object store.
           keep: how many of the newest steps to keep.
           keep_every: multiples of this step are kept too.
           keep_best: how many of the steps with the lowest `score` are kept too.
@@ -60,13 +62,14 @@ class Checkpoints:
         if keep < 1 or (keep_every is not None and keep_every < 1):
             raise ValueError(f"keep, keep_every: expected 1 or more, found {keep}, {keep_every}")
         logging.quiet_orbax()
-        self._directory = epath.Path(directory).expanduser().resolve()
+        self._directory = io.absolute(directory)
         self._read_only = read_only
         self._keep, self._keep_every, self._keep_best = keep, keep_every, keep_best
         self._failures = 0
         self._saving: int | None = None  # the step last handed to orbax
         self._pending: Future | None = None  # its writing and verification
         self._thread = ThreadPoolExecutor(1)
+        self._commit_copies()
         if not read_only:
             _check_writable(self._directory)
             self._remove_leftovers()
@@ -238,6 +241,8 @@ class Checkpoints:
             found = {k: v for k, v in types if k.split("/")[0] in (abstract or {})}
         except Exception as error:  # any file may be cut, or be something else
             return f"is not complete: manifest: {type(error).__name__}: {_root_cause(error)}"
+        if self._lacks_commit(step):
+            return f"is not complete: {COMMIT} is missing"
         for item in ITEMS:
             if not (folder / item).is_dir():
                 return f"is not complete: {item} is missing"
@@ -260,10 +265,17 @@ class Checkpoints:
             self._rename_bad(step)
             raise OSError(problem)
         for old in self._expendable(step):
-            gone = self._directory / f"{old}.deleted"  # a reader sees all of a step or nothing
             with contextlib.suppress(OSError):  # what stays now goes with the next save
-                (self._directory / str(old)).rename(gone)
-                gone.rmtree()
+                self._delete(old)
+
+    def _delete(self, step: int) -> None:
+        """Deletes a step so that a reader sees all of it or nothing."""
+        folder = self._directory / str(step)
+        if io.is_object_store(folder):
+            (folder / COMMIT).unlink()
+        else:
+            folder = folder.rename(self._directory / f"{step}.deleted")
+        folder.rmtree()
 
     def _expendable(self, newest: int) -> set[int]:
         """The complete steps that no rule keeps."""
@@ -288,10 +300,32 @@ class Checkpoints:
 
     def _remove_leftovers(self) -> None:
         if is_primary():
-            for path in itertools.chain.from_iterable(map(self._directory.glob, LEFTOVERS)):
+            paths = itertools.chain.from_iterable(map(self._directory.glob, LEFTOVERS))
+            uncommitted = (self._directory / str(s) for s in self._steps() if self._lacks_commit(s))
+            for path in (*paths, *uncommitted):
                 with contextlib.suppress(OSError):  # TensorStore may still be writing there
                     path.rmtree(missing_ok=True)
         barrier("checkpoint leftovers removed")
+
+    def _lacks_commit(self, step: int) -> bool:
+        """Returns whether orbax would take a step for an unfinished one."""
+        folder = self._directory / str(step)
+        return io.is_object_store(folder) and not (folder / COMMIT).exists()
+
+    def _commit_copies(self) -> None:
+        """Commits complete steps without orbax's sign: those that were copied from a local disk."""
+        for step in self._steps() if is_primary() else ():
+            if not self._lacks_commit(step):
+                continue
+            folder = self._directory / str(step)
+            try:
+                found = digests.sha256(_read_alone(folder))
+                if found == self._manifest(step)["sha256"]:
+                    for path in (*(folder / item for item in (*ITEMS, "manifest")), folder):
+                        io.save_text(path / COMMIT, f"Verified and committed as {folder}\n")
+            except Exception:  # another run may be writing it; orbax and TensorStore raise anything
+                continue
+        barrier("checkpoint copies committed")
 
     def _set_aside(self, step: int) -> str:
         barrier("checkpoint read by all")
@@ -332,8 +366,7 @@ def _read_alone(folder: epath.Path) -> dict[str, Tree]:
         barrier_sync_key_prefix="alone",
     )
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-    with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
-        return {item: reader.restore(folder / item) for item in ITEMS}
+    return {item: handler.restore(folder / item) for item in ITEMS}
 
 
 def _split(state: NamedTuple) -> dict[str, Tree]:

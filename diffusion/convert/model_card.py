@@ -5,9 +5,11 @@ and the scores that the work directory holds.
 """
 
 import json
-import pathlib
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from etils import epath
 
 from diffusion.utils.errors import one_line
 
@@ -17,7 +19,7 @@ SHOWN_OF_TRAINING = ("loss.", "optim.", "train.batch_size", "seed")
 
 
 def render(
-    name: str, flat: Mapping[str, Any], step: int, workdir: pathlib.Path, for_diffusers: bool
+    name: str, flat: Mapping[str, Any], step: int, workdir: epath.Path, for_diffusers: bool
 ) -> str:
     """Returns the card's Markdown.
 
@@ -49,14 +51,14 @@ def render(
     )
 
 
-def _origin(workdir: pathlib.Path, step: int, batch: int) -> str:
+def _origin(workdir: epath.Path, step: int, batch: int) -> str:
     """Returns how the weights came about: trained here, imported, or both."""
     try:
         record = json.loads((workdir / IMPORT_FILE).read_text())
         source, first = record["input"], record["step"]
     except (OSError, ValueError, LookupError, TypeError):
         return f"after {step:,} steps of batch {batch}. Trained with JAX and Flax."
-    source = source if record.get("revision") else pathlib.Path(source).name or source
+    source = source if record.get("revision") else os.path.basename(source) or source
     text = f"imported from {source}" + (f" at step {first:,}" if first else "")
     steps = f", then trained for {step - first:,} steps of batch {batch} with JAX and Flax"
     return text + (steps if step > first else "") + "."
@@ -68,7 +70,7 @@ def _table(*rows: tuple[str, ...]) -> str:
     return "".join(f"| {line} |\n" for line in lines)
 
 
-def _read_scores(workdir: pathlib.Path) -> Iterator[tuple[str, str, str]]:
+def _read_scores(workdir: epath.Path) -> Iterator[tuple[str, str, str]]:
     """Yields (step, what, value) of all scores in workdir/eval/*/ that can be read."""
     readers = {"metrics.json": _metrics, "bpd.json": _bits_per_dim}
     for path in sorted(workdir.glob("eval/*/*.json")):

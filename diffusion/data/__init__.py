@@ -9,14 +9,15 @@ import functools
 import hashlib
 import io
 import math
-import pathlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 
 from diffusion.utils.errors import DataError, one_line
+from diffusion.utils.io import to_path
 
 
 class ImageDataset(NamedTuple):
@@ -201,19 +202,25 @@ def _find_tfds(name: str, data_dir: str) -> str:
     """Returns the folder of a data set's newest version (layout: name[/config]/version)."""
     if not data_dir:
         raise mismatch("data.data_dir", f"the folder that holds {name!r}", "none", "give one")
-    root = pathlib.Path(data_dir).expanduser()
+    root = to_path(data_dir)
     if not root.is_dir():
         advice = "make the data set with --mode=prepare, or name another folder"
         raise mismatch("data.data_dir", "a folder", f"no {data_dir!r}", advice)
-    infos = [*root.glob("*/*/dataset_info.json"), *root.glob("*/*/*/dataset_info.json")]
-    versions = [info.parent for info in infos if re.fullmatch(r"[\d.]+", info.parent.name)]
-    versions.sort(key=lambda v: [int(number) for number in re.findall(r"\d+", v.name)])
-    found = {version.parent.relative_to(root).as_posix(): str(version) for version in versions}
-    if name not in found:
+    found = _newest_versions(root, root.glob(f"{name}/*/dataset_info.json"))
+    if name not in found:  # only now: a bucket may hold many
+        infos = [*root.glob("*/*/dataset_info.json"), *root.glob("*/*/*/dataset_info.json")]
+        found = _newest_versions(root, infos)
         there = suggest_names(name, sorted(found)) if found else "it holds no TFDS data set"
         advice = "prepare it with --mode=prepare"
         raise DataError(f"data.name: no data set {name!r} in {data_dir}; {there}; {advice}")
     return found[name]
+
+
+def _newest_versions(root: epath.Path, infos: Iterable[epath.Path]) -> dict[str, str]:
+    """Returns {name of a data set: folder of its newest version} of dataset_info.json files."""
+    versions = [info.parent for info in infos if re.fullmatch(r"[\d.]+", info.parent.name)]
+    versions.sort(key=lambda v: [int(number) for number in re.findall(r"\d+", v.name)])
+    return {version.parent.relative_to(root).as_posix(): str(version) for version in versions}
 
 
 def _check_split(split: str, splits: Iterable[str], name: str) -> None:

@@ -4,7 +4,6 @@ import functools
 import hashlib
 import itertools
 import os
-import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from jax import Array
 from jax.sharding import Mesh
 
@@ -28,7 +28,7 @@ from diffusion.data.prepare.sources import open_source
 from diffusion.metrics import classifier, features, inception
 from diffusion.metrics.feature_set import FeatureSet, add, begin, from_arrays, to_arrays
 from diffusion.sharding import batch_sharded, local_rows, make_global_array, replicated
-from diffusion.utils import partial_results
+from diffusion.utils import io, partial_results
 from diffusion.utils.errors import DataError
 from diffusion.utils.multihost import broadcast_from_primary, is_primary
 
@@ -93,7 +93,7 @@ def image_set_from_files(
     Raises DataError for fewer than two images; while reading, for an image that is damaged or, if
     there is no form, of another size.
     """
-    if not os.path.exists(os.path.expanduser(path)):
+    if not io.to_path(path).exists():
         raise DataError(f"{path}: expected images, found no file or folder")
     source = open_source("folder", archive=path)
     first = next(iter(source.items()), None)
@@ -121,7 +121,7 @@ def image_set_from_files(
         sizes = "{}x{} (the first one) to {}x{}".format(*original.size, *form[:2])
         how = f"as by --mode=prepare: {FITS[form.fit]}; Lanczos, bicubic to enlarge"
         warnings.append(f"resized from {sizes} {how}")
-    name, shape = pathlib.Path(path).name, (spec.height, spec.width, spec.channels)
+    name, shape = os.path.basename(os.path.normpath(path)), (spec.height, spec.width, spec.channels)
     return ImageSet(name, n, shape, batches, "; ".join(warnings))
 
 
@@ -206,7 +206,7 @@ def extract(
     batch_size: int,
     keep: int,
     mesh: Mesh,
-    partial: pathlib.Path | None = None,
+    partial: epath.Path | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> dict[str, FeatureSet]:
     """Returns the FeatureSet of each kind of features, on process 0; {} on the others.

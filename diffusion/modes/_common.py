@@ -1,13 +1,11 @@
 """What several modes share: a trained model, folders written whole, lines of the console."""
 
 import contextlib
-import os
-import pathlib
-import shutil
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
 from diffusion import data, experiment
@@ -15,6 +13,7 @@ from diffusion.checkpoint import Checkpoints
 from diffusion.experiment import Experiment
 from diffusion.runtime.config import Run
 from diffusion.train_step import TrainState
+from diffusion.utils import io
 from diffusion.utils.errors import WorkdirError
 from diffusion.utils.multihost import barrier, is_primary
 
@@ -27,7 +26,7 @@ class Trained(NamedTuple):
 
     config: ConfigDict
     exp: Experiment
-    workdir: pathlib.Path
+    workdir: epath.Path
     step: int
     params: Any
     weights: str = "ema"
@@ -55,7 +54,7 @@ def _trained_checkpoints(run: Run) -> Checkpoints:
     return open_checkpoints(run.workdir, read_only=True)
 
 
-def open_checkpoints(workdir: pathlib.Path, **options) -> Checkpoints:
+def open_checkpoints(workdir: epath.Path, **options) -> Checkpoints:
     """Opens the checkpoints of a work directory; options: of checkpoint.Checkpoints."""
     return Checkpoints(workdir / "checkpoints", **options)
 
@@ -77,7 +76,7 @@ def batch_size(exp: Experiment, most: int, n: int) -> int:
     return -(-min(most, n) // exp.mesh.size) * exp.mesh.size
 
 
-def check_empty(folder: pathlib.Path, flag: str) -> None:
+def check_empty(folder: epath.Path, flag: str) -> None:
     """Raises WorkdirError if the folder named by a flag holds anything."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise WorkdirError(
@@ -86,25 +85,27 @@ def check_empty(folder: pathlib.Path, flag: str) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a folder to write into, which replaces `folder` once all processes are done with it.
+def atomic_folder(folder: epath.Path) -> Iterator[epath.Path]:
+    """Yields a folder to write into, which becomes `folder` once all processes are done with it.
 
-    Raises WorkdirError.
+    In an object store it is `folder` itself, of which an error leaves nothing. Raises WorkdirError.
     """
-    folder = folder.absolute()
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    folder, complete = io.absolute(folder), False
+    staged = io.staging_folder(folder)
     try:
-        if is_primary():
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
+        if is_primary() and staged != folder:
+            staged.rmtree(missing_ok=True)
+            staged.mkdir(parents=True)
         barrier("atomic_folder made")
-        yield unfinished
+        yield staged
         barrier("atomic_folder written")
         if is_primary():
-            os.replace(unfinished, folder)
+            io.publish_folder(staged, folder)
+        complete = True
         barrier("atomic_folder moved")
     except OSError as error:
         raise WorkdirError(f"{folder}: cannot be written: {error.strerror or error}") from error
     finally:
-        if is_primary():
-            shutil.rmtree(unfinished, ignore_errors=True)
+        if is_primary() and not complete:
+            with contextlib.suppress(OSError):
+                staged.rmtree()

@@ -2,11 +2,11 @@
 
 import io
 import math
-import pathlib
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from diffusion import convert, data, experiment
@@ -68,7 +68,7 @@ def load_classifier(config: ConfigDict, exp: Experiment) -> Any:
     return found.params
 
 
-def _read_classifier(path: pathlib.Path) -> classifier.Classifier | None:
+def _read_classifier(path: epath.Path) -> classifier.Classifier | None:
     try:
         with np.load(io.BytesIO(path.read_bytes())) as file:  # leaves no file open if it is cut
             params = {name: file[name] for name in file.files}
@@ -78,7 +78,7 @@ def _read_classifier(path: pathlib.Path) -> classifier.Classifier | None:
         return None
 
 
-def _train_classifier(images: data.ImageDataset, path: pathlib.Path) -> classifier.Classifier:
+def _train_classifier(images: data.ImageDataset, path: epath.Path) -> classifier.Classifier:
     """Trains on images chosen at random, since sets come sorted or with classes in turn."""
     n = min(images.n, CLASSIFIER_NUM, CLASSIFIER_BYTES // math.prod(images.shape))
     logging.info(f"training   a classifier of {images.num_classes} classes on {n:,} images")

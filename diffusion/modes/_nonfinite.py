@@ -3,13 +3,13 @@
 A step is a function of the weights, the batch and its number; the crash file holds all three.
 """
 
-import pathlib
 import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax import Array, random
 
 from diffusion import data, experiment, nonfinite, train_step
@@ -85,7 +85,7 @@ class NonFiniteHandler:
 
 def save_crash_step(
     run: Run, images: data.ImageDataset, step: int, state: TrainState
-) -> pathlib.Path:
+) -> epath.Path:
     """Writes workdir/crash/step_N.npz: the weights before step N, their norms, batch and key."""
     path = run.workdir / "crash" / f"step_{step}.npz"
     if is_primary():
@@ -101,7 +101,7 @@ def save_crash_step(
 
 
 def replay_step(
-    run: Run, exp: Experiment, path: pathlib.Path
+    run: Run, exp: Experiment, path: epath.Path
 ) -> tuple[dict[str, float], str | None, dict[str, float]]:
     """Takes the step of a crash file again, on one device, with the training's keys and flips.
 
@@ -120,7 +120,7 @@ def replay_step(
     return found, f"the gradient of {name}" if name else None, nonfinite.norms(gradients)
 
 
-def _load(exp: Experiment, path: pathlib.Path):
+def _load(exp: Experiment, path: epath.Path):
     shapes = experiment.abstract_state(exp).params
     try:
         with np.load(path) as file:

@@ -1,10 +1,10 @@
 """Readings and pictures during a training: what they are, and when they would take too long."""
 
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from diffusion.checkpoint import Checkpoints
@@ -98,7 +98,7 @@ class Readings:
             self._mark(step).unlink(missing_ok=True)
         return True
 
-    def _mark(self, step: int) -> pathlib.Path:
+    def _mark(self, step: int) -> epath.Path:
         return self._run.workdir / "samples" / f"{step:08d}.unfinished"
 
     def _read(self, state: TrainState, trained_s: float, done: int) -> dict[str, float]:

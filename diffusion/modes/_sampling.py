@@ -7,7 +7,6 @@ nor the devices, so that a set can be resumed at any image and extended later.
 import functools
 import hashlib
 import json
-import pathlib
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax import random
 from ml_collections import ConfigDict
 
@@ -221,13 +221,18 @@ class SampleStore(NamedTuple):
     setting: what the images are a function of, also kept in samples.json; shape: their (h, w, c).
     """
 
-    folder: pathlib.Path
+    folder: epath.Path
     setting: dict[str, Any]
     shape: tuple[int, int, int]
 
     @property
-    def npz(self) -> pathlib.Path:
+    def npz(self) -> epath.Path:
         return self.folder / "samples.npz"
+
+    def read(self) -> np.ndarray:
+        """Returns the images of samples.npz, uint8[n, h, w, c]."""
+        with io.open_binary(self.npz) as file:  # np.load leaks one that is damaged
+            return np.load(file)["arr_0"]
 
 
 def sample_setting(config: ConfigDict, step: int, weights: str, seed: int) -> dict[str, Any]:
@@ -288,7 +293,7 @@ def fill(store: SampleStore, sampler: CompiledSampler, params: Any, n: int) -> N
     barrier("samples.npz is complete")
 
 
-def _part(store: SampleStore, first: int) -> tuple[pathlib.Path, str]:
+def _part(store: SampleStore, first: int) -> tuple[epath.Path, str]:
     """Returns the file of the batch that begins with image `first`, and the setting inside it."""
     return store.folder / f"part_{first:08d}.npz", json.dumps(store.setting, sort_keys=True)
 
@@ -306,8 +311,7 @@ def _load_parts(store: SampleStore) -> tuple[list[np.ndarray], str]:
             if note.get("sha256", found) != found:  # there is none while the set grows
                 what = f"expected samples.npz of SHA-256 {note['sha256'][:16]}, found another"
                 return [], f"{store.folder}: {what}; delete it"
-            with open(store.npz, "rb") as file:  # np.load leaks one that is damaged
-                complete = np.load(file)["arr_0"]
+            complete = store.read()
     except FileNotFoundError:
         return [complete], ""
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:

@@ -21,7 +21,7 @@ from diffusion.runtime import preemption
 from diffusion.runtime.config import cache_dir, call_for_key, with_overrides
 from diffusion.utils import digests, logging
 from diffusion.utils.errors import ConfigError, DataError
-from diffusion.utils.io import save_npz
+from diffusion.utils.io import files_in, local_copy, save_npz
 from diffusion.utils.multihost import all_processes, broadcast_from_primary, is_primary
 from diffusion.utils.progress import QUIET_S, Progress
 
@@ -121,12 +121,12 @@ def load_reference(name: str, scorer: Scorer) -> Reference:
 
     Raises DataError.
     """
-    config, extractor, path = scorer.config, scorer.extractor, pathlib.Path(name).expanduser()
+    config, extractor, path = scorer.config, scorer.extractor, local_copy(name)
     n = config.eval.reference_num
     if path.suffix == ".npz" and (found := load_statistics(path, extractor)):
         return Reference(name, found, {"statistics": name, "sha256": digest_of(path)})
     if path.exists() and (path.suffix or len(path.parts) > 1):  # a bare word is a split
-        images = open_images(config, name, extractor.shape[2], n)
+        images = open_images(config, str(path), extractor.shape[2], n)
         _check_shape(name, images.shape, extractor)
         about = {"images": images.n, "sha256": digest_of(path), "note": images.warning}
         return Reference(name, scorer.read(images), about)
@@ -214,8 +214,7 @@ def digest_of(path: pathlib.Path) -> str:
     """Returns the SHA-256 of a file; of a folder, that of its files' names and sizes."""
     if path.is_file():
         return digests.sha256_of_file(path)
-    paths = sorted(p for p in path.rglob("*") if p.is_file())
-    names = [f"{p.relative_to(path)} {p.stat().st_size}" for p in paths]
+    names = [f"{name} {(path / name).stat().st_size}" for name in files_in(path)]
     return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
 
 

@@ -6,13 +6,13 @@ depend neither on batches nor on devices.
 
 import functools
 import json
-import pathlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from jax import Array, random
 
 from diffusion import data, experiment, process, targets
@@ -176,7 +176,7 @@ class RunningSums(NamedTuple):
 def accumulate(
     work: SplitPass,
     run: Callable[[SplitBatch], np.ndarray],
-    path: pathlib.Path,
+    path: epath.Path,
     progress: Callable[[int], None],
     enough: Callable[[RunningSums], bool] = lambda sums: False,
 ) -> RunningSums:
@@ -215,7 +215,7 @@ class MeasuredVariance(NamedTuple):
 
 
 def measure_optimal_variance(
-    work: SplitPass, chain: ChainModel, params: Any, path: pathlib.Path, tolerance: float = 0.0
+    work: SplitPass, chain: ChainModel, params: Any, path: epath.Path, tolerance: float = 0.0
 ) -> MeasuredVariance:
     """Measures the variances that give these images the least bound; resumes from `path`.
 

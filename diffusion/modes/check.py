@@ -6,9 +6,7 @@ code that the training would have had.
 """
 
 import contextlib
-import pathlib
-import shutil
-import tempfile
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax import random
 
 from diffusion import checkpoint, data, experiment, process
@@ -27,7 +26,7 @@ from diffusion.modes._nonfinite import compile_update, not_halted
 from diffusion.plotting.image_grid import image_grid, save_png
 from diffusion.runtime import workdir
 from diffusion.runtime.config import Run
-from diffusion.utils import digests, logging
+from diffusion.utils import digests, io, logging
 from diffusion.utils.errors import DataError, NonFiniteError, WorkdirError
 from diffusion.utils.progress import human_bytes, human_time
 
@@ -47,9 +46,10 @@ def run(run: Run) -> None:
     abstract = experiment.abstract_state(exp)
     with temporary_folder(run.workdir) as folder:
         workdir.check_disk_space(folder, abstract, config.train.keep)
-        free = human_bytes(shutil.disk_usage(folder).free)
+        free = io.free_bytes(folder)
+        room = "unlimited" if free is None else f"{human_bytes(free)} free"
         kept = human_bytes(workdir.tree_bytes(abstract) * (config.train.keep + 1))
-        logging.info(f"room       {free} free; checkpoints will take {kept} (train.keep + 1)")
+        logging.info(f"room       {room}; checkpoints will take {kept} (train.keep + 1)")
         state = take_steps(run, exp, images)
         check_checkpoint(folder, abstract, state)
     picture = run.workdir / "figures" / "check.png"
@@ -82,16 +82,18 @@ def check_data(run: Run, images: data.ImageDataset) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def temporary_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+def temporary_folder(folder: epath.Path) -> Iterator[epath.Path]:
     """Makes a folder where the checkpoints will lie and removes it again. Raises WorkdirError."""
+    temporary = folder / f"check_{os.urandom(4).hex()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        options = {"prefix": "check_", "dir": folder, "ignore_cleanup_errors": True}
-        temporary = tempfile.TemporaryDirectory(**options)
+        io.save_text(temporary / "probe", "")
     except OSError as error:
         raise WorkdirError(f"{folder}: cannot write there: {error.strerror}") from error
-    with temporary as path:
-        yield pathlib.Path(path)
+    try:
+        yield temporary
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.rmtree()
 
 
 def take_steps(run: Run, exp: Experiment, images: data.ImageDataset) -> Any:
@@ -130,7 +132,7 @@ def describe_memory(compiled: Any) -> str:
     return f"a step needs {human_bytes(need)}{of} on each device"
 
 
-def check_checkpoint(folder: pathlib.Path, abstract: Any, state: Any) -> None:
+def check_checkpoint(folder: epath.Path, abstract: Any, state: Any) -> None:
     """Saves and restores a checkpoint and compares it bit for bit. Raises WorkdirError."""
     began = time.monotonic()
     with contextlib.closing(checkpoint.Checkpoints(folder / "checkpoints")) as checkpoints:

@@ -5,13 +5,12 @@ by their features and their count: only 50,000 samples and the published network
 """
 
 import hashlib
-import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from diffusion import experiment, metrics
 from diffusion.experiment import Experiment
@@ -23,7 +22,7 @@ from diffusion.plotting.image_grid import image_grid, save_png
 from diffusion.runtime.config import Run
 from diffusion.utils import logging
 from diffusion.utils.errors import ConfigError
-from diffusion.utils.io import save_json
+from diffusion.utils.io import absolute, local_copy, save_json
 from diffusion.utils.multihost import is_primary
 from diffusion.utils.progress import human_time
 
@@ -80,8 +79,7 @@ def evaluate_samples(run: Run, exp: Experiment) -> None:
             )
             folders.append(path)
             if is_primary():
-                with np.load(store.npz) as file:
-                    save_png(path / "grid.png", image_grid(file["arr_0"][:GRID]))
+                save_png(path / "grid.png", image_grid(store.read()[:GRID]))
         results[model.weights] = over_seeds(scores)
     content = {"step": step, "samples": c.num, "seeds": list(c.seeds), "sampler": config.sampler}
     content |= {"scores": results, "notes": notes}
@@ -101,19 +99,20 @@ def load_models(run: Run, exp: Experiment) -> list[Trained]:
 
 def evaluate_images(run: Run, exp: Experiment, path: str, *others: str) -> None:
     """Scores the images at `path` against those of the other, or against eval.references."""
-    images, names = _scores.open_images(run.config, path), others or run.config.eval.references
+    local, names = local_copy(path), others or run.config.eval.references
+    images = _scores.open_images(run.config, str(local))
     scorer = _scores.make_scorer(run.config, exp, images.shape)
     announce(scorer, images.n, names)
     references = [_scores.load_reference(name, scorer) for name in names]
     notes = [images.warning] if images.warning else []
     scores = over_seeds([_scores.score(scorer.read(images), references, notes)])
-    digest = _scores.digest_of(pathlib.Path(path).expanduser())
+    digest = _scores.digest_of(local)
     content = {"input": path, "sha256": digest, "samples": images.n}
     content |= {"scores": {"input": scores}, "notes": notes}
     c = run.config.data
     form = [f"{images.shape} {c.fit} {tuple(c.background)}"] if run.config.eval.resize else []
-    key = "\n".join([*map(os.path.abspath, (path, *others)), *names, *form])
-    name = f"{pathlib.Path(path).stem}_{hashlib.sha256(key.encode()).hexdigest()[:6]}"
+    key = "\n".join([*map(str, map(absolute, (path, *others))), *names, *form])
+    name = f"{local.stem}_{hashlib.sha256(key.encode()).hexdigest()[:6]}"
     report(content, [run.workdir / "eval" / name / "metrics.json"], references, scorer)
 
 
@@ -143,7 +142,7 @@ def over_seeds(each: list[Scores]) -> dict[str, dict[str, dict[str, Any]]]:
 
 def report(
     content: dict[str, Any],
-    paths: list[pathlib.Path],
+    paths: list[epath.Path],
     references: list[Reference],
     scorer: Scorer,
 ) -> None:

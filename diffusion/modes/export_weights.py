@@ -1,9 +1,8 @@
 """--mode=export: the newest checkpoint as a folder for diffusers, for --mode=import and the Hub."""
 
-import pathlib
-
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from diffusion import convert, experiment
@@ -14,7 +13,7 @@ from diffusion.runtime.config import Run, flatten
 from diffusion.train_step import TrainState
 from diffusion.utils import logging
 from diffusion.utils.errors import ConfigError
-from diffusion.utils.io import save_json, save_text
+from diffusion.utils.io import save_json, save_text, to_path
 from diffusion.utils.multihost import is_primary
 
 
@@ -23,11 +22,11 @@ def run(run: Run) -> None:
     if run.flags.output is None:
         raise ConfigError("--mode=export: expected --output=FOLDER, found none")
     state = load_state(run, experiment.build(run.config))
-    export_weights(run.config, run.workdir, state, pathlib.Path(run.flags.output))
+    export_weights(run.config, run.workdir, state, to_path(run.flags.output))
 
 
 def export_weights(
-    config: ConfigDict, workdir: pathlib.Path, state: TrainState, output: pathlib.Path
+    config: ConfigDict, workdir: epath.Path, state: TrainState, output: epath.Path
 ) -> None:
     """Writes the folder `output`:
 

@@ -5,12 +5,12 @@ A figure is a function from a FigureContext to the files to write; FIGURES lists
 
 import functools
 import json
-import pathlib
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax import random
 from ml_collections import ConfigDict
 
@@ -37,7 +37,7 @@ from diffusion.utils import io, logging
 from diffusion.utils.multihost import broadcast_from_primary, is_primary
 from diffusion.utils.progress import Progress
 
-Files = dict[str, Callable[[pathlib.Path], None]]  # {file name: function that writes it}
+Files = dict[str, Callable[[epath.Path], None]]  # {file name: function that writes it}
 
 INPAINTING_STEPS = 250  # of the chain that is resampled, as in RePaint
 MEASURED = ("quality", "nearest")  # figures that use context.score or features
@@ -300,8 +300,8 @@ def known_mask(config: ConfigDict, h: int, w: int) -> np.ndarray:
     Raises ConfigError.
     """
     mask = config.figures.mask
-    if pathlib.Path(mask).is_file():
-        return call_for_key(labelled_grid.load_mask, "figures.mask", mask, h, w)
+    if io.to_path(mask).is_file():
+        return call_for_key(labelled_grid.load_mask, "figures.mask", io.local_copy(mask), h, w)
     return lookup(editing.MASKS, "figures.mask", mask)(h, w)
 
 

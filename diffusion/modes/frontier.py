@@ -10,13 +10,13 @@ import csv
 import io
 import itertools
 import json
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 from scipy import stats
 
@@ -134,7 +134,7 @@ def real_entry(
     return FrontierEntry(REAL_IMAGES, split, n, 0, 0.0, scores)
 
 
-def report(entries: list[FrontierEntry], folder: pathlib.Path) -> None:
+def report(entries: list[FrontierEntry], folder: epath.Path) -> None:
     """Prints the table and what follows from it; writes frontier.csv and frontier.png."""
     for text in [*entry_table(entries), *advice(entries)]:
         logging.info(text)
@@ -192,7 +192,7 @@ def entry_setting(trained: Trained, scorer: Scorer, reference: Reference) -> dic
     return rest | {"features": features, "reference": reference.about}
 
 
-def load_entries(path: pathlib.Path, setting: dict[str, Any]) -> dict[Key, FrontierEntry]:
+def load_entries(path: epath.Path, setting: dict[str, Any]) -> dict[Key, FrontierEntry]:
     """Returns the entries of an earlier run of the same setting."""
     try:
         stored = json.loads(path.read_text())
@@ -202,13 +202,13 @@ def load_entries(path: pathlib.Path, setting: dict[str, Any]) -> dict[Key, Front
         return {}
 
 
-def write(folder: pathlib.Path, setting: dict[str, Any], entries: list[FrontierEntry]) -> None:
+def write(folder: epath.Path, setting: dict[str, Any], entries: list[FrontierEntry]) -> None:
     """Writes frontier.json, to resume from."""
     content = {"setting": setting, "entries": [entry._asdict() for entry in entries]}
     save_json(folder / "frontier.json", content)
 
 
-def write_csv(path: pathlib.Path, entries: list[FrontierEntry]) -> None:
+def write_csv(path: epath.Path, entries: list[FrontierEntry]) -> None:
     """Writes the means and the errors of all scores."""
     scores, text = summaries(entries), io.StringIO()
     rows = csv.writer(text, lineterminator="\n")

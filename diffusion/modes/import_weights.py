@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from configs import default
@@ -34,9 +35,8 @@ from diffusion.runtime.config import (
 from diffusion.runtime.validation import validate
 from diffusion.sharding import replicated
 from diffusion.train_step import TrainState
-from diffusion.utils import logging
+from diffusion.utils import io, logging
 from diffusion.utils.errors import ConfigError, IntegrityError, one_line
-from diffusion.utils.io import save_json
 from diffusion.utils.multihost import is_primary
 
 ATTENTION_RESOLUTION = 16  # of every network in the paper (appendix B)
@@ -59,7 +59,7 @@ def run(run: Run) -> None:
 
 def import_weights(
     source: str,
-    workdir: pathlib.Path,
+    workdir: epath.Path,
     config: ConfigDict | None = None,
     overrides: Mapping[str, Any] = {},
 ) -> None:
@@ -96,15 +96,15 @@ def import_weights(
         if is_primary():
             record = {"input": source, "revision": revision, "kind": found.kind}
             record |= {"step": found.step, "stated": found.stated, "notes": found.notes}
-            save_json(folder / model_card.IMPORT_FILE, record)
-            save_json(folder / "config.json", config.to_dict())
+            io.save_json(folder / model_card.IMPORT_FILE, record)
+            io.save_json(folder / "config.json", config.to_dict())
     logging.info("optimiser  new: weights come without its moments, so training warms up again")
     logging.info(f"done       {workdir}; samples: python main.py --mode=sample --workdir={workdir}")
 
 
 def locate(source: str) -> tuple[pathlib.Path, str | None]:
     """Returns where the input is, and its revision if it was downloaded from Hugging Face."""
-    path = pathlib.Path(source).expanduser()
+    path = io.local_copy(source)
     is_local = path.exists() or tf_checkpoint.find_prefix(path)
     if is_local or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         return path, None

@@ -2,13 +2,13 @@
 
 import csv
 import io
-import pathlib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from jax.tree_util import Partial
 
 from diffusion import experiment, probability_flow
@@ -81,7 +81,7 @@ class Bound(NamedTuple):
 
 
 def read_all(
-    trained: Trained, work: SplitPass, folder: pathlib.Path
+    trained: Trained, work: SplitPass, folder: epath.Path
 ) -> tuple[Bound, dict[str, MeanAndStderr]]:
     """Returns the bound of the trained chain and every reading that config.bpd asks for."""
     c, exp, split = trained.config.bpd, trained.exp, trained.config.bpd.split
@@ -109,7 +109,7 @@ def read_all(
 
 
 def read_bound(
-    name: str, work: SplitPass, chain: ChainModel, params: Any, path: pathlib.Path
+    name: str, work: SplitPass, chain: ChainModel, params: Any, path: epath.Path
 ) -> Bound:
     """Returns the bound of the images of a pass, taken apart; shows progress, resumes from path."""
     read = work.compile(chain, vlb_terms)
@@ -163,7 +163,7 @@ def write(
     bound: Bound,
     results: Mapping[str, MeanAndStderr],
     rows: Sequence[Baseline],
-    folder: pathlib.Path,
+    folder: epath.Path,
 ) -> None:
     """Writes bpd.json and its bars, rate_distortion.csv and the three panels of Figure 5."""
 

@@ -3,8 +3,6 @@
 JAX is not started: no accelerator is taken for this.
 """
 
-import os
-import pathlib
 import time
 
 from ml_collections import ConfigDict
@@ -14,10 +12,10 @@ from diffusion.data import error_text, mismatch
 from diffusion.data.prepare import pipeline, sources, tfds_writer
 from diffusion.data.prepare.image_decoding import ImageSpec
 from diffusion.plotting import image_grid
-from diffusion.runtime.config import Run
+from diffusion.runtime.config import Run, cache_dir
 from diffusion.utils import logging
 from diffusion.utils.errors import WorkdirError
-from diffusion.utils.io import save_text
+from diffusion.utils.io import is_object_store, read_bytes, save_text, to_path
 from diffusion.utils.progress import Progress, human_bytes
 
 
@@ -30,7 +28,8 @@ def run(run: Run) -> None:
     c, dry_run = run.config.data, run.flags.dry_run
     spec = ImageSpec(*experiment.image_shape(run.config), tuple(c.background), c.fit)
     selection = sources.Selection(tuple(c.include), tuple(c.exclude))
-    downloads = os.path.join(c.data_dir, "downloads")
+    downloads = cache_dir() if is_object_store(c.data_dir) else to_path(c.data_dir)
+    downloads = str(downloads / "downloads")
     figures = run.workdir / "figures"
     stem = f"{'dry_run' if dry_run else 'data'}-{c.name}"  # each set's own: none is overwritten
     picture, skipped = figures / f"{stem}.png", figures / f"{stem}-skipped.txt"
@@ -72,7 +71,7 @@ def _holdout(c: ConfigDict) -> float | list[str]:
     if not c.holdout_names:
         return c.holdout
     try:
-        lines = pathlib.Path(c.holdout_names).expanduser().read_text().splitlines()
+        lines = read_bytes(to_path(c.holdout_names)).decode().splitlines()
     except (OSError, ValueError) as error:
         found = f"{c.holdout_names}, which cannot be read: {error_text(error)}"
         raise mismatch("data.holdout_names", "a file of names, one a line", found) from error

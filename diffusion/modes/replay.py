@@ -1,13 +1,11 @@
 """--mode=check --replay=step_N.npz: takes a step again that was not finite."""
 
-import pathlib
-
 import numpy as np
 
 from diffusion import experiment
 from diffusion.modes._nonfinite import replay_step
 from diffusion.runtime.config import Run
-from diffusion.utils import logging
+from diffusion.utils import io, logging
 from diffusion.utils.errors import ConfigError, NonFiniteError
 
 
@@ -18,7 +16,7 @@ def run(run: Run) -> None:
     """
     if not run.flags.replay:
         raise ConfigError("--mode=replay: expected --replay=FILE, a step_N.npz of crash/")
-    exp, path = experiment.build(run.config), pathlib.Path(run.flags.replay)
+    exp, path = experiment.build(run.config), io.to_path(run.flags.replay)
     if not path.exists():
         path = run.workdir / "crash" / path  # as the message of the training has it
     metrics, where, norms = replay_step(run, exp, path)

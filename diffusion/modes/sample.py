@@ -1,7 +1,5 @@
 """--mode=sample: images from the averaged weights, as samples.npz and as a picture."""
 
-import pathlib
-
 import numpy as np
 
 from diffusion import experiment
@@ -38,7 +36,7 @@ def run(run: Run) -> None:
 def load_noise(path: str, shape: tuple[int, int, int]) -> np.ndarray:
     """Opens x_T float32[n, h, w, c] for images of shape (h, w, c). Raises DataError."""
     try:
-        x_T = np.asarray(np.lib.format.open_memmap(pathlib.Path(path).expanduser(), "r"))
+        x_T = np.asarray(np.lib.format.open_memmap(io.local_copy(path), "r"))
     except (OSError, ValueError) as error:
         raise DataError(f"--input={path}: expected an npy file: {one_line(error, 200)}") from error
     wanted, found = f"float32[n, {', '.join(map(str, shape))}]", f"{x_T.dtype}{list(x_T.shape)}"
@@ -67,8 +65,7 @@ def save_samples(trained: Trained, x_T: np.ndarray | None = None) -> None:
     _sampling.fill(store, sampler._replace(x_T=x_T), trained.params, c.num)
     if not is_primary():
         return
-    with np.load(store.npz) as file:
-        images = file["arr_0"]
+    images = store.read()
     classes = 0 if c.label >= 0 else config.model.num_classes
     image_grid.save_png(folder / "grid.png", sample_grid(images, classes))
     how = {"step": trained.step, "weights": trained.weights, "images": len(images)}

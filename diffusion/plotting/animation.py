@@ -2,7 +2,6 @@
 
 import io
 import os
-import pathlib
 
 import numpy as np
 from PIL import Image
@@ -21,7 +20,7 @@ def save_animation(path: str | os.PathLike, frames: np.ndarray) -> None:
     The file format follows the name, which ends in .gif or .webp.
     """
     frames = as_rgb("save_animation", frames, "n, H, W")
-    suffix = pathlib.Path(path).suffix
+    suffix = os.path.splitext(path)[1]
     if suffix not in (".gif", ".webp"):
         raise ValueError(f"save_animation: expected a name in .gif or .webp, found {path}")
     pictures = [Image.fromarray(frame) for frame in frames]

@@ -2,16 +2,13 @@
 
 import contextlib
 import json
-import os
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from diffusion.utils.io import atomic_write
+from diffusion.utils.io import PathLike, atomic_write, read_bytes
 
-PathLike = str | os.PathLike
 Point = tuple[float, float, float]  # (cost, score, its standard error)
 
 BLUE, RED, BLACK, GREY, GRID = "#1f5fa8", "#c0392b", "#20242b", "#5a6270", "#e3e6ea"
@@ -27,7 +24,7 @@ def read_curve(path: PathLike, name: str) -> tuple[np.ndarray, np.ndarray]:
     infinities are values. Raises ValueError if no line has the metric.
     """
     values, names = {}, set()
-    for line in pathlib.Path(path).read_bytes().splitlines():
+    for line in read_bytes(path).splitlines():
         try:
             record = json.loads(line)
             step = int(record["step"])

@@ -80,7 +80,7 @@ def main(
         logging.info(f"stopped    {stopped}; the same command resumes")
         return STOPPED
     except DDPMError as error:
-        if run and error.__cause__:
+        if run and error.__cause__ and not isinstance(error.__cause__, OSError):
             workdir.write_traceback(run.workdir, error)
         return _end(error)
     except KeyboardInterrupt:

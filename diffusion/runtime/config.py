@@ -7,18 +7,19 @@ expected, what was found and what to do.
 import difflib
 import inspect
 import os
-import pathlib
 import runpy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from configs import default
+from diffusion.utils import io
 from diffusion.utils.errors import ConfigError, one_line
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = epath.Path(__file__).resolve().parents[2]
 DEFAULT = str(ROOT / "configs" / "digits.py")  # what `python main.py` alone trains
 
 # Keys and sections that decide what a training is; all others may change in a work directory.
@@ -48,7 +49,7 @@ class Run(NamedTuple):
 
     mode: str
     config: ConfigDict
-    workdir: pathlib.Path
+    workdir: epath.Path
     flags: Any
     overrides: Mapping[str, Any] = {}
     config_given: bool = False
@@ -88,8 +89,8 @@ def resolve(flag_values: flags.FlagValues, argv: list[str], load: Callable) -> R
     flag = flag_values["config"]
     overrides = config_flags.get_override_values(flag)
     path, _, variant = config_flags.get_config_filename(flag).partition(":")
-    name = "-".join([pathlib.Path(path).stem, *filter(None, variant.split(","))])
-    workdir = pathlib.Path(flag_values.workdir or pathlib.Path("runs", name))
+    name = "-".join([epath.Path(path).stem, *filter(None, variant.split(","))])
+    workdir = io.to_path(flag_values.workdir or f"runs/{name}")
     config = flag.value
     if not given and (stored := load(workdir)):
         config = fill_defaults(stored)
@@ -240,7 +241,7 @@ def call_for_key(function: Callable, key: str, *args, **kwargs) -> Any:
         raise ConfigError(f"{key}: {one_line(error)}") from error
 
 
-def cache_dir() -> pathlib.Path:
+def cache_dir() -> epath.Path:
     """Returns the folder of what runs share: compiled programs, downloads, statistics."""
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    cache = io.to_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     return cache / "ddpm-jax"

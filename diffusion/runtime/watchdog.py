@@ -3,13 +3,15 @@
 import contextlib
 import faulthandler
 import os
-import pathlib
+import tempfile
 import threading
 from collections.abc import Iterator
 from typing import NoReturn
 
 import jax
+from etils import epath
 
+from diffusion.utils import io
 from diffusion.utils.errors import LOST
 
 TICK_S = 0.25
@@ -23,7 +25,7 @@ class Watchdog:
     suspended has missed nothing. It starts to count at the first beat: compilation takes its time.
     """
 
-    def __init__(self, workdir: pathlib.Path, limit_s: float):
+    def __init__(self, workdir: epath.Path, limit_s: float):
         self._workdir, self._limit_s = workdir, limit_s
         self._waited_s, self._step, self._active = 0.0, 0, False
         self._closed = threading.Event()
@@ -56,7 +58,7 @@ class Watchdog:
         abort(self._workdir, "hang", f"{what}; the same command resumes from the last save")
 
 
-def abort(workdir: pathlib.Path, name: str, message: str) -> NoReturn:
+def abort(workdir: epath.Path, name: str, message: str) -> NoReturn:
     """Prints one line and exits with code 7 from any thread; the stacks of all go to crash/NAME."""
     console = os.dup(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # JAX, in C++, may be about to dump its registers
@@ -64,7 +66,8 @@ def abort(workdir: pathlib.Path, name: str, message: str) -> NoReturn:
     message = f"{message}; the stacks: {path}"
     os.write(console, f"ddpm: error[{LOST}]: {message}\n".encode())
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w") as file:
+        with tempfile.TemporaryFile() as file:
             faulthandler.dump_traceback(file)
+            file.seek(0)
+            io.save_bytes(path, file.read())
     os._exit(LOST)

@@ -5,48 +5,43 @@ alive: clocks jump, and those of two machines differ.
 """
 
 import atexit
-import contextlib
-import fcntl
-import io
 import json
 import os
-import pathlib
-import shutil
 import socket
-import threading
-import time
 import traceback
-from collections.abc import Callable
 from typing import Any
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
 from diffusion import data
+from diffusion.runtime import lock
 from diffusion.runtime.config import NETWORK_KEYS, differences, fill_defaults, flatten
-from diffusion.utils import logging
+from diffusion.utils import io, logging
 from diffusion.utils.errors import DataError, WorkdirError
 from diffusion.utils.io import save_json, save_text
 from diffusion.utils.multihost import all_processes, is_primary
 from diffusion.utils.progress import human_bytes
 
-BEAT_S = 5.0  # how often the holder of a lock writes to it; after three missed beats it is dead
-LOCK_BYTES = 500
-_held: set[pathlib.Path] = set()  # the locks of this process
+_held: set[epath.Path] = set()  # the locks of this process
 
 
-def load_config(workdir: pathlib.Path) -> dict[str, Any] | None:
+def load_config(workdir: epath.Path) -> dict[str, Any] | None:
     """Returns the config that the work directory was made with, None if it has none."""
     path = workdir / "config.json"
     try:
         return json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        advice = "check its name and your permission"
+        raise WorkdirError(f"{path}: cannot be read: {error.strerror}; {advice}") from error
+    except ValueError as error:
         raise WorkdirError(f"{path}: cannot be read: {error}; restore it from a copy") from error
 
 
-def check_owner(workdir: pathlib.Path, config: ConfigDict) -> None:
+def check_owner(workdir: epath.Path, config: ConfigDict) -> None:
     """Raises WorkdirError if the work directory was made with another training config.
 
     What is not known of imported weights may be given later: their "no class", data and training.
@@ -62,7 +57,7 @@ def check_owner(workdir: pathlib.Path, config: ConfigDict) -> None:
         raise WorkdirError(f"{message}; choose another --workdir, or give the old values")
 
 
-def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
+def open_workdir(workdir: epath.Path, config: ConfigDict) -> None:
     """Locks the work directory, which is made if missing, and writes config.json."""
     check_owner(workdir, config)
     acquire_lock(workdir)
@@ -73,18 +68,17 @@ def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
         raise WorkdirError(f"{workdir}: cannot be written: {error.strerror}") from error
 
 
-def acquire_lock(workdir: pathlib.Path, beat_s: float = BEAT_S) -> None:
+def acquire_lock(workdir: epath.Path, beat_s: float = lock.BEAT_S) -> None:
     """Makes this run the only one that trains in the work directory, until the process ends.
 
-    Called by all processes; process 0 holds the lock for all. There are two guards: the kernel's
-    lock on the file `lock`, which ends with its holder, and, for file systems that several machines
-    share, its content with a count that grows while the holder lives. Raises WorkdirError in every
-    process if another run holds it.
+    Called by all processes; process 0 holds the lock for all. Raises WorkdirError in every process
+    if another run holds it or the work directory cannot be written.
     """
-    problem, path = "", workdir.resolve() / "lock"
+    problem, path = "", io.absolute(workdir) / "lock"
     if is_primary() and path not in _held:
+        take = lock.take_object_lock if io.is_object_store(path) else lock.take_file_lock
         try:
-            problem, release = take_lock(path, beat_s)
+            problem, release = take(path, beat_s)
             if not problem:
                 _held.add(path)
                 atexit.register(release)
@@ -99,85 +93,16 @@ def raise_together(problem: str) -> None:
         raise WorkdirError(problem or "another process of this run cannot use the work directory")
 
 
-def take_lock(path: pathlib.Path, beat_s: float) -> tuple[str, Callable[[], None]]:
-    """Returns ("", release) once the lock is held, else (who holds it, no-op). Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
-    own = {"host": socket.gethostname(), "pid": os.getpid(), "run": os.urandom(8).hex()}
-    if holder := _other_holder(path, file, own, beat_s):
-        file.close()
-        what = f"is trained in by process {holder.get('pid', '?')} on {holder.get('host', '?')}"
-        message = f"{path.parent}: {what}; wait for it, stop it, or choose another --workdir"
-        return message, lambda: None
-    done = threading.Event()
-    thread = threading.Thread(target=_beat, args=(file, own, beat_s, done), daemon=True)
-    thread.start()
-
-    def release():
-        done.set()
-        thread.join()
-        with contextlib.suppress(OSError), file:
-            file.truncate(0)  # an empty lock is free on every machine
-
-    return "", release
-
-
-def _other_holder(
-    path: pathlib.Path, file: io.RawIOBase, own: dict[str, Any], beat_s: float
-) -> dict[str, Any]:
-    """Takes the lock and returns {}, or returns what its living holder wrote there."""
-    flocked = True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _read_lock(path) or {"host": "this machine"}
-    except OSError:  # a file system without kernel locks
-        flocked = False
-    last = _read_lock(path)
-    if last and not (flocked and last.get("host") == own["host"]):
-        logging.info(
-            f"waiting    for a sign of life of {last.get('host')}, which trained here last"
-        )
-        time.sleep(3 * beat_s)
-        if (now := _read_lock(path)) != last:
-            return now
-    _write_lock(file, own | {"beat": 0})
-    if not flocked:
-        time.sleep(0.2 * beat_s)  # two may have found it free at once: the last writer has it
-        if (now := _read_lock(path)).get("run") != own["run"]:
-            return now
-    return {}
-
-
-def _beat(file: io.RawIOBase, own: dict[str, Any], beat_s: float, done: threading.Event) -> None:
-    beat = 0
-    while not done.wait(beat_s):
-        beat += 1
-        with contextlib.suppress(OSError):  # a full disk does not end the claim
-            _write_lock(file, own | {"beat": beat})
-
-
-def _write_lock(file: io.RawIOBase, content: dict[str, Any]) -> None:
-    line = json.dumps(content).ljust(LOCK_BYTES) + "\n"  # of equal length: never half or empty
-    os.pwrite(file.fileno(), line.encode(), 0)
-
-
-def _read_lock(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text() or "{}")
-        return content if isinstance(content, dict) else {}
-    except (OSError, ValueError):
-        return {}
-
-
 def tree_bytes(tree: Any) -> int:
     """Returns the size of all arrays, or of their shapes and types, in bytes."""
     return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
-def check_disk_space(workdir: pathlib.Path, state: Any, keep: int) -> None:
+def check_disk_space(workdir: epath.Path, state: Any, keep: int) -> None:
     """Raises WorkdirError without space for one more checkpoint; warns if `keep` will not fit."""
-    free, one = shutil.disk_usage(workdir).free, int(1.05 * tree_bytes(state)) + 10**6
+    if (free := io.free_bytes(workdir)) is None:
+        return
+    one = int(1.05 * tree_bytes(state)) + 10**6
     present = len([p for p in (workdir / "checkpoints").glob("*") if p.name.isdecimal()])
     sizes = f"{human_bytes(free)} free, a checkpoint takes {human_bytes(one)}"
     if free < one:
@@ -186,7 +111,7 @@ def check_disk_space(workdir: pathlib.Path, state: Any, keep: int) -> None:
         logging.warning(f"{workdir}: {sizes}; train.keep={keep} needs more")
 
 
-def check_dataset(workdir: pathlib.Path, images: data.ImageDataset) -> None:
+def check_dataset(workdir: epath.Path, images: data.ImageDataset) -> None:
     """Raises DataError if data.json records another data set; records this one if it is missing."""
     path = workdir / "data.json"
     found = {"images": images.n, "shape": list(images.shape), "classes": images.num_classes}
@@ -206,12 +131,12 @@ def check_dataset(workdir: pathlib.Path, images: data.ImageDataset) -> None:
         raise DataError(f"data: {message}; choose another --workdir")
 
 
-def write_traceback(workdir: pathlib.Path, error: BaseException) -> str:
+def write_traceback(workdir: epath.Path, error: BaseException) -> str:
     """Writes workdir/crash/trace_*.txt if there is a work directory; returns its path, or ""."""
-    if not workdir.is_dir():
-        return ""
     path = workdir / "crash" / f"trace_{socket.gethostname()}_{os.getpid()}.txt"
     try:
+        if not workdir.is_dir():
+            return ""
         save_text(path, "".join(traceback.format_exception(error)))
     except OSError:  # a full or read-only disk may be why the run ended
         return ""

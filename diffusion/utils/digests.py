@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from diffusion.utils import io
+
 Tree = Any
 THREADS = min(16, os.cpu_count() or 1)  # hashlib releases the interpreter's lock
 
@@ -48,7 +50,7 @@ def sha256(tree: Tree) -> dict[str, str]:
 
 def sha256_of_file(path: str | os.PathLike) -> str:
     """Returns the SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
+    with io.open_binary(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

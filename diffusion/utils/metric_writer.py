@@ -1,7 +1,9 @@
 """Metrics of a run, as TensorBoard event files and `metrics.jsonl`, without TensorFlow.
 
 A record is appended complete or not at all, and no file is held open between two records, so that
-a killed process loses none. A full disk costs records and a warning, not the run.
+a killed process loses none. A full disk costs records and a warning, not the run. Nothing can be
+appended in an object store: there a file is kept in memory and written whole, after some seconds
+and at `flush`, and a run that is killed goes on from a step whose records were flushed.
 """
 
 import contextlib
@@ -9,7 +11,6 @@ import io
 import json
 import math
 import os
-import pathlib
 import socket
 import sys
 import time
@@ -18,10 +19,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
 from diffusion.utils import logging
-from diffusion.utils.io import save_bytes
+from diffusion.utils.io import is_object_store, read_bytes, save_bytes, to_path
 
 # tensorboard imports an installed TensorFlow unless `tensorboard.compat.notf` exists, and clu does
 # so for its own SummaryWriter: both must be in place before the imports below.
@@ -40,6 +42,9 @@ from tensorboard.plugins.text.summary_v2 import text_pb  # noqa: E402
 from tensorboard.summary.writer.record_writer import RecordWriter  # noqa: E402
 from tensorboard.util.tensor_util import make_tensor_proto  # noqa: E402
 
+UPLOAD_S = 10.0  # between two writings of an object
+MAX_OBJECT_BYTES = 2**22  # of an event file there, before the next one is begun
+
 
 def open_writer(workdir: str | os.PathLike | None, step: int | None = None) -> "MetricWriter":
     """Returns a writer that appends to event files and `metrics.jsonl` in workdir.
@@ -57,7 +62,7 @@ def open_writer(workdir: str | os.PathLike | None, step: int | None = None) -> "
     """
     if workdir is None:
         return MetricWriter([])
-    workdir = pathlib.Path(workdir)
+    workdir = to_path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     return MetricWriter([_LogFiles(workdir, step)])
 
@@ -100,20 +105,26 @@ class MetricWriter(metric_writers.AsyncMultiWriter):
 class _LogFiles:
     """Encodes what clu's writing thread passes, for one event file and metrics.jsonl."""
 
-    def __init__(self, workdir: pathlib.Path, step: int | None):
+    def __init__(self, workdir: epath.Path, step: int | None):
         _drop_lines(workdir / "metrics.jsonl", step)
-        self._lines = _AppendFile(workdir / "metrics.jsonl")
-        suffix = f"{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
-        self._events = _AppendFile(workdir / f"events.out.tfevents.{suffix}")
-        self._append_event(file_version="brain.Event:2")
+        self._workdir, self._lines = workdir, _append_file(workdir / "metrics.jsonl")
+        self._begin_events()
         # TensorBoard hides later steps of older files at a START; it ignores a directory's first.
         for _ in range(0 if step is None else 2):
             self._append_event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def _begin_events(self) -> None:
+        suffix = f"{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._events = _append_file(self._workdir / f"events.out.tfevents.{suffix}")
+        self._append_event(file_version="brain.Event:2")
 
     def _append_event(self, **fields) -> None:
         record = io.BytesIO()
         RecordWriter(record).write(Event(wall_time=time.time(), **fields).SerializeToString())
         self._events.append(record.getvalue())
+        if self._events.is_full:
+            self._events.flush()
+            self._begin_events()  # TensorBoard reads the files of a folder one after the other
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         scalars = {name: float(x) for name, x in scalars.items()}
@@ -141,17 +152,29 @@ class _LogFiles:
         self._append_event(summary=hparams_pb(values))
 
     def flush(self) -> None:
-        """Does nothing, as every record is in its file already."""
+        """Writes what is in memory."""
+        self._lines.flush()
+        self._events.flush()
 
     close = flush
 
 
-class _AppendFile:
+def _append_file(path: epath.Path) -> "_LocalFile | _ObjectFile":
+    """Opens a file to append records. Raises OSError where it can never be written."""
+    return _ObjectFile(path) if is_object_store(path) else _LocalFile(path)
+
+
+class _LocalFile:
     """A file that grows by complete records and is open only while one is written."""
 
-    def __init__(self, path: pathlib.Path):
+    is_full = False
+
+    def __init__(self, path: epath.Path):
         self._path, self._lost = path, 0
-        open(path, "ab").close()  # a path that can never be written is an error now
+        open(path, "ab").close()
+
+    def flush(self) -> None:
+        """Does nothing, as every record is in the file already."""
 
     def append(self, record: bytes) -> None:
         size = None
@@ -173,13 +196,45 @@ class _AppendFile:
             self._lost = 0
 
 
+class _ObjectFile:
+    """An object of all records so far, written again with the new ones every UPLOAD_S seconds."""
+
+    def __init__(self, path: epath.Path):
+        self._path, self._late = path, False
+        self._content = bytearray(read_bytes(path) if path.exists() else b"")
+        self._saved = len(self._content)
+        self._next_s = time.monotonic() + UPLOAD_S
+
+    @property
+    def is_full(self) -> bool:
+        """Whether writing it again takes long."""
+        return len(self._content) > MAX_OBJECT_BYTES
+
+    def append(self, record: bytes) -> None:
+        self._content += record
+        if time.monotonic() >= self._next_s:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._saved == len(self._content):
+            return
+        try:
+            save_bytes(self._path, bytes(self._content))
+            self._saved, self._late = len(self._content), False
+        except OSError as error:  # nothing is lost: the next one writes all
+            if not self._late:
+                logging.warning(f"{self._path}: not written yet: {error.strerror or error}")
+            self._late = True
+        self._next_s = time.monotonic() + UPLOAD_S
+
+
 def _png(image: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, "png")
     return file.getvalue()
 
 
-def _drop_lines(path: pathlib.Path, last: int | None) -> None:
+def _drop_lines(path: epath.Path, last: int | None) -> None:
     """Drops the lines of steps after `last`, and invalid ones: a kill may tear the last."""
 
     def is_kept(line: bytes) -> bool:
@@ -189,7 +244,7 @@ def _drop_lines(path: pathlib.Path, last: int | None) -> None:
         except (ValueError, TypeError, KeyError, OverflowError):
             return False
 
-    content = path.read_bytes() if path.exists() else b""
+    content = read_bytes(path) if path.exists() else b""
     kept = b"".join(line + b"\n" for line in content.split(b"\n") if is_kept(line))
     if kept != content:
         save_bytes(path, kept)

@@ -24,7 +24,7 @@ def load(path: str | os.PathLike | None, setting: str) -> dict[str, np.ndarray] 
     if path is None:
         return None
     try:
-        with open(path, "rb") as content, np.load(content) as file:
+        with io.open_binary(path) as content, np.load(content) as file:
             arrays = {name: file[name] for name in file.files}
         return arrays if str(arrays.pop("setting")) == _label(setting, arrays) else None
     except Exception:  # a damaged zip file raises almost anything

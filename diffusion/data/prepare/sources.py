@@ -22,6 +22,7 @@ from diffusion.data.prepare.archives import Item, Member, Report, Source, readin
 from diffusion.data.prepare.array_formats import CIFAR10, CIFAR100, check_count, cifar, idx, npz
 from diffusion.data.prepare.download import download, published_files
 from diffusion.utils.errors import DataError
+from diffusion.utils.io import local_copy
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 SPLIT_FOLDERS = {"train": "train", "test": "test", "val": "test"}
@@ -65,7 +66,7 @@ def open_source(
     if remotes:
         _refuse(selection, name)
     if archive:
-        path = pathlib.Path(os.path.expanduser(archive))
+        path = local_copy(archive)
         _check_exists(path, archive)
     elif not remotes or not downloads:
         problem = "no folder to download to" if remotes else "cannot be downloaded"

@@ -15,10 +15,14 @@ import os
 import pathlib
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
+from etils import epath
+
 from diffusion.data import error_text, mismatch
+from diffusion.utils import io
 from diffusion.utils.errors import DataError
 
 VERSION = "1.0.0"
@@ -134,7 +138,7 @@ def _features(shape: tuple[int, int, int], classes: Sequence[str]) -> Any:
     return features.FeaturesDict({"image": features.Image(shape=shape), **label})
 
 
-def new_set_path(folder: str | os.PathLike, name: str, may_exist: bool = False) -> pathlib.Path:
+def new_set_path(folder: str | os.PathLike, name: str, may_exist: bool = False) -> epath.Path:
     """Returns folder/name/VERSION.
 
     Raises DataError if TFDS does not allow the name, or the data set exists and must not.
@@ -143,8 +147,8 @@ def new_set_path(folder: str | os.PathLike, name: str, may_exist: bool = False) 
         expected = f"a-z, 0-9 and _, a letter first, at most {MAX_NAME} characters"
         found = repr(name) if len(name) <= MAX_NAME else f"{len(name):,} characters"
         raise mismatch("data.name", expected, found)
-    path = pathlib.Path(folder).expanduser() / name / VERSION
-    if os.path.lexists(path) and not may_exist:
+    path = io.to_path(folder) / name / VERSION
+    if (path.exists() or os.path.islink(path)) and not may_exist:
         advice = "give another data.name, or delete it to make it anew"
         raise mismatch(path, "no such data set yet", "one", advice)
     return path
@@ -154,10 +158,18 @@ def new_set_path(folder: str | os.PathLike, name: str, may_exist: bool = False) 
 def create_folder(folder: str | os.PathLike, name: str) -> Iterator[pathlib.Path]:
     """Gives a new folder that becomes folder/name/VERSION when the block ends without an error.
 
-    An error leaves nothing of it; what a killed process left is removed by the next one. Raises
-    DataError as `new_set_path`, and if another process is making it or it cannot be written.
+    For an object store it is a local one, whose files are copied there at the end. An error leaves
+    nothing of it; what a killed process left is removed by the next one. Raises DataError as
+    `new_set_path`, and if another process is making it or it cannot be written.
     """
     final = new_set_path(folder, name)
+    if io.is_object_store(final):
+        with tempfile.TemporaryDirectory() as local:
+            yield pathlib.Path(local)
+            with _writing(final):
+                io.upload_folder(pathlib.Path(local), final, last="dataset_info.json")
+        return
+    final = pathlib.Path(final)
     new = final.with_name(f".incomplete-{VERSION}")  # beside it: on the same file system
     with _writing(new):
         new.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,89 @@
+"""Object stores such as Google Cloud Storage and S3, through fsspec.
+
+Objects are written and read whole. Every failure is an OSError with a text, as for a local file.
+Nothing is imported before the first path with a scheme is met.
+"""
+
+import asyncio
+import errno
+import functools
+import importlib
+import os
+from typing import Any
+
+from diffusion.utils.errors import ConfigError, one_line
+
+STORES = {  # of each scheme: what to import, and what to install
+    "gs": (("gcsfs", "google.cloud.storage"), "gcsfs google-cloud-storage"),
+    "s3": (("s3fs",), "s3fs"),
+    "az": (("adlfs",), "adlfs"),
+}
+REQUEST_S = 300.0  # longest time of one request with its repetitions
+FIRST_REQUEST_S = 10.0  # until there was an answer: at the start an error now is better than later
+
+_deadline_s = FIRST_REQUEST_S
+
+
+def scheme_of(path: str | os.PathLike) -> str:
+    """Returns gs for gs://bucket/name, and "" for a local path."""
+    scheme, separator, _ = os.fspath(path).partition("://")
+    return scheme if separator else ""
+
+
+@functools.cache
+def connect(scheme: str) -> Any:
+    """Returns the fsspec file system of a scheme. Raises ConfigError without its packages."""
+    if scheme not in STORES:
+        known = ", ".join(f"{name}://" for name in STORES)
+        raise ConfigError(f"{scheme}://: expected a folder, or one of {known}, found neither")
+    modules, packages = STORES[scheme]
+    try:
+        for module in modules:
+            importlib.import_module(module)
+    except ImportError as error:
+        wanted = f"expected the packages {packages}, found no {error.name or packages}"
+        raise ConfigError(f"{scheme}://: {wanted}; pip install {packages}") from error
+    os.environ.setdefault("EPATH_USE_TF", "false")  # etils would prefer an installed TensorFlow
+    import fsspec
+
+    for name in (scheme, "gcs") if scheme == "gs" else (scheme,):
+        # Another process may have written what a cached listing lacks.
+        fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
+        if scheme == "gs":
+            fsspec.register_implementation(name, _gcs_class(), clobber=True)
+    return fsspec.filesystem(scheme)
+
+
+@functools.cache
+def _gcs_class() -> type:
+    import logging
+
+    import gcsfs
+
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs what it also raises
+
+    class GCSFileSystem(gcsfs.GCSFileSystem):
+        """gcsfs's own, but that each error is an OSError with a text, after a bounded time."""
+
+        async def _call(self, method, path, *args, **kwargs):
+            try:
+                call = super()._call(method, path, *args, **kwargs)
+                answer = await asyncio.wait_for(call, _deadline_s)
+                _allow(REQUEST_S)
+                return answer
+            except FileNotFoundError as error:
+                raise FileNotFoundError(errno.ENOENT, "no such object or bucket") from error
+            except FileExistsError as error:
+                raise FileExistsError(errno.EEXIST, "the object exists") from error
+            except TimeoutError as error:  # which fsspec would replace by one without a text
+                raise OSError(errno.EIO, "no answer") from error
+            except Exception as error:  # of aiohttp, google.auth and gcsfs
+                code = errno.EACCES if "Forbidden" in str(error) else errno.EIO
+                raise OSError(code, one_line(error) or type(error).__name__) from error
+
+    return GCSFileSystem
+
+
+def _allow(seconds: float) -> None:
+    global _deadline_s
+    _deadline_s = seconds
