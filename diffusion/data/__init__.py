@@ -11,13 +11,16 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 
 from diffusion.utils.errors import DataError, one_line
-from diffusion.utils.io import to_path
+from diffusion.utils.io import is_object_store, to_path
+
+PARALLEL_READS = 128  # records of an object store that one process waits for at a time
 
 
 class ImageDataset(NamedTuple):
@@ -153,8 +156,12 @@ class _Records:
         self.folder, self.split = folder, split
 
     def __getitem__(self, index: Sequence[int]) -> list[dict]:
+        index = [int(i) for i in index]
         try:
-            return self._source.__getitems__([int(i) for i in index])
+            if not is_object_store(self.folder):
+                return self._source.__getitems__(index)
+            # A reader waits for one record at a time, and every one takes a round trip.
+            return list(self._pool.map(self._source.__getitem__, index))
         except Exception as error:
             what = f"{self.split} cannot be read: {error_text(error)}; copy it anew"
             raise DataError(f"{self.folder}: {what}") from error
@@ -166,6 +173,10 @@ class _Records:
         builder = tensorflow_datasets.builder_from_directory(self.folder)
         decoders = {"image": tensorflow_datasets.decode.SkipDecoding()}
         return builder.as_data_source(split=self.split, decoders=decoders)
+
+    @functools.cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(PARALLEL_READS)
 
     def __getstate__(self) -> dict:
         return {"folder": self.folder, "split": self.split}
