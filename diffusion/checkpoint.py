@@ -23,8 +23,8 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from diffusion.utils import digests, io, logging
-from diffusion.utils.errors import WorkdirError
+from diffusion.utils import digests, io, logging, object_store
+from diffusion.utils.errors import WorkdirError, error_text
 from diffusion.utils.multihost import all_processes, barrier, is_primary
 
 Tree = Any
@@ -59,6 +59,9 @@ class Checkpoints:
           keep_best: how many of the steps with the lowest `score` are kept too.
           read_only: nothing is written, moved or deleted; else no other run may write there.
         """
+        if object_store.scheme_of(directory) not in ("", "gs"):
+            what = "expected a local folder or gs://, the only store that orbax writes to"
+            raise WorkdirError(f"{directory}: {what}; choose another --workdir")
         if keep < 1 or (keep_every is not None and keep_every < 1):
             raise ValueError(f"keep, keep_every: expected 1 or more, found {keep}, {keep_every}")
         logging.quiet_orbax()
@@ -383,7 +386,7 @@ def _check_writable(directory: epath.Path) -> None:
             io.save_text(directory / ".probe", "")
             (directory / ".probe").unlink()
         except OSError as error:
-            problem = error.strerror
+            problem = error_text(error)
     if not all_processes(not problem):
         problem = problem or "process 0 cannot write there"
         raise WorkdirError(f"{directory}: cannot be written: {problem}; choose another place")

@@ -100,3 +100,15 @@ def trained(tmp_path_factory):
             said = runs.run(runs.TINY, f"--workdir={workdir}", "--config.train.eval_every=4")
             console.write_text(json.dumps(said))
     return workdir, *json.loads(console.read_text())
+
+
+@pytest.fixture(scope="session")
+def bucket(tmp_path_factory):
+    """A folder of a bucket of this worker's own server, gs://..., as a path."""
+    from diffusion.utils import io
+    from tests.buckets import BUCKET, Emulator
+
+    emulator = Emulator(tmp_path_factory.mktemp("buckets"))
+    os.environ.update(emulator.environment())  # for this process's clients and for its children
+    yield io.to_path(f"gs://{BUCKET}/tests")
+    emulator.stop()

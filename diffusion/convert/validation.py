@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from diffusion.utils.errors import IntegrityError, one_line
+from diffusion.utils.errors import IntegrityError, error_text, one_line
 
 MAX_EMPTY_AXIS = 2**24  # length of an axis of an array without elements
 
@@ -22,7 +22,7 @@ def integrity_errors(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise IntegrityError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise IntegrityError(f"{path}: cannot be read: {error_text(error)}") from error
     except ValueError as error:
         raise IntegrityError(f"{path}: {one_line(error)}") from error
 

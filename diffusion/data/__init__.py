@@ -17,8 +17,9 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from diffusion.utils.errors import DataError, one_line
-from diffusion.utils.io import is_object_store, to_path
+from diffusion.utils.errors import DataError, error_text
+from diffusion.utils.io import is_object_store, local_copy, to_path
+from diffusion.utils.object_store import scheme_of
 
 PARALLEL_READS = 128  # records of an object store that one process waits for at a time
 
@@ -81,12 +82,6 @@ def escape(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
-def error_text(error: BaseException) -> str:
-    """Returns what a library's error says, on one line of at most 200 characters, or its type."""
-    text = getattr(error, "strerror", None) or error
-    return one_line(text, 200) or type(error).__name__
-
-
 def digits(split: str, name: str = "", data_dir: str = "") -> ImageDataset:
     """Opens scikit-learn's 1,797 handwritten digits, 8x8 grey, which need no download.
 
@@ -123,6 +118,8 @@ def tfds(split: str, name: str = "", data_dir: str = "") -> ImageDataset:
     from tensorflow_datasets.core import features
 
     folder = _find_tfds(name, data_dir)
+    if scheme_of(folder) not in ("", "gs"):  # the stores that array_record reads from
+        folder = str(local_copy(folder))
     try:
         info = tensorflow_datasets.builder_from_directory(folder).info
         kinds = dict(info.features.items())

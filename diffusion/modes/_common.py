@@ -14,7 +14,7 @@ from diffusion.experiment import Experiment
 from diffusion.runtime.config import Run
 from diffusion.train_step import TrainState
 from diffusion.utils import io
-from diffusion.utils.errors import WorkdirError
+from diffusion.utils.errors import WorkdirError, error_text
 from diffusion.utils.multihost import barrier, is_primary
 
 
@@ -104,7 +104,7 @@ def atomic_folder(folder: epath.Path) -> Iterator[epath.Path]:
         complete = True
         barrier("atomic_folder moved")
     except OSError as error:
-        raise WorkdirError(f"{folder}: cannot be written: {error.strerror or error}") from error
+        raise WorkdirError(f"{folder}: cannot be written: {error_text(error)}") from error
     finally:
         if is_primary() and not complete:
             with contextlib.suppress(OSError):

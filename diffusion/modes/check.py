@@ -27,7 +27,7 @@ from diffusion.plotting.image_grid import image_grid, save_png
 from diffusion.runtime import workdir
 from diffusion.runtime.config import Run
 from diffusion.utils import digests, io, logging
-from diffusion.utils.errors import DataError, NonFiniteError, WorkdirError
+from diffusion.utils.errors import DataError, NonFiniteError, WorkdirError, error_text
 from diffusion.utils.progress import human_bytes, human_time
 
 SAMPLE = 512  # images of the data set that are looked at
@@ -88,7 +88,7 @@ def temporary_folder(folder: epath.Path) -> Iterator[epath.Path]:
     try:
         io.save_text(temporary / "probe", "")
     except OSError as error:
-        raise WorkdirError(f"{folder}: cannot write there: {error.strerror}") from error
+        raise WorkdirError(f"{folder}: cannot write there: {error_text(error)}") from error
     try:
         yield temporary
     finally:

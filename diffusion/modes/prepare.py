@@ -8,13 +8,13 @@ import time
 from ml_collections import ConfigDict
 
 from diffusion import experiment
-from diffusion.data import error_text, mismatch
+from diffusion.data import mismatch
 from diffusion.data.prepare import pipeline, sources, tfds_writer
 from diffusion.data.prepare.image_decoding import ImageSpec
 from diffusion.plotting import image_grid
 from diffusion.runtime.config import Run, cache_dir
 from diffusion.utils import logging
-from diffusion.utils.errors import WorkdirError
+from diffusion.utils.errors import WorkdirError, error_text
 from diffusion.utils.io import is_object_store, read_bytes, save_text, to_path
 from diffusion.utils.progress import Progress, human_bytes
 
@@ -43,7 +43,7 @@ def run(run: Run) -> None:
     try:  # better an error now than after an hour
         figures.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise WorkdirError(f"{figures}: cannot write there: {error.strerror}") from error
+        raise WorkdirError(f"{figures}: cannot write there: {error_text(error)}") from error
     with Progress(source.count, unit="image") as progress:
         options = {
             "holdout": holdout,

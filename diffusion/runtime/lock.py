@@ -68,6 +68,8 @@ def take_object_lock(path: epath.Path, beat_s: float = BEAT_S) -> Taken:
     # Whoever was quicker by a whole run has left a higher number.
     last, holder = _last_object(path)
     if not created or last != number:
+        if created:
+            _numbered(path, number).unlink(missing_ok=True)
         return _held_by(path, holder), lambda: None
     with contextlib.suppress(OSError):
         for old in range(max(1, number - 2), number):

@@ -19,7 +19,7 @@ from diffusion import data
 from diffusion.runtime import lock
 from diffusion.runtime.config import NETWORK_KEYS, differences, fill_defaults, flatten
 from diffusion.utils import io, logging
-from diffusion.utils.errors import DataError, WorkdirError
+from diffusion.utils.errors import DataError, WorkdirError, error_text
 from diffusion.utils.io import save_json, save_text
 from diffusion.utils.multihost import all_processes, is_primary
 from diffusion.utils.progress import human_bytes
@@ -36,7 +36,7 @@ def load_config(workdir: epath.Path) -> dict[str, Any] | None:
         return None
     except OSError as error:
         advice = "check its name and your permission"
-        raise WorkdirError(f"{path}: cannot be read: {error.strerror}; {advice}") from error
+        raise WorkdirError(f"{path}: cannot be read: {error_text(error)}; {advice}") from error
     except ValueError as error:
         raise WorkdirError(f"{path}: cannot be read: {error}; restore it from a copy") from error
 
@@ -65,7 +65,7 @@ def open_workdir(workdir: epath.Path, config: ConfigDict) -> None:
         if is_primary():
             save_json(workdir / "config.json", config.to_dict())
     except OSError as error:
-        raise WorkdirError(f"{workdir}: cannot be written: {error.strerror}") from error
+        raise WorkdirError(f"{workdir}: cannot be written: {error_text(error)}") from error
 
 
 def acquire_lock(workdir: epath.Path, beat_s: float = lock.BEAT_S) -> None:
@@ -83,7 +83,7 @@ def acquire_lock(workdir: epath.Path, beat_s: float = lock.BEAT_S) -> None:
                 _held.add(path)
                 atexit.register(release)
         except OSError as error:
-            problem = f"{workdir}: cannot be written: {error.strerror}; choose another --workdir"
+            problem = f"{workdir}: cannot be written: {error_text(error)}; choose another --workdir"
     raise_together(problem)
 
 

@@ -56,6 +56,12 @@ LOST = LostPeerError.code  # also of a process that made no progress (runtime.wa
 STOPPED = 75  # exit code after SIGINT or SIGTERM: the same command resumes (EX_TEMPFAIL)
 
 
+def error_text(error: BaseException) -> str:
+    """Returns what a library's error says, on one line of at most 200 characters, or its type."""
+    text = getattr(error, "strerror", None) or error
+    return one_line(text, 200) or type(error).__name__
+
+
 def one_line(text: object, limit: int = MAX_LENGTH) -> str:
     """Returns the text on one line of printable characters, `limit` of them at most.
 

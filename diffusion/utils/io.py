@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from etils import epath
 
 from diffusion.utils import logging, object_store
-from diffusion.utils.errors import ConfigError, DataError
+from diffusion.utils.errors import ConfigError, DataError, error_text
 
 PathLike = str | os.PathLike
 
@@ -125,7 +125,7 @@ def local_copy(name: PathLike) -> pathlib.Path:
     try:
         store.get(path, str(copy), recursive=not store.isfile(path))
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{path}: cannot be read: {error_text(error)}") from error
     return copy
 
 

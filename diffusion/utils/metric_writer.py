@@ -23,6 +23,7 @@ from etils import epath
 from PIL import Image
 
 from diffusion.utils import logging
+from diffusion.utils.errors import error_text
 from diffusion.utils.io import is_object_store, read_bytes, save_bytes, to_path
 
 # tensorboard imports an installed TensorFlow unless `tensorboard.compat.notf` exists, and clu does
@@ -187,7 +188,7 @@ class _LocalFile:
                 with contextlib.suppress(OSError):
                     os.truncate(self._path, size)  # readers stop at half a record
             if not self._lost:
-                reason = error.strerror or error
+                reason = error_text(error)
                 logging.warning(f"{self._path}: {reason}; metrics are lost until it can be written")
             self._lost += 1
         else:
@@ -223,7 +224,7 @@ class _ObjectFile:
             self._saved, self._late = len(self._content), False
         except OSError as error:  # nothing is lost: the next one writes all
             if not self._late:
-                logging.warning(f"{self._path}: not written yet: {error.strerror or error}")
+                logging.warning(f"{self._path}: not written yet: {error_text(error)}")
             self._late = True
         self._next_s = time.monotonic() + UPLOAD_S
 

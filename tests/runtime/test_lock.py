@@ -1,6 +1,8 @@
 """lock.py: one run at a time in a work directory."""
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -8,6 +10,8 @@ import sys
 import pytest
 
 from diffusion.runtime import lock
+from diffusion.utils.errors import WorkdirError
+from diffusion.utils.io import save_bytes
 from tests.conftest import ROOT
 
 HOLD = """
@@ -97,3 +101,100 @@ def test_without_kernel_locks_the_last_of_two_writers_has_it(tmp_path, monkeypat
     keep_beating(monkeypatch, tmp_path / "lock", "elsewhere")
     problem, _ = lock.take_file_lock(tmp_path / "lock", 0.01)
     assert "is trained in by process 7 on elsewhere" in problem
+
+
+# In a bucket
+
+
+def test_a_work_directory_in_a_bucket_has_one_trainer_at_a_time(bucket, monkeypatch):
+    """Held; refused; taken over after SIGKILL, without a wait on this machine; released."""
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: pytest.fail("there is no wait"))
+    folder = bucket / "one-trainer"
+    with holder(folder) as first:
+        assert first.stdout.readline() == "held\n"
+        with holder(folder) as second:
+            said, _ = second.communicate()
+        assert f"{folder}: is trained in by process {first.pid} on " in said
+        first.kill()
+        first.wait()
+    problem, release = lock.take_object_lock(folder / "lock")
+    assert problem == ""
+    assert [path.name for path in folder.glob("lock-*")] == ["lock-2"]
+    release()
+    problem, release = lock.take_object_lock(folder / "lock")
+    assert problem == ""
+    release()
+
+
+def hold_elsewhere(path, number=1, **more):
+    """Writes the lock of a process on another machine."""
+    content = {"host": "elsewhere", "pid": 7, "run": "a", "kernel": "b", "started": "1"} | more
+    save_bytes(path.with_name(f"lock-{number}"), json.dumps(content).encode())
+
+
+def test_a_holder_on_another_machine_is_alive_while_its_count_grows(bucket, monkeypatch, capsys):
+    path = bucket / "elsewhere" / "lock"
+    hold_elsewhere(path, beat=0)
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: hold_elsewhere(path, beat=1))
+    problem, _ = lock.take_object_lock(path)
+    assert "is trained in by process 7 on elsewhere; wait for it" in problem
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: None)
+    problem, release = lock.take_object_lock(path)
+    assert problem == "" and "a sign of life of elsewhere" in capsys.readouterr().out
+    release()
+
+
+def test_of_two_that_find_the_holder_dead_one_takes_over(bucket, monkeypatch):
+    path = bucket / "takeover" / "lock"
+    hold_elsewhere(path)
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: None)
+    make = lock.create
+
+    def second_is_quicker(place, content):
+        monkeypatch.setattr(lock, "create", make)
+        problem, release = lock.take_object_lock(path)
+        assert problem == ""
+        monkeypatch.setattr(lock, "release", release, raising=False)
+        return make(place, content)
+
+    monkeypatch.setattr(lock, "create", second_is_quicker)
+    problem, _ = lock.take_object_lock(path)
+    assert f"is trained in by process {os.getpid()}" in problem
+    lock.release()
+
+
+def test_whoever_saw_an_old_state_does_not_get_it(bucket, monkeypatch):
+    """It found nothing there, and meanwhile a run came and went and a third one holds the lock."""
+    path = bucket / "late" / "lock"
+    make = lock.create
+
+    def late(place, content):
+        hold_elsewhere(path, number=2, pid=8)
+        return make(place, content)
+
+    monkeypatch.setattr(lock, "create", late)
+    problem, _ = lock.take_object_lock(path)
+    assert "is trained in by process 8 on elsewhere" in problem
+
+
+def test_a_frozen_holder_that_was_replaced_ends_itself(bucket):
+    """Its next beat finds a higher number."""
+    folder = bucket / "frozen"
+    with holder(folder) as first:
+        assert first.stdout.readline() == "held\n"
+        first.send_signal(signal.SIGSTOP)
+        hold_elsewhere(folder / "lock", number=2)
+        first.send_signal(signal.SIGCONT)
+        assert first.wait() == WorkdirError.code
+
+
+def test_an_unreadable_lock_is_not_a_free_one(bucket, monkeypatch):
+    path = bucket / "unreadable" / "lock"
+    hold_elsewhere(path)
+
+    def gone(path):
+        raise OSError(5, "no answer")
+
+    monkeypatch.setattr(lock, "read_bytes", gone)
+    with pytest.raises(OSError, match="no answer"):
+        lock.take_object_lock(path)

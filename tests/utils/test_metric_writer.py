@@ -319,3 +319,64 @@ def test_import_never_takes_an_installed_tensorflow(tmp_path):
         text=True,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# In a bucket, read by TensorBoard's own reader from there
+
+
+def write_and_resume(workdir):
+    """Writes steps 1 to 6, and goes on from step 4 with other losses."""
+    write(workdir, range(1, 7), step=-1)
+    writer = metric_writer.open_writer(workdir, 4)
+    for s in (5, 6, 7):
+        writer.write_scalars(s, {"loss": -s / 8})
+    writer.write_images(7, {"samples": np.full((1, 4, 4, 1), 7, np.uint8)})
+    writer.close()
+
+
+def test_a_bucket_has_the_same_events_and_lines_as_a_local_folder(tmp_path, bucket):
+    folder = bucket / "events"
+    write_and_resume(tmp_path)
+    write_and_resume(folder)
+    losses = [(s, s / 8) for s in range(1, 5)] + [(s, -s / 8) for s in (5, 6, 7)]
+    for workdir in (tmp_path, folder):
+        assert read_scalars(workdir, "loss") == losses
+        assert [(line["step"], line["loss"]) for line in read_lines(workdir)] == losses
+    local, remote = (read_tensors(w).Tensors("samples") for w in (tmp_path, folder))
+    assert local[0].tensor_proto == remote[0].tensor_proto
+
+
+def test_a_flush_writes_all_records_to_the_bucket(bucket):
+    writer = metric_writer.open_writer(bucket / "flushed")
+    for s in range(1, 4):
+        writer.write_scalars(s, {"loss": s / 8})
+        writer.flush()  # a SIGKILL right now would lose none
+        assert read_steps(bucket / "flushed") == list(range(1, s + 1))
+        assert len(read_scalars(bucket / "flushed", "loss")) == s
+    writer.close()
+
+
+def test_large_event_files_of_a_bucket_are_followed_by_others(bucket, monkeypatch):
+    monkeypatch.setattr(metric_writer, "MAX_OBJECT_BYTES", 400)
+    write(bucket / "large", range(1, 31))
+    assert len(list((bucket / "large").glob("events.out.tfevents.*"))) > 2
+    assert read_scalars(bucket / "large", "loss") == [(s, s / 8) for s in range(1, 31)]
+
+
+def test_an_absent_server_costs_a_warning_and_no_record(bucket, monkeypatch, capsys):
+    writer = metric_writer.open_writer(bucket / "absent")
+    save = metric_writer.save_bytes
+
+    def refuse(path, content):
+        raise OSError(5, "no answer")
+
+    monkeypatch.setattr(metric_writer, "save_bytes", refuse)
+    for s in (1, 2):
+        writer.write_scalars(s, {"loss": s / 8})
+        writer.flush()
+    assert capsys.readouterr().err.count("metrics.jsonl: not written yet: no answer") == 1
+    monkeypatch.setattr(metric_writer, "save_bytes", save)
+    writer.write_scalars(3, {"loss": 3 / 8})
+    writer.close()
+    assert read_steps(bucket / "absent") == [1, 2, 3]
+    assert read_scalars(bucket / "absent", "loss") == [(s, s / 8) for s in (1, 2, 3)]

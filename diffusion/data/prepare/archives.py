@@ -22,8 +22,8 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from diffusion.data import error_text, escape, mismatch
-from diffusion.utils.errors import DataError
+from diffusion.data import escape, mismatch
+from diffusion.utils.errors import DataError, error_text
 
 MAX_FILE_BYTES = 2**28  # of one image's file: no camera writes so much
 # A file that unpacks to more than FREE_BYTES and to more than MAX_RATIO times its size is a bomb:

@@ -14,9 +14,8 @@ import urllib.request
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from diffusion.data import error_text
 from diffusion.data.prepare.archives import CHUNK, Report
-from diffusion.utils.errors import DataError
+from diffusion.utils.errors import DataError, error_text
 
 TIMEOUT_S = 60  # without a byte
 MAX_CONNECTIONS = 10  # as long as each brings something

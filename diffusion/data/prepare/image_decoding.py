@@ -24,8 +24,7 @@ from PIL import (
 )
 from PIL.Image import Resampling
 
-from diffusion.data import error_text
-from diffusion.utils.errors import DataError
+from diffusion.utils.errors import DataError, error_text
 
 MAX_PIXELS = 2**26  # of one image: a header of 50 bytes can ask for more than any machine has
 # zlib's level: 8 % smaller than 1 on photographs of 256 pixels, and half the time of the usual 6.

@@ -21,9 +21,9 @@ from typing import Any, BinaryIO
 
 from etils import epath
 
-from diffusion.data import error_text, mismatch
+from diffusion.data import mismatch
 from diffusion.utils import io
-from diffusion.utils.errors import DataError
+from diffusion.utils.errors import DataError, error_text
 
 VERSION = "1.0.0"
 MAX_NAME = 200  # characters: the names of files are 35 longer, and end at 255

@@ -1,0 +1,172 @@
+"""Runs in a bucket: the real client libraries before an emulator of Google Cloud Storage."""
+
+import re
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from diffusion import data
+from diffusion.checkpoint import COMMIT, Checkpoints
+from diffusion.data.loader import iterate_shuffled, load_dataset
+from diffusion.utils import io
+from diffusion.utils.errors import WorkdirError
+from tests.runs import TINY, assert_same, latest_state, logged, run, run_two_processes, start
+from tests.test_checkpoint import abstract, make_state, names, opened, saved, warned  # noqa: F401
+from tests.test_checkpoint import assert_same as assert_same_state
+
+NO_PREVIEW = "--config.train.sample_every=0"
+FIXTURES = ("opened", "warned")
+
+
+# Checkpoints
+
+
+def flip(folder):
+    """Flips a bit in the middle of every file of data below a folder."""
+    for name in io.files_in(folder):
+        if "/d/" in f"/{name}":
+            content = bytearray(io.read_bytes(folder / name))
+            content[len(content) // 2] ^= 1
+            io.save_bytes(folder / name, bytes(content))
+
+
+def test_checkpoints_in_a_bucket_are_kept_and_restored_as_on_a_disk(opened, warned, bucket):  # noqa: F811
+    folder = bucket / "checkpoints"
+    saved(opened(folder, keep=2, keep_every=8), 4, 8, 12, 16)
+    assert names(folder) == ["12", "16", "8"]
+    assert_same_state(opened(folder).restore(abstract()), make_state(16))
+    step, ema = opened(folder, read_only=True).restore_ema(abstract().ema)
+    assert step == 16 and warned == []
+    assert_same_state(ema, make_state(16).ema)
+
+
+@pytest.mark.parametrize(
+    "damage, what",
+    [
+        (lambda step: flip(step / "state"), "is damaged|cannot be restored"),
+        (lambda step: (step / "manifest").rmtree(), "is not complete: manifest"),
+        (lambda step: (step / "ema").rmtree(), "is not complete: ema is missing"),
+    ],
+)
+def test_a_bad_step_in_a_bucket_is_set_aside(opened, warned, bucket, tmp_path, damage, what):  # noqa: F811
+    folder = bucket / tmp_path.name
+    checkpoints = saved(opened(folder), 4, 8)
+    damage(folder / "8")
+    assert_same_state(checkpoints.restore(abstract()), make_state(4))
+    assert re.search(rf"step 8 ({what}).*step 4 is used instead; set aside as 8.bad1", warned[0])
+    assert names(folder) == ["4", "8.bad1"]
+    saved(checkpoints, 8)
+    assert_same_state(opened(folder).restore(abstract()), make_state(8))
+
+
+def test_a_step_that_a_kill_left_uncommitted_is_never_restored(opened, bucket):  # noqa: F811
+    folder = bucket / "uncommitted"
+    saved(opened(folder), 4, 8)
+    (folder / "8" / COMMIT).unlink()
+    (folder / "8" / "state" / "_METADATA").unlink()
+    assert opened(folder, read_only=True).latest() == 4 and names(folder) == ["4", "8"]
+    checkpoints = opened(folder)
+    assert names(folder) == ["4"]  # it is removed where this run may write
+    assert_same_state(checkpoints.restore(abstract()), make_state(4))
+    saved(checkpoints, 8)
+    assert checkpoints.latest() == 8
+
+
+def test_checkpoints_copied_from_a_local_disk_are_verified_and_taken(opened, bucket, tmp_path):  # noqa: F811
+    saved(opened(tmp_path / "run"), 4, 8)
+    shutil.copytree(tmp_path / "run", tmp_path / "torn")
+    flip(tmp_path / "torn" / "8")
+    for name in ("run", "torn"):
+        io.upload_folder(tmp_path / name, bucket / name)
+    assert_same_state(opened(bucket / "run", read_only=True).restore(abstract()), make_state(8))
+    assert_same_state(opened(bucket / "torn").restore(abstract()), make_state(4))
+
+
+def test_a_bucket_that_is_not_there_is_an_error_at_the_start():
+    with pytest.raises(WorkdirError, match=r"gs://there-is-none/run: cannot be written: no such"):
+        Checkpoints("gs://there-is-none/run")
+
+
+# Whole runs
+
+
+def events(workdir, tag="train/loss"):
+    return [(e.step, e.value) for e in EventAccumulator(str(workdir)).Reload().Scalars(tag)]
+
+
+def test_a_run_in_a_bucket_is_a_local_run(bucket, tmp_path):
+    """Trained, killed at some step, resumed, sampled and scored; against no bucket and no kill."""
+    remote, local = bucket / "run", tmp_path / "run"
+    args = (TINY, NO_PREVIEW, "--config.train.save_every=5", "--config.train.log_every=1")
+
+    def saved_steps():
+        return [int(p.name) for p in remote.glob("checkpoints/*") if p.name.isdecimal()]
+
+    long = (*args, f"--workdir={remote}", "--config.train.steps=100000")
+    with start(*long, JAX_NUM_CPU_DEVICES=jax.device_count()) as process:
+        for line in process.stdout:
+            if line.startswith("step") and saved_steps():
+                break
+        process.send_signal(signal.SIGKILL)
+    n = max(saved_steps()) + 7
+    out, _ = run(*args, f"--workdir={remote}", f"--config.train.steps={n}")
+    assert 0 < int(re.search(r"from step ([\d,]+)", out)[1].replace(",", "")) < n
+    run(*args, f"--workdir={local}", f"--config.train.steps={n}")
+    assert_same(latest_state(remote), latest_state(local))
+    assert logged(remote) == logged(local)
+    assert events(remote) == events(local) and len(events(remote)) == n
+    assert io.read_bytes(remote / "metrics.jsonl").count(b"train/loss") == n  # no step twice
+    for workdir in (remote, local):
+        for mode in ("sample", "eval"):
+            run(f"--mode={mode}", f"--workdir={workdir}", "--config.eval.references=('test',)")
+    ours, theirs = ([f for f in io.files_in(w) if f.endswith((".npz", ".png", ".csv"))]
+                    for w in (remote, local))  # fmt: skip
+    assert ours == theirs and ours
+    for name in ours:
+        assert io.read_bytes(remote / name) == io.read_bytes(local / name), name
+
+
+def test_two_processes_share_a_work_directory_in_a_bucket(bucket, tmp_path):
+    args = (TINY, NO_PREVIEW, "--config.train.steps=4")
+    run_two_processes(*args, f"--workdir={bucket / 'two'}")
+    run(*args, f"--workdir={tmp_path / 'one'}")  # four devices, too
+    ours, theirs = latest_state(bucket / "two"), latest_state(tmp_path / "one")
+    for name in theirs:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_images_are_prepared_into_a_bucket_and_streamed_from_there(bucket, tmp_path):
+    """From an archive in the bucket; the records are those of a local data set."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        path = tmp_path / "images" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
+    archive = shutil.make_archive(str(tmp_path / "images"), "zip", tmp_path / "images")
+    io.save_bytes(bucket / "images.zip", io.read_bytes(archive))
+    common = ("--mode=prepare", "--config=configs/folder.py:tiny", "--config.data.image_size=8")
+    common = (*common, f"--workdir={bucket / 'prepared'}", "--config.data.workers=1")
+    for place, source in ((bucket, bucket / "images.zip"), (tmp_path, archive)):
+        run(*common, f"--config.data.archive={source}", f"--config.data.data_dir={place / 'data'}")
+    assert io.files_in(bucket / "data") == io.files_in(tmp_path / "data")
+    remote, local = (
+        data.open_dataset("tfds", "train", "images", str(place / "data"))
+        for place in (bucket, tmp_path)
+    )
+    assert data.fingerprint(remote) == data.fingerprint(local)
+    for ours, theirs in zip(load_dataset(remote), load_dataset(local), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    both = (iterate_shuffled(images, 0, range(6), 16) for images in (remote, local))
+    for ours, theirs in zip(*both, strict=True):
+        np.testing.assert_array_equal(ours[0], theirs[0])
+    _, err = run(*common, f"--config.data.data_dir={bucket / 'data'}", "--dry_run", code=3)
+    assert "data.archive" in err
+    archived = (f"--config.data.archive={archive}", f"--config.data.data_dir={bucket / 'data'}")
+    _, err = run(*common, *archived, code=3)
+    assert "expected no such data set yet" in err

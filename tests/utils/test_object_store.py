@@ -1,0 +1,100 @@
+"""io.py and object_store.py: whole objects, with the errors of files, in a real client's hands."""
+
+import errno
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from diffusion.utils import io, object_store, partial_results
+from diffusion.utils.errors import ConfigError, DataError
+
+
+@pytest.mark.parametrize("place", ["local", "bucket"])
+def test_both_kinds_of_storage_keep_what_is_written(place, tmp_path, bucket):
+    folder = io.to_path(tmp_path if place == "local" else bucket / "kinds")
+    io.save_text(folder / "a" / "text.txt", "one\n")
+    io.save_text(folder / "a" / "text.txt", "two\n")  # replaces it
+    io.save_json(folder / "number.json", {"x": np.float32(0.5)})
+    partial_results.save(folder / "part.npz", "setting", x=np.arange(3))
+    assert io.read_bytes(folder / "a" / "text.txt") == b"two\n"
+    assert json.loads((folder / "number.json").read_text()) == {"x": 0.5}
+    np.testing.assert_array_equal(
+        partial_results.load(folder / "part.npz", "setting")["x"], [0, 1, 2]
+    )
+    assert partial_results.load(folder / "part.npz", "another") is None
+    assert io.files_in(folder) == ["a/text.txt", "number.json", "part.npz"]
+    with io.open_binary(folder / "a" / "text.txt") as file:
+        assert file.read() == b"two\n"
+    copy = io.local_copy(folder)
+    assert (copy / "a" / "text.txt").read_text() == "two\n"
+    assert (copy == tmp_path) == (place == "local")
+
+
+@pytest.mark.parametrize("place", ["local", "bucket"])
+def test_an_error_leaves_what_was_there(place, tmp_path, bucket):
+    path = io.to_path(tmp_path if place == "local" else bucket) / "kept.txt"
+    io.save_text(path, "old")
+    with pytest.raises(KeyError), io.atomic_write(path) as file:
+        file.write(b"half of the n")
+        raise KeyError
+    assert path.read_text() == "old"
+    assert [p.name for p in path.parent.glob("*kept*")] == ["kept.txt"]
+
+
+def test_of_two_creations_one_succeeds(bucket):
+    assert io.create(bucket / "claim", b"first")
+    assert not io.create(bucket / "claim", b"second")
+    assert io.create(bucket / "claim", b"first")  # repeated, because the answer was lost
+    assert io.read_bytes(bucket / "claim") == b"first"
+
+
+def test_what_another_process_wrote_is_seen(bucket):
+    """Listings are not cached: another process may have added to them."""
+    folder = bucket / "shared"
+    assert list(folder.glob("*")) == []
+    import gcsfs
+
+    other = gcsfs.GCSFileSystem(token="anon", skip_instance_cache=True)
+    other.pipe_file(f"{folder}/new", b"1")
+    assert [p.name for p in folder.glob("*")] == ["new"]
+
+
+@pytest.mark.parametrize("action", [io.read_bytes, lambda path: io.save_text(path, "")])
+def test_a_bucket_that_is_not_there_is_an_oserror_with_a_text(bucket, action):
+    with pytest.raises(FileNotFoundError) as caught:
+        action(io.to_path("gs://there-is-none/file"))
+    assert caught.value.strerror == "no such object or bucket"
+
+
+def test_without_a_server_there_is_an_oserror_after_the_deadline(bucket, monkeypatch):
+    alone = object_store._gcs_class()(
+        token="anon", endpoint_url="http://127.0.0.1:9", skip_instance_cache=True
+    )
+    monkeypatch.setattr(object_store, "_deadline_s", 0.05)
+    with pytest.raises(OSError) as caught:
+        alone.cat_file("bucket/file")
+    assert caught.value.errno == errno.EIO and caught.value.strerror == "no answer"
+
+
+def test_a_missing_copy_is_a_data_error(bucket):
+    with pytest.raises(DataError, match=r"gs://ddpm-test/tests/none: cannot be read: "):
+        io.local_copy(bucket / "none")
+
+
+def test_paths_that_are_mistyped_or_lack_their_package(monkeypatch):
+    with pytest.raises(ConfigError, match=r"gs:/b/run: expected two slashes"):
+        io.to_path("gs:/b/run")
+    with pytest.raises(ConfigError, match=r"ftp://: expected a folder, or one of gs://"):
+        io.to_path("ftp://b/run")
+    object_store.connect.cache_clear()
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(ConfigError, match=r"gs://: .* pip install gcsfs google-cloud-storage"):
+        io.to_path("gs://b/run")
+
+
+def test_a_local_path_is_the_users(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert str(io.to_path("~/x")) == f"{tmp_path}/x" and str(io.to_path("runs/x")) == "runs/x"
+    assert not io.is_object_store("runs/x") and io.is_object_store("gs://b/x")
