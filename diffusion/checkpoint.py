@@ -15,23 +15,23 @@ import contextlib
 import itertools
 import json
 import os
+import time
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from diffusion.utils import checkpoint_files as files
 from diffusion.utils import digests, io, logging, object_store
-from diffusion.utils.errors import WorkdirError, error_text
+from diffusion.utils.errors import WorkdirError
 from diffusion.utils.multihost import all_processes, barrier, is_primary
 
 Tree = Any
-ITEMS = ("ema", "state")
 MAX_FAILURES = 3  # saves in a row that fail before the run ends
-LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleted")  # what a killed run leaves behind
-COMMIT = "commit_success.txt"  # orbax's sign of a complete step in an object store
+MAX_SAVE_S = 300.0  # a save that takes longer counts as a failure, until it ends
 
 
 class Checkpoints:
@@ -71,10 +71,12 @@ class Checkpoints:
         self._failures = 0
         self._saving: int | None = None  # the step last handed to orbax
         self._pending: Future | None = None  # its writing and verification
+        self._began = 0.0  # when, by the monotonic clock
         self._thread = ThreadPoolExecutor(1)
-        self._commit_copies()
         if not read_only:
-            _check_writable(self._directory)
+            files.check_writable(self._directory)
+        self._on_primary(files.commit_copies, "checkpoint copies committed")
+        if not read_only:
             self._remove_leftovers()
         self._options = ocp.CheckpointManagerOptions(
             # Orbax would delete older steps before the new one is verified.
@@ -86,7 +88,14 @@ class Checkpoints:
                 create_directories_asynchronously=False, timeout_secs=10**7
             ),
         )
-        self._manager = ocp.CheckpointManager(self._directory, options=self._options)
+        self._manager: ocp.CheckpointManager | None = None
+        self._orbax()
+
+    def _orbax(self) -> ocp.CheckpointManager:
+        """Returns the manager; a new one after a save that failed, which the old one counts."""
+        if self._manager is None:
+            self._manager = ocp.CheckpointManager(self._directory, options=self._options)
+        return self._manager
 
     def save(self, step: int, state: NamedTuple) -> None:
         """Copies the state, which may then be donated, and writes it in the background.
@@ -99,7 +108,7 @@ class Checkpoints:
             raise ValueError("these checkpoints were opened with read_only=True")
         self.wait()
         self._remove_leftovers()
-        if step in self._steps() and not self._problem(step):
+        if self._is_saved(step):
             return
         # NumPy arrays are copied at once, and the digests need them on the host anyway.
         items = digests.on_host(_split(state))
@@ -108,11 +117,13 @@ class Checkpoints:
         args = ocp.args.Composite(**args, manifest=ocp.args.JsonSave(manifest))
 
         def begin():
+            if self._manager is None and io.is_object_store(self._directory):
+                files.check_writable(self._directory)  # which asks for less time than orbax
             # force: orbax would decline to save below the newest step.
-            if not self._manager.save(step, args=args, force=True):
+            if not self._orbax().save(step, args=args, force=True):
                 raise RuntimeError("orbax declined to save it")
 
-        self._saving = step
+        self._saving, self._began = step, time.monotonic()
         self._attempt(begin)
         self._pending = self._thread.submit(self._finish, step, manifest["sha256"])
 
@@ -122,9 +133,9 @@ class Checkpoints:
         A full disk or an absent file server must not end a training of days. A failure in the
         background is reported by the next save, which is tried all the same.
         """
-        for _ in ("the save before", "this save"):
+        for action in (self.wait, lambda: self.save(step, state)):
             try:
-                return self.save(step, state)
+                action()
             except WorkdirError as error:
                 self._failures += 1
                 if self._failures == MAX_FAILURES:
@@ -132,10 +143,16 @@ class Checkpoints:
                     raise WorkdirError(message) from error
                 count = f"failure {self._failures} of {MAX_FAILURES} in a row"
                 logging.warning(f"{error}; training goes on: {count}")
+                if self._pending is not None:  # it may still succeed, and only one is written
+                    return
 
     def wait(self) -> None:
         """Waits until the last save is on disk and verified. Raises WorkdirError if it failed."""
         if self._pending is not None:
+            left = max(0.0, self._began + MAX_SAVE_S - time.monotonic())
+            if not all_processes(bool(futures.wait([self._pending], left).done)):
+                what = f"step {self._saving} is still not written after {MAX_SAVE_S:.0f} s"
+                raise WorkdirError(f"{self._directory}: {what}")
             pending, self._pending = self._pending, None
             self._attempt(pending.result)
             self._failures = 0
@@ -145,8 +162,9 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._manager.close()
-            self._thread.shutdown()
+            if self._manager and self._pending is None:
+                self._manager.close()
+            self._thread.shutdown(wait=self._pending is None)
 
     def score(self, step: int, value: float) -> None:
         """Records the score of a step, lower is better, for `keep_best`."""
@@ -155,7 +173,7 @@ class Checkpoints:
             if is_primary():
                 io.save_json(path, self._scores() | {step: float(value)})
         except OSError as error:
-            logging.warning(f"{path}: not written: {_root_cause(error)}")
+            logging.warning(f"{path}: not written: {files.root_cause(error)}")
 
     def latest(self) -> int | None:
         """Returns the newest complete step; if none is complete the newest, None if there is none.
@@ -212,30 +230,26 @@ class Checkpoints:
         if all_processes(not problem):
             try:
                 args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-                items = dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
-                found, saved = digests.sha256(items), self._manifest(step)["sha256"]
+                items = dict(self._orbax().restore(step, args=ocp.args.Composite(**args)).items())
+                found, saved = (
+                    digests.sha256(items),
+                    files.read_manifest(self._folder(step))["sha256"],
+                )
                 if name := digests.differing(found, {k: saved[k] for k in found}):
                     problem = f"is damaged: {name} is not what was saved"
                 elif "state" in items and (inside := int(items["state"]["step"])) != step:
                     problem = f"holds the state of step {inside}"
             except Exception as error:  # orbax and TensorStore raise anything
-                problem = f"cannot be restored: {_root_cause(error)}"
+                problem = f"cannot be restored: {files.root_cause(error)}"
             if all_processes(not problem):
                 return items, ""
         return {}, problem or "cannot be restored by another process"
 
-    def _manifest(self, step: int) -> dict[str, Any]:
-        """Reads {"step": int, "arrays": {name: type}, "sha256": {name: digest}} of a step."""
-        folder = self._directory / str(step)
-        path = folder / "manifest" / "metadata"
-        if not path.exists():  # version 1 had it in a file of orbax's
-            return json.loads((folder / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
-        return json.loads(path.read_text())
-
     def _problem(self, step: int, abstract: dict[str, Tree] | None = None) -> str:
         """Returns "" for a complete step that has the arrays of `abstract`, else what is wrong."""
         try:
-            folder, manifest = self._directory / str(step), self._manifest(step)
+            folder = self._folder(step)
+            manifest = files.read_manifest(folder)
             if manifest["step"] != step:
                 return f"holds the state of step {manifest['step']}"
             if manifest["sha256"].keys() != manifest["arrays"].keys():
@@ -243,10 +257,10 @@ class Checkpoints:
             types = manifest["arrays"].items()
             found = {k: v for k, v in types if k.split("/")[0] in (abstract or {})}
         except Exception as error:  # any file may be cut, or be something else
-            return f"is not complete: manifest: {type(error).__name__}: {_root_cause(error)}"
-        if self._lacks_commit(step):
-            return f"is not complete: {COMMIT} is missing"
-        for item in ITEMS:
+            return f"is not complete: manifest: {type(error).__name__}: {files.root_cause(error)}"
+        if files.lacks_commit(folder):
+            return f"is not complete: {files.COMMIT} is missing"
+        for item in files.ITEMS:
             if not (folder / item).is_dir():
                 return f"is not complete: {item} is missing"
         expected = digests.types(abstract or {})
@@ -257,11 +271,11 @@ class Checkpoints:
 
     def _finish(self, step: int, expected: dict[str, str]) -> None:
         """Waits until a step is written, reads it back, and deletes older steps; on a thread."""
-        self._manager.wait_until_finished()
+        self._orbax().wait_until_finished()
         if not is_primary():
             return
         problem = self._problem(step)
-        found = digests.sha256(_read_alone(self._directory / str(step)))
+        found = digests.sha256(files.read_alone(self._folder(step)))
         if name := digests.differing(found, expected):
             problem = f"{name} differs on disk from what was written"
         if problem:
@@ -269,16 +283,7 @@ class Checkpoints:
             raise OSError(problem)
         for old in self._expendable(step):
             with contextlib.suppress(OSError):  # what stays now goes with the next save
-                self._delete(old)
-
-    def _delete(self, step: int) -> None:
-        """Deletes a step so that a reader sees all of it or nothing."""
-        folder = self._directory / str(step)
-        if io.is_object_store(folder):
-            (folder / COMMIT).unlink()
-        else:
-            folder = folder.rename(self._directory / f"{step}.deleted")
-        folder.rmtree()
+                files.delete_step(self._folder(old))
 
     def _expendable(self, newest: int) -> set[int]:
         """The complete steps that no rule keeps."""
@@ -295,52 +300,39 @@ class Checkpoints:
             return {}
 
     def _steps(self) -> list[int]:
-        """The directories that are named as steps are, newest first."""
-        if not self._directory.is_dir():
-            return []
-        names = [path.name for path in self._directory.iterdir() if path.is_dir()]
-        return sorted((int(x) for x in names if x.isdecimal() and str(int(x)) == x), reverse=True)
+        """The steps of the directory, complete or not, newest first."""
+        return list(files.step_folders(self._directory))
+
+    def _folder(self, step: int) -> epath.Path:
+        return self._directory / str(step)
+
+    def _on_primary(self, action: Callable[[epath.Path], None], name: str) -> None:
+        """Calls action(directory) in process 0; the others wait for it."""
+        if is_primary():
+            action(self._directory)
+        barrier(name)
 
     def _remove_leftovers(self) -> None:
-        if is_primary():
-            paths = itertools.chain.from_iterable(map(self._directory.glob, LEFTOVERS))
-            uncommitted = (self._directory / str(s) for s in self._steps() if self._lacks_commit(s))
-            for path in (*paths, *uncommitted):
-                with contextlib.suppress(OSError):  # TensorStore may still be writing there
-                    path.rmtree(missing_ok=True)
-        barrier("checkpoint leftovers removed")
+        self._on_primary(files.remove_leftovers, "checkpoint leftovers removed")
 
-    def _lacks_commit(self, step: int) -> bool:
-        """Returns whether orbax would take a step for an unfinished one."""
-        folder = self._directory / str(step)
-        return io.is_object_store(folder) and not (folder / COMMIT).exists()
-
-    def _commit_copies(self) -> None:
-        """Commits complete steps without orbax's sign: those that were copied from a local disk."""
-        for step in self._steps() if is_primary() else ():
-            if not self._lacks_commit(step):
-                continue
-            folder = self._directory / str(step)
-            try:
-                found = digests.sha256(_read_alone(folder))
-                if found == self._manifest(step)["sha256"]:
-                    for path in (*(folder / item for item in (*ITEMS, "manifest")), folder):
-                        io.save_text(path / COMMIT, f"Verified and committed as {folder}\n")
-            except Exception:  # another run may be writing it; orbax and TensorStore raise anything
-                continue
-        barrier("checkpoint copies committed")
+    def _is_saved(self, step: int) -> bool:
+        """Returns whether a step is there and complete, in every process alike."""
+        saved = False
+        with contextlib.suppress(OSError):
+            saved = step in self._steps() and not self._problem(step)
+        return all_processes(saved)
 
     def _set_aside(self, step: int) -> str:
         barrier("checkpoint read by all")
         name = self._rename_bad(step) if is_primary() else ""
         barrier("checkpoint renamed")
-        self._manager.reload()
+        self._orbax().reload()
         return name
 
     def _rename_bad(self, step: int) -> str:
         names = (f"{step}.bad{k}" for k in itertools.count(1))
         name = next(x for x in names if not (self._directory / x).exists())
-        (self._directory / str(step)).rename(self._directory / name)
+        self._folder(step).rename(self._directory / name)
         return name
 
     def _attempt(self, action: Callable[[], Any]) -> None:
@@ -349,52 +341,18 @@ class Checkpoints:
         try:
             action()
         except Exception as error:
-            problem, cause = _root_cause(error), error
+            problem, cause = files.root_cause(error), error
         if all_processes(not problem):
             return
         with contextlib.suppress(Exception):
             self._manager.close()
         self._remove_leftovers()  # half a step takes room where there may be too little
-        # The old manager counts the step as saved.
-        self._manager = ocp.CheckpointManager(self._directory, options=self._options)
+        self._manager = None
         what = f"step {self._saving} was not saved: {problem or 'another process failed'}"
         raise WorkdirError(f"{self._directory}: {what}") from cause
-
-
-def _read_alone(folder: epath.Path) -> dict[str, Tree]:
-    """Reads a step as NumPy arrays in this process, without waiting for the others."""
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=jax.process_index(),
-        active_processes={jax.process_index()},
-        barrier_sync_key_prefix="alone",
-    )
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-    return {item: handler.restore(folder / item) for item in ITEMS}
 
 
 def _split(state: NamedTuple) -> dict[str, Tree]:
     """The items that a state is stored as."""
     fields = state._asdict()
     return {"ema": fields.pop("ema"), "state": fields}
-
-
-def _check_writable(directory: epath.Path) -> None:
-    """Makes the directory and writes into it: better an error now than at the first save."""
-    problem = ""
-    if is_primary():
-        try:
-            io.save_text(directory / ".probe", "")
-            (directory / ".probe").unlink()
-        except OSError as error:
-            problem = error_text(error)
-    if not all_processes(not problem):
-        problem = problem or "process 0 cannot write there"
-        raise WorkdirError(f"{directory}: cannot be written: {problem}; choose another place")
-
-
-def _root_cause(error: BaseException) -> str:
-    """Returns the innermost message as one short line, without TensorStore's dump of parameters."""
-    while error.__cause__:
-        error = error.__cause__
-    text = " ".join(str(error).split("[tensorstore_spec")[0].split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"

@@ -60,7 +60,7 @@ import sys
 import main
 {}
 main.preemption.install()
-sys.exit(main.main(["main.py", *sys.argv[1:]]))
+main.cli.exit_with(main.main(["main.py", *sys.argv[1:]]))
 """
 
 

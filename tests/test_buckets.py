@@ -10,9 +10,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusion import data
-from diffusion.checkpoint import COMMIT, Checkpoints
+from diffusion.checkpoint import Checkpoints
 from diffusion.data.loader import iterate_shuffled, load_dataset
 from diffusion.utils import io
+from diffusion.utils.checkpoint_files import COMMIT
 from diffusion.utils.errors import WorkdirError
 from tests.runs import TINY, assert_same, latest_state, logged, run, run_two_processes, start
 from tests.test_checkpoint import abstract, make_state, names, opened, saved, warned  # noqa: F401

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from typing import Any, NamedTuple
 from unittest import mock
@@ -538,7 +539,7 @@ def test_nothing_is_deleted_before_its_successor_is_verified(opened, tmp_path, m
     checkpoints = opened(keep=1)
     saved(checkpoints, 4)
     wrong = {"ema": {"kernel": np.zeros(1)}}
-    monkeypatch.setattr(checkpoint, "_read_alone", lambda folder: wrong)
+    monkeypatch.setattr(checkpoint.files, "read_alone", lambda step: wrong)
     checkpoints.save(8, make_state(8))
     with pytest.raises(
         WorkdirError, match=r"step 8 was not saved: .* differs on disk from what was"
@@ -577,17 +578,37 @@ def test_the_third_failure_in_a_row_is_an_error(opened, warned, monkeypatch):
     checkpoints, save = opened(), ocp.CheckpointManager.save
     monkeypatch.setattr(ocp.CheckpointManager, "save", lambda *args, **kwargs: False)
     checkpoints.save_or_warn(4, make_state(4))
-    assert (
-        len(warned) == 2 and "step 4 was not saved" in warned[0] and "failure 2 of 3" in warned[1]
-    )
+    (line,) = warned
+    assert "step 4 was not saved" in line and "failure 1 of 3" in line
     monkeypatch.setattr(ocp.CheckpointManager, "save", save)
     checkpoints.save_or_warn(8, make_state(8))
     checkpoints.wait()  # a success: the count begins anew
     monkeypatch.setattr(ocp.CheckpointManager, "save", lambda *args, **kwargs: False)
     checkpoints.save_or_warn(12, make_state(12))
+    checkpoints.save_or_warn(16, make_state(16))
     with pytest.raises(WorkdirError, match="failure 3 in a row"):
-        checkpoints.save_or_warn(16, make_state(16))
-    assert checkpoints.latest() == 8
+        checkpoints.save_or_warn(20, make_state(20))
+    assert checkpoints.latest() == 8 and len(warned) == 3
+
+
+def test_a_save_that_takes_too_long_is_a_failure_until_it_ends(opened, warned, monkeypatch):
+    checkpoints, finish, may_end = opened(), Checkpoints._finish, threading.Event()
+
+    def late(self, *args):
+        may_end.wait()
+        finish(self, *args)
+
+    monkeypatch.setattr(Checkpoints, "_finish", late)
+    monkeypatch.setattr(checkpoint, "MAX_SAVE_S", 0.0)
+    checkpoints.save_or_warn(4, make_state(4))
+    checkpoints.save_or_warn(8, make_state(8))
+    (line,) = warned
+    assert "step 4 is still not written after 0 s" in line and "failure 1 of 3" in line
+    may_end.set()
+    monkeypatch.setattr(checkpoint, "MAX_SAVE_S", 60.0)
+    checkpoints.save_or_warn(12, make_state(12))
+    checkpoints.wait()
+    assert names(checkpoints._directory) == ["12", "4"] and len(warned) == 1
 
 
 def test_jumps_of_the_clock_change_nothing(opened, monkeypatch):

@@ -19,6 +19,7 @@ from diffusion.runtime import preemption
 from diffusion.runtime.config import Run
 from diffusion.train_step import TrainState
 from diffusion.utils import io, logging
+from diffusion.utils.errors import error_text
 from diffusion.utils.multihost import broadcast_from_primary, is_primary
 from diffusion.utils.progress import QUIET_S, Progress, human_time
 
@@ -79,8 +80,8 @@ class Readings:
         """
         if not self.evaluates(step) and not self.draws(step):
             return True
-        if is_primary():
-            io.save_text(self._mark(step), "The readings of this step are not complete.\n")
+        unfinished = "The readings of this step are not complete.\n"
+        _write(io.save_text, self._mark(step), unfinished)
         c, trained_s = self._run.config.train, session.timer.productive_seconds()
         try:
             with session.paused():
@@ -94,8 +95,7 @@ class Readings:
             session.writer.flush()
             if c.keep_best and step % c.save_every == 0:
                 checkpoints.score(step, scores["bpd"])
-        if is_primary():
-            self._mark(step).unlink(missing_ok=True)
+        _write(lambda path: path.unlink(missing_ok=True), self._mark(step))
         return True
 
     def _mark(self, step: int) -> epath.Path:
@@ -117,9 +117,19 @@ class Readings:
         if grids := self._preview.draw(state, step, trained_s, done):
             session.writer.write_images(step, {f"samples/{k}": v[None] for k, v in grids.items()})
         session.writer.flush()
-        if is_primary() and step >= self._run.config.train.log_every:
+        if step >= self._run.config.train.log_every:
             log = self._run.workdir / "metrics.jsonl"
-            curves.plot_loss(log, self._run.workdir / "figures" / "loss.png", "train/loss")
+            picture = self._run.workdir / "figures" / "loss.png"
+            _write(lambda path: curves.plot_loss(log, path, "train/loss"), picture)
+
+
+def _write(save: Callable, path: epath.Path, *content: Any) -> None:
+    """Calls save(path, *content) on process 0; a full disk costs the file, not the training."""
+    try:
+        if is_primary():
+            save(path, *content)
+    except OSError as error:
+        logging.warning(f"{path}: not written: {error_text(error)}")
 
 
 def make_evaluate(run: Run, exp: Experiment) -> Callable[[Any], dict[str, float]]:
@@ -199,7 +209,6 @@ class Preview:
                 seed = self._run.config.sample.seed
                 drawn = _sampling.draw(self._sampler, params, seed, self._n, report)
                 grids[name] = image_grid(np.concatenate(list(drawn)))
-                if is_primary():
-                    path = self._run.workdir / "samples" / f"{step:08d}_{name}.png"
-                    save_png(path, grids[name])
+                path = self._run.workdir / "samples" / f"{step:08d}_{name}.png"
+                _write(save_png, path, grids[name])
         return grids

@@ -7,9 +7,11 @@ import inspect
 import io
 import os
 import sys
+import threading
 import time
 import tokenize
 from collections.abc import Iterator, Mapping
+from typing import NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -19,7 +21,15 @@ from diffusion.runtime import config as config_
 from diffusion.runtime import preemption, validation
 from diffusion.runtime.config import Run
 from diffusion.utils import logging
-from diffusion.utils.errors import STOPPED, ConfigError, DDPMError, LostPeerError, one_line
+from diffusion.utils.errors import (
+    STOPPED,
+    ConfigError,
+    DDPMError,
+    LostPeerError,
+    WorkdirError,
+    error_text,
+    one_line,
+)
 
 READING_MODES = ("sample", "eval", "bpd", "figures", "frontier", "export")
 FLAG_MODES = {  # what a flag is for; typed elsewhere it would do nothing
@@ -33,6 +43,7 @@ FLAG_MODES = {  # what a flag is for; typed elsewhere it would do nothing
 CLUSTER = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # CPU devices wait for each other at the end of a step, for as long as a busy machine takes.
 XLA_FLAG = "--xla_cpu_collective_call_terminate_timeout_seconds=86400"
+EXIT_S = 20.0  # after an error Python waits so long for the threads of libraries
 GRACE_S = 3.0  # the coordinator's process outlives the others' farewell by this
 
 
@@ -83,6 +94,9 @@ def main(
         if run and error.__cause__ and not isinstance(error.__cause__, OSError):
             workdir.write_traceback(run.workdir, error)
         return _end(error)
+    except OSError as error:  # a full disk, or an object store that does not answer
+        where = error.filename or (run and run.workdir) or "a file"
+        return _end(WorkdirError(f"{where}: {error_text(error)}; the same command goes on"))
     except KeyboardInterrupt:
         return _end(preemption.Stopped("interrupted"))
     except Exception as error:  # a defect of this program or of a library
@@ -94,6 +108,15 @@ def main(
             raise
         what = f"{type(error).__name__}: {one_line(error, 100)}; the traceback: {trace}"
         return _end(DDPMError(what))
+
+
+def exit_with(code: int) -> NoReturn:
+    """Ends the process; after an error within EXIT_S, though a library may still try to save."""
+    if code:
+        timer = threading.Timer(EXIT_S, os._exit, [code])
+        timer.daemon = True
+        timer.start()
+    sys.exit(code)
 
 
 def _is_lost_peer(error: Exception) -> bool:

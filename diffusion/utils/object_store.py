@@ -19,7 +19,7 @@ STORES = {  # of each scheme: what to import, and what to install
     "az": (("adlfs",), "adlfs"),
 }
 REQUEST_S = 300.0  # longest time of one request with its repetitions
-FIRST_REQUEST_S = 10.0  # until there was an answer: at the start an error now is better than later
+FIRST_REQUEST_S = 10.0  # at the start and after a failure, until there is an answer
 
 _deadline_s = FIRST_REQUEST_S
 
@@ -75,11 +75,11 @@ def _gcs_class() -> type:
                 raise FileNotFoundError(errno.ENOENT, "no such object or bucket") from error
             except FileExistsError as error:
                 raise FileExistsError(errno.EEXIST, "the object exists") from error
-            except TimeoutError as error:  # which fsspec would replace by one without a text
-                raise OSError(errno.EIO, "no answer") from error
-            except Exception as error:  # of aiohttp, google.auth and gcsfs
+            except Exception as error:  # of asyncio, aiohttp, google.auth and gcsfs
+                _allow(FIRST_REQUEST_S)
                 code = errno.EACCES if "Forbidden" in str(error) else errno.EIO
-                raise OSError(code, one_line(error) or type(error).__name__) from error
+                # No TimeoutError: fsspec would replace it by one without a text.
+                raise OSError(code, one_line(error) or "no answer") from error
 
     return GCSFileSystem
 
