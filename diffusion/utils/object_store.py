@@ -9,6 +9,7 @@ import errno
 import functools
 import importlib
 import os
+import time
 from typing import Any
 
 from diffusion.utils.errors import ConfigError, one_line
@@ -20,8 +21,10 @@ STORES = {  # of each scheme: what to import, and what to install
 }
 REQUEST_S = 300.0  # longest time of one request with its repetitions
 FIRST_REQUEST_S = 10.0  # at the start and after a failure, until there is an answer
+DOWN_S = 5.0  # after a request without an answer, others fail at once for so long
 
 _deadline_s = FIRST_REQUEST_S
+_down_until_s, _down_text = 0.0, ""
 
 
 def scheme_of(path: str | os.PathLike) -> str:
@@ -66,24 +69,34 @@ def _gcs_class() -> type:
         """gcsfs's own, but that each error is an OSError with a text, after a bounded time."""
 
         async def _call(self, method, path, *args, **kwargs):
+            if time.monotonic() < _down_until_s:
+                raise OSError(errno.EIO, _down_text)
             try:
                 call = super()._call(method, path, *args, **kwargs)
                 answer = await asyncio.wait_for(call, _deadline_s)
-                _allow(REQUEST_S)
+                _note_answer()
                 return answer
             except FileNotFoundError as error:
                 raise FileNotFoundError(errno.ENOENT, "no such object or bucket") from error
             except FileExistsError as error:
                 raise FileExistsError(errno.EEXIST, "the object exists") from error
             except Exception as error:  # of asyncio, aiohttp, google.auth and gcsfs
-                _allow(FIRST_REQUEST_S)
-                code = errno.EACCES if "Forbidden" in str(error) else errno.EIO
+                text = one_line(error) or "no answer"
+                if isinstance(error, TimeoutError) or gcsfs.retry.is_retriable(error):
+                    _note_failure(text)
+                code = errno.EACCES if "Forbidden" in text else errno.EIO
                 # No TimeoutError: fsspec would replace it by one without a text.
-                raise OSError(code, one_line(error) or "no answer") from error
+                raise OSError(code, text) from error
 
     return GCSFileSystem
 
 
-def _allow(seconds: float) -> None:
+def _note_answer() -> None:
     global _deadline_s
-    _deadline_s = seconds
+    _deadline_s = REQUEST_S
+
+
+def _note_failure(text: str) -> None:
+    """Makes an absent store cost a save seconds, and not seconds for each of its requests."""
+    global _deadline_s, _down_until_s, _down_text
+    _deadline_s, _down_until_s, _down_text = FIRST_REQUEST_S, time.monotonic() + DOWN_S, text

@@ -73,9 +73,12 @@ def test_without_a_server_there_is_an_oserror_after_the_deadline(bucket, monkeyp
         token="anon", endpoint_url="http://127.0.0.1:9", skip_instance_cache=True
     )
     monkeypatch.setattr(object_store, "_deadline_s", 0.05)
+    monkeypatch.setattr(object_store, "_down_until_s", 0.0)  # and as it was, afterwards
     with pytest.raises(OSError) as caught:
         alone.cat_file("bucket/file")
     assert caught.value.errno == errno.EIO and caught.value.strerror == "no answer"
+    with pytest.raises(OSError, match="no answer"):
+        io.read_bytes(bucket / "file")  # at once: another request has just had no answer
 
 
 def test_a_missing_copy_is_a_data_error(bucket):
