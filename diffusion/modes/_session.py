@@ -11,6 +11,7 @@ import numpy as np
 from diffusion import data, train_step
 from diffusion.experiment import Experiment
 from diffusion.modes._nonfinite import NonFiniteHandler
+from diffusion.modes._profile import Profiler
 from diffusion.runtime.config import Run
 from diffusion.runtime.watchdog import Watchdog
 from diffusion.train_step import TrainState
@@ -39,6 +40,7 @@ class Session:
         self._lr: Callable = train_step.warmup_schedule(
             run.config.optim.lr, run.config.optim.warmup
         )
+        self._profiler = Profiler(run, lambda: self.paused("profile"))
         self._split = start, timer.split()  # at the last logged step: when, seconds of each part
         self._step = start
         self._pending: deque[tuple[int, dict]] = deque()
@@ -49,13 +51,18 @@ class Session:
 
     def __exit__(self, *error: Any) -> None:
         self._watchdog.close()
+        self._profiler.close()
         self._progress.close()
         self.writer.close()
 
     @contextlib.contextmanager
     def dispatch(self, step: int, state: TrainState) -> Iterator[None]:
-        """Surrounds the update of a step, whose time is the device's; state: before the step."""
-        with self.timer.part("device"):
+        """Surrounds the update of a step, whose time is the device's and which a profile may show.
+
+        state: before the step.
+        """
+        self._profiler.before(step, state)
+        with self.timer.part("device"), jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
 
     def record(self, step: int, metrics: dict, state: TrainState, wait: bool) -> None:
@@ -67,6 +74,7 @@ class Session:
         self._pending.append((step, metrics))
         while len(self._pending) > (0 if wait else 1) and not self.bad_steps.rolling_back:
             self._log(*self._pending.popleft(), state)
+        self._profiler.after(step, state)
 
     def discard(self) -> None:
         """Forgets the steps that are not logged yet."""
@@ -105,7 +113,7 @@ class Session:
         return {f"train/{name}_ms": 1e3 * (after[name] - before[name]) / steps for name in after}
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self, name: str = READINGS) -> Iterator[None]:
         """Keeps what is no training step out of the rate, the watchdog and the goodput."""
-        with self._progress.paused(), self._watchdog.paused(), self.timer(READINGS):
+        with self._progress.paused(), self._watchdog.paused(), self.timer(name):
             yield
