@@ -64,6 +64,7 @@ def get_config() -> ConfigDict:
                     "steps": 20,  # of that sampler
                     "num": 64,  # samples in a picture
                 },
+                "profile": (),  # (first step, number of steps) to record for TensorBoard; (): none
                 "eval_every": 10_000,  # a quick reading of bits/dim and distances; 0: none
                 "on_nonfinite": "halt",  # or skip, or rollback
                 "hang_s": 1800.0,  # abort if no step ends for so many seconds; 0: never

@@ -97,7 +97,8 @@ def trained(tmp_path_factory):
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not console.exists():
-            said = runs.run(runs.TINY, f"--workdir={workdir}", "--config.train.eval_every=4")
+            more = ("--config.train.eval_every=4", "--config.train.profile=(5,3)")
+            said = runs.run(runs.TINY, f"--workdir={workdir}", *more)
             console.write_text(json.dumps(said))
     return workdir, *json.loads(console.read_text())
 

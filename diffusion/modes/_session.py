@@ -11,6 +11,7 @@ import numpy as np
 from diffusion import data, train_step
 from diffusion.experiment import Experiment
 from diffusion.modes._nonfinite import NonFiniteHandler
+from diffusion.modes._profile import Profiler
 from diffusion.runtime.config import Run
 from diffusion.runtime.watchdog import Watchdog
 from diffusion.train_step import TrainState
@@ -39,6 +40,9 @@ class Session:
         self._lr: Callable = train_step.warmup_schedule(
             run.config.optim.lr, run.config.optim.warmup
         )
+        self._profiler = Profiler(run, lambda: self.paused("profile"))
+        self._split = start, timer.split()  # at the last logged step: when, seconds of each part
+        self._step = start
         self._pending: deque[tuple[int, dict]] = deque()
         self._window: list[dict[str, float]] = []
 
@@ -47,17 +51,30 @@ class Session:
 
     def __exit__(self, *error: Any) -> None:
         self._watchdog.close()
+        self._profiler.close()
         self._progress.close()
         self.writer.close()
+
+    @contextlib.contextmanager
+    def dispatch(self, step: int, state: TrainState) -> Iterator[None]:
+        """Surrounds the update of a step, whose time is the device's and which a profile may show.
+
+        state: before the step.
+        """
+        self._profiler.before(step, state)
+        with self.timer.part("device"), jax.profiler.StepTraceAnnotation("train", step_num=step):
+            yield
 
     def record(self, step: int, metrics: dict, state: TrainState, wait: bool) -> None:
         """Takes a step's metrics and logs the previous step's; with `wait` this step's too.
 
         Raises NonFiniteError as train.on_nonfinite says.
         """
+        self._step = step
         self._pending.append((step, metrics))
         while len(self._pending) > (0 if wait else 1) and not self.bad_steps.rolling_back:
             self._log(*self._pending.popleft(), state)
+        self._profiler.after(step, state)
 
     def discard(self) -> None:
         """Forgets the steps that are not logged yet."""
@@ -65,7 +82,8 @@ class Session:
 
     def _log(self, step: int, metrics: dict, state: TrainState) -> None:
         c = self.run.config.train
-        values = {name: float(v) for name, v in jax.device_get(metrics).items()}
+        with self.timer.part("device"):
+            values = {name: float(v) for name, v in jax.device_get(metrics).items()}
         values = {"loss": values.pop("loss"), **values}
         self._watchdog.beat(step)
         if not all(map(np.isfinite, values.values())):
@@ -81,11 +99,21 @@ class Session:
             scalars["train/steps_per_s"] = self._progress.rate()
             scalars["train/goodput"] = self.timer.goodput()
             scalars["train/not_finite"] = self.bad_steps.count
+            scalars |= self._step_times()
             self.writer.write_scalars(step, {k: v for k, v in scalars.items() if v is not None})
             self._window.clear()
 
+    def _step_times(self) -> dict[str, float]:
+        """Returns the milliseconds of a step since the last call; {} where no step was taken."""
+        step, before = self._split
+        if not (steps := self._step - step):  # two steps are logged at once where one is waited for
+            return {}
+        after = self.timer.split()
+        self._split = self._step, after
+        return {f"train/{name}_ms": 1e3 * (after[name] - before[name]) / steps for name in after}
+
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self, name: str = READINGS) -> Iterator[None]:
         """Keeps what is no training step out of the rate, the watchdog and the goodput."""
-        with self._progress.paused(), self._watchdog.paused(), self.timer(READINGS):
+        with self._progress.paused(), self._watchdog.paused(), self.timer(name):
             yield

@@ -1,12 +1,14 @@
 """--mode=check: tries in a minute everything that a training needs, before it takes a week.
 
-Devices, data, room, memory, a few steps with their pace, a checkpoint saved and restored, and a
-picture of what the network will see. Each trial prints one line, or ends the check with the exit
-code that the training would have had.
+Devices, data, a sum over all devices, storage, room, memory, a few steps with their pace, a
+checkpoint saved and restored, and a picture of what the network will see. Each trial prints one
+line, or ends the check with the exit code that the training would have had.
 """
 
 import contextlib
-import os
+import errno
+import json
+import secrets
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -25,9 +27,18 @@ from diffusion.modes._common import describe_data, describe_devices
 from diffusion.modes._nonfinite import compile_update, not_halted
 from diffusion.plotting.image_grid import image_grid, save_png
 from diffusion.runtime import workdir
-from diffusion.runtime.config import Run
+from diffusion.runtime.config import Run, flatten
+from diffusion.sharding import batch_sharded, local_rows, make_global_array, replicated
 from diffusion.utils import digests, io, logging
-from diffusion.utils.errors import DataError, NonFiniteError, WorkdirError, error_text
+from diffusion.utils.errors import (
+    ConfigError,
+    DataError,
+    DDPMError,
+    NonFiniteError,
+    WorkdirError,
+    error_text,
+)
+from diffusion.utils.multihost import barrier, broadcast_from_primary, gather_texts, is_primary
 from diffusion.utils.progress import human_bytes, human_time
 
 SAMPLE = 512  # images of the data set that are looked at
@@ -44,6 +55,7 @@ def run(run: Run) -> None:
     images = experiment.load_split(config, exp)
     sample = check_data(run, images)
     abstract = experiment.abstract_state(exp)
+    check_pod(run, exp, images, sum(a.size for a in jax.tree.leaves(abstract.params)))
     with temporary_folder(run.workdir) as folder:
         workdir.check_disk_space(folder, abstract, config.train.keep)
         free = io.free_bytes(folder)
@@ -53,7 +65,8 @@ def run(run: Run) -> None:
         state = take_steps(run, exp, images)
         check_checkpoint(folder, abstract, state)
     picture = run.workdir / "figures" / "check.png"
-    save_png(picture, noising_grid(exp, sample))
+    if is_primary():
+        save_png(picture, noising_grid(exp, sample))
     logging.info(f"picture    {picture}: the data, and what the network sees of it at rising t")
     logging.info("done       nothing stands in the way of --mode=train")
 
@@ -81,19 +94,94 @@ def check_data(run: Run, images: data.ImageDataset) -> np.ndarray:
     return sample[np.linspace(0, len(sample) - 1, 8).astype(int)]
 
 
+def check_pod(run: Run, exp: Experiment, images: data.ImageDataset, parameters: int) -> None:
+    """Compares what the processes were given, and adds numbers over all devices.
+
+    Raises ConfigError, DataError where a process has another config or data set than process 0;
+    DDPMError for a wrong sum.
+    """
+    given = flatten(run.config) | {"JAX": jax.__version__, "data": data.fingerprint(images)}
+    first, *others = map(json.loads, gather_texts(json.dumps(given)))
+    for i, other in enumerate(others, 1):
+        if key := digests.differing(other, first):
+            what = f"{key}: expected {first.get(key)} as in process 0, found {other.get(key)}"
+            advice = "start every process with the same command, versions and data"
+            error = DataError if key == "data" else ConfigError
+            raise error(f"{what} in process {i}; {advice}")
+    took = time_all_reduce(exp, parameters)
+    n, devices = len(others) + 1, jax.local_device_count()
+    who = f"{n} process{'es' * (n > 1)} of {devices} device{'s' * (devices > 1)}"
+    same = ", same config and data" if others else ""
+    what = f"the gradient's {human_bytes(4 * parameters)} are added exactly in {1e3 * took:.3g} ms"
+    logging.info(f"pod        {who}{same}; {what}")
+
+
+def time_all_reduce(exp: Experiment, size: int) -> float:
+    """Adds `size` numbers of every device as gradients are added; returns the seconds it takes.
+
+    Device i of n gives i + 1, so that each has to have n (n + 1) / 2, which float32 holds exactly
+    up to 5,792 devices. Raises DDPMError in every process if one device has another sum.
+    """
+    n, sharded = exp.mesh.size, batch_sharded(exp.mesh)
+    own = 1 + local_rows(sharded, n)[:, None].astype(np.float32)
+    given = make_global_array(own, sharded, (n, 1))
+    given = jax.jit(lambda x: jnp.broadcast_to(x, (n, size)), out_shardings=sharded)(given)
+    add = jax.jit(lambda x: jnp.sum(x, 0), out_shardings=replicated(exp.mesh))
+    jax.block_until_ready(add(given))  # compiles and connects
+    began = time.monotonic()
+    sums = jax.block_until_ready(add(given))
+    took = time.monotonic() - began
+    copies = [shard.data for shard in sums.addressable_shards]
+    found = [min(float(x.min()) for x in copies), max(float(x.max()) for x in copies)]
+    for i, text in enumerate(gather_texts(json.dumps(found))):
+        if json.loads(text) != [n * (n + 1) / 2] * 2:
+            wanted = f"expected {n * (n + 1) / 2:g} on each of {n} devices"
+            advice = "look at its devices and the network between them"
+            raise DDPMError(f"all-reduce: {wanted}, found {text} in process {i}; {advice}")
+    return took
+
+
 @contextlib.contextmanager
 def temporary_folder(folder: epath.Path) -> Iterator[epath.Path]:
-    """Makes a folder where the checkpoints will lie and removes it again. Raises WorkdirError."""
-    temporary = folder / f"check_{os.urandom(4).hex()}"
+    """Makes a folder where the checkpoints will lie and removes it again; called by all processes.
+
+    Raises WorkdirError.
+    """
+    path, problem = folder / f"check_{broadcast_from_primary(secrets.randbits(31))}", ""
+    if is_primary():
+        try:
+            try_storage(path)
+        except OSError as error:
+            problem = f"{folder}: cannot write there: {error_text(error)}"
+    workdir.raise_together(problem)
     try:
-        io.save_text(temporary / "probe", "")
-    except OSError as error:
-        raise WorkdirError(f"{folder}: cannot write there: {error_text(error)}") from error
-    try:
-        yield temporary
+        yield path
+        barrier("check folder read")
     finally:
         with contextlib.suppress(OSError):
-            temporary.rmtree()
+            if is_primary():
+                path.rmtree()
+
+
+def try_storage(folder: epath.Path) -> None:
+    """Writes, reads, replaces, lists and deletes a file; prints what each took. Raises OSError."""
+    path, took = folder / "probe", []
+
+    def timed(name, action):
+        began = time.monotonic()
+        found = action()
+        took.append(f"{name} {1e3 * (time.monotonic() - began):.3g} ms")
+        return found
+
+    timed("write", lambda: io.save_bytes(path, b"one"))
+    timed("read", lambda: io.read_bytes(path))
+    timed("replace", lambda: io.save_bytes(path, b"two"))
+    if timed("list", lambda: list(folder.iterdir())) != [path] or io.read_bytes(path) != b"two":
+        raise OSError(errno.EIO, "what was written there is not what is read")
+    io.save_bytes(folder / "stays", b"")  # an object store has no empty folders
+    timed("delete", path.unlink)
+    where = "the bucket" if io.is_object_store(folder) else "the disk"
+    logging.info(f"storage    {where}: {', '.join(took)}")
 
 
 def take_steps(run: Run, exp: Experiment, images: data.ImageDataset) -> Any:
@@ -106,7 +194,8 @@ def take_steps(run: Run, exp: Experiment, images: data.ImageDataset) -> Any:
     logging.info(f"memory     {describe_memory(compiled)}")
     state, halted, metrics = jax.block_until_ready(compiled(state, halted, *batch))
     began, done, most = time.monotonic(), 0, min(STEPS, config.train.steps - 1)
-    while done < most and time.monotonic() - began < SECONDS:
+    # One process decides for all: their clocks differ, and a step takes all of them.
+    while done < most and broadcast_from_primary(time.monotonic() - began < SECONDS):
         state, halted, metrics = jax.block_until_ready(compiled(state, halted, *next(inputs)))
         done += 1
     values = {name: float(v) for name, v in metrics.items()}

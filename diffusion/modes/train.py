@@ -60,13 +60,15 @@ def run(run: Run) -> None:
         Session(run, exp, images, start, timer) as session,
     ):
         if not start:
-            metric_writer.write_config(session.writer, config.to_dict(), state.params)
+            with timer("starting"):
+                metric_writer.write_config(session.writer, config.to_dict(), state.params)
         if unfinished and not readings.take(session, checkpoints, start, state):
             raise preemption.Stopped(f"at step {start:,}, saved")
         step, stop = start, False
         while step < c.steps and not stop:
             step += 1
-            state, halted, metrics = update(state, halted, *batch)
+            with session.dispatch(step, state):
+                state, halted, metrics = update(state, halted, *batch)
             last, stop = step == c.steps, preemption.should_stop()
             save = last or stop or step % c.save_every == 0
             session.record(step, metrics, state, wait=save or readings.draws(step))
@@ -78,9 +80,9 @@ def run(run: Run) -> None:
                 stop = True
                 if not save:
                     save_state(session, checkpoints, step, state)
-            batch = batch if last or stop else next(inputs)
-    shares = ", ".join(f"{timer.share(name):.1%} {name}" for name in timer.seconds)
-    logging.info(f"time       {timer.goodput():.1%} training, {shares}")
+            with timer.part("input"):
+                batch = batch if last or stop else next(inputs)
+    logging.info(f"time       {timer.describe(step - start)}")
     if stop:
         raise preemption.Stopped(f"at step {step:,}, saved")
     logging.info(

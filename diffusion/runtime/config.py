@@ -35,7 +35,7 @@ MOVED = {"train.num_samples": "train.preview.num"}  # keys of earlier versions
 YOUNGER = (  # keys that earlier versions lacked
     *("model.attention_head_dim", "model.downsample_padding", "model.flip_sin_to_cos"),
     *("model.freq_shift", "model.norm_eps", "model.null_class", "process.betas"),
-    *("sampler.clip_range", "sampler.threshold_max", "data.levels"),
+    *("sampler.clip_range", "sampler.threshold_max", "data.levels", "train.profile"),
 )
 ABSENT = "absent"
 

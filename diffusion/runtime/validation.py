@@ -22,6 +22,10 @@ SEEDS = (
     "a tuple of distinct ints in 0..2^32-1",
 )
 COUNTS = (lambda x: all(isinstance(n, int) and n >= 1 for n in x), "a tuple of ints of 1 or more")
+STEPS = (
+    lambda x: len(x) in (0, 2) and COUNTS[0](x),
+    "(first step, number of steps), two ints of 1 or more, or () for none",
+)
 ZERO_OR_ONE = (lambda x: x in (0, 1), "0 or 1")
 SOME = (lambda x: len(x) > 0 and all(x), "a tuple that is not empty")
 
@@ -55,6 +59,7 @@ VALIDATORS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("frontier.samplers", "frontier.grids", "frontier.steps"), SOME),
     "model.ch_mult": SOME,
     "model.dtype": _one_of("float32", "bfloat16"),
+    "train.profile": STEPS,
     "train.on_nonfinite": _one_of("halt", "skip", "rollback"),
     "data.on_error": _one_of("skip", "fail"),
     "data.levels": (lambda x: 2 <= x <= 256, "an int in 2..256"),

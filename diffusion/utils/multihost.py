@@ -24,6 +24,16 @@ def all_processes(flag: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.asarray(flag))))
 
 
+def gather_texts(text: str) -> list[str]:
+    """Returns the texts of all processes, by their numbers, in every process."""
+    if jax.process_count() == 1:
+        return [text]
+    content = np.frombuffer(text.encode(), np.uint8)
+    longest = np.max(multihost_utils.process_allgather(np.int32(len(content))))
+    rows = multihost_utils.process_allgather(np.pad(content, (0, longest - len(content))))
+    return [row.tobytes().rstrip(b"\0").decode() for row in rows]
+
+
 def barrier(name: str) -> None:
     """Waits until every process has come to the barrier of this name."""
     if jax.process_count() > 1:

@@ -199,20 +199,32 @@ def human_bytes(n: float) -> str:
 class GoodputTimer:
     """Attributes the wall time of a run to named activities; the rest was training.
 
-    with timer("saving"): ...
+        with timer("saving"): ...
+
+    Of the training it knows the time of two parts, input and device; the rest was the host's.
+
+        with timer.part("input"): ...
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock, self._began = clock, clock()
         self.seconds: dict[str, float] = {}
+        self._parts = {"input": 0.0, "device": 0.0}
+
+    def __call__(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return self._measure(self.seconds, name)
+
+    def part(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Attributes the time inside to `input` or `device`; it stays training."""
+        return self._measure(self._parts, name)
 
     @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
+    def _measure(self, seconds: dict[str, float], name: str) -> Iterator[None]:
         began = self._clock()
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + self._clock() - began
+            seconds[name] = seconds.get(name, 0.0) + self._clock() - began
 
     def attribute_elapsed(self, name: str) -> None:
         """Attributes all of the time since the start to the name."""
@@ -229,6 +241,16 @@ class GoodputTimer:
     def goodput(self) -> float:
         """Returns the share of the time since the start that has no name, in [0, 1]."""
         return self.productive_seconds() / max(self._elapsed_s(), 1e-9)
+
+    def split(self) -> dict[str, float]:
+        """Returns the seconds of training so far, {"input": s, "device": s, "host": the rest}."""
+        return self._parts | {"host": self.productive_seconds() - sum(self._parts.values())}
+
+    def describe(self, steps: int) -> str:
+        """Returns all shares in words, and the milliseconds of a step where there were any."""
+        ms = ", ".join(f"{1e3 * s / max(steps, 1):.1f} ms {k}" for k, s in self.split().items())
+        training = f"{self.goodput():.1%} training" + (f" (a step: {ms})" if steps else "")
+        return ", ".join([training, *(f"{self.share(k):.1%} {k}" for k in self.seconds)])
 
     def _elapsed_s(self) -> float:
         return self._clock() - self._began

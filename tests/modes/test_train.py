@@ -1,8 +1,13 @@
 """--mode=train: what a run leaves behind, and that resuming and devices change nothing."""
 
+import collections
+import contextlib
+import gzip
 import json
 import re
 import signal
+import tempfile
+from unittest import mock
 
 import jax
 import numpy as np
@@ -10,7 +15,7 @@ import pytest
 from PIL import Image
 
 from diffusion import experiment
-from diffusion.modes import _readings, _sampling
+from diffusion.modes import _profile, _readings, _sampling
 from diffusion.runtime import preemption
 from diffusion.runtime.config import Run, with_overrides
 from tests.runs import (
@@ -27,18 +32,40 @@ from tests.runs import (
 from tests.test_configs import config_of
 
 NO_PREVIEW = "--config.train.sample_every=0"
+PARTS = ("input", "device", "host")  # of a step's time
 FEW_STEPS = ("--config.train.preview.steps=1",)  # a preview that no slow machine leaves out
+
+
+def profiled(workdir, devices):
+    """Returns {folder: [step numbers of its annotations, for each file]} of all profiles.
+
+    Asserts that each of these steps is there as a whole, once on each of a process's devices.
+    """
+    found = {}
+    for path in sorted(workdir.glob("plugins/profile/*/*.xplane.pb")):
+        planes = jax.profiler.ProfileData.from_file(str(path)).planes
+        events = [event for plane in planes for line in plane.lines for event in line.events]
+        steps = sorted(dict(e.stats)["step_num"] for e in events if e.name == "train")
+        of_step = [e.name for e in events if dict(e.stats).get("hlo_module") == "jit_guarded"]
+        times = collections.Counter(of_step)
+        assert times and all(n % (devices * len(steps)) == 0 for n in times.values()), times
+        assert min(times.values()) == devices * len(steps)
+        with gzip.open(str(path).replace(".xplane.pb", ".trace.json.gz")) as trace:
+            assert json.load(trace)["traceEvents"]
+        found.setdefault(path.parent.name, []).append(steps)
+    return found
 
 
 def test_a_run_leaves_what_it_promises(trained):
     workdir, out, err = trained
     assert err == ""
-    for word in ("images of 8x8x1", "parameters", "compiling", "done", "steps/s"):
+    for word in ("images of 8x8x1", "parameters", "compiling", "done", "steps/s", "ms input, "):
         assert word in out, out
     config = json.loads((workdir / "config.json").read_text())
     assert config["train"]["steps"] == 8
     losses = logged(workdir)
     assert list(losses) == [2, 4, 6, 8] and all(np.isfinite(list(losses.values())))
+    assert all(list(logged(workdir, f"train/{part}_ms")) == [2, 4, 6, 8] for part in PARTS)
     assert (workdir / "checkpoints" / "4").is_dir() and (workdir / "checkpoints" / "8").is_dir()
     assert list(workdir.glob("events.out.tfevents.*"))
     for kind in ("raw", "ema"):
@@ -52,6 +79,12 @@ def test_the_first_learning_rate_is_zero_and_the_step_counts_from_one(trained):
     rates = logged(trained[0], "train/lr")
     lr = config_of("digits").optim.lr
     np.testing.assert_allclose([rates[2], rates[4]], [lr / 2, lr], rtol=1e-6)
+
+
+def test_a_profile_has_the_steps_that_were_asked_for(trained):
+    assert "profile    steps 5 to 7; see it with: tensorboard --logdir=" in trained[1]
+    assert "% profile" in trained[1].split("time ")[1]  # which is no training
+    assert profiled(trained[0], jax.device_count()) == {"step_00000005": [[5, 6, 7]]}
 
 
 def test_a_training_logs_its_bits_per_dimension_and_distances(trained):
@@ -113,7 +146,7 @@ def test_stopped_saves_and_goes_on(tmp_path, with_signal):
 
 @pytest.mark.parametrize("reading", ["sample_every", "eval_every"])
 def test_stopped_while_it_draws_saves_this_step_and_draws_it_later(tmp_path, monkeypatch, reading):
-    """A preview, or a reading of distances, after step 3 is broken off."""
+    """A preview, or a reading of distances, after step 3 is broken off, and with it a profile."""
     draw = _sampling.draw
 
     def stopped(*args):
@@ -122,10 +155,12 @@ def test_stopped_while_it_draws_saves_this_step_and_draws_it_later(tmp_path, mon
 
     args = (TINY, NO_PREVIEW, f"--workdir={tmp_path}", "--config.train.save_every=100")
     args = (*args, *FEW_STEPS, f"--config.train.{reading}=3", "--config.train.steps=4")
+    args = (*args, "--config.train.profile=(3,5)")
     with monkeypatch.context() as patch:
         patch.setattr(_sampling, "draw", stopped)
         out, err = run(*args, code=75)
     assert err == "" and re.search(r"stopped +at step 3, saved", out), out
+    assert "profile    steps 3 to 3; see it with: " in out
     assert not list(tmp_path.glob("samples/*.png"))
     monkeypatch.setattr(_readings, "QUIET_S", -1.0)  # whatever it takes is announced
     out, _ = run(*args)
@@ -133,11 +168,53 @@ def test_stopped_while_it_draws_saves_this_step_and_draws_it_later(tmp_path, mon
     assert bool(announced) == (reading == "eval_every"), out
     assert "from step 3" in out and re.search(r"^done ", out, re.M)
     assert int(latest_state(tmp_path)[".step"]) == 4
+    expected = {"step_00000003": [[3]], "step_00000004": [[4]]}
+    assert profiled(tmp_path, jax.device_count()) == expected
     if reading == "sample_every":
         drawn = {p.name for p in tmp_path.glob("samples/*")}
         assert drawn == {f"{step:08d}_{kind}.png" for step in (3, 4) for kind in ("raw", "ema")}
     else:
         assert list(logged(tmp_path, "eval/fd_random")) == [3]
+
+
+@pytest.mark.parametrize("last, ready", [(5, ["block_until_ready"]), (2, [])])
+def test_a_profile_that_cannot_be_written_is_a_warning(tmp_path, capsys, monkeypatch, last, ready):
+    """It begins and ends in pauses of the training, when the devices are ready.
+
+    A file is in the way of the first, whose training ends after step `last`; another profile is in
+    the way of the second.
+    """
+    calls, profile = mock.Mock(), jax.profiler
+
+    @contextlib.contextmanager
+    def paused():
+        calls.paused()
+        yield
+        calls.resumed()
+
+    spied = (jax, "block_until_ready"), (profile, "start_trace"), (profile, "stop_trace")
+    for module, name in spied:
+        calls.attach_mock(mock.Mock(wraps=getattr(module, name)), name)
+        monkeypatch.setattr(module, name, getattr(calls, name))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "plugins").write_text("")
+    config = with_overrides(config_of("digits", "tiny"), {"train.profile": (2, 2)})
+    profiler = _profile.Profiler(Run("train", config, tmp_path, None), paused)
+    for step in range(1, last + 1):
+        profiler.before(step, np.zeros(1))
+        profiler.after(step, np.zeros(1))
+    profiler.close()
+    assert [name for name, *_ in calls.mock_calls] == [
+        *("paused", "block_until_ready", "start_trace", "resumed"),
+        *("paused", *ready, "stop_trace", "resumed"),
+    ]
+    assert "ddpm: warning: train.profile: " in capsys.readouterr().err
+    profiler = _profile.Profiler(Run("train", config, tmp_path, None), contextlib.nullcontext)
+    with profile.trace(tmp_path / "other"):
+        profiler.before(2, np.zeros(1))
+    profiler.after(3, np.zeros(1))
+    assert "ddpm: warning: train.profile: " in capsys.readouterr().err
+    assert {p.name for p in tmp_path.iterdir()} == {"plugins", "other"}
 
 
 GRIDS = {"00000008_raw.png", "00000008_ema.png"}
@@ -156,9 +233,11 @@ def by_devices(tmp_path_factory, trained):
     run_process(TINY, NO_PREVIEW, f"--workdir={folder / '1'}", JAX_NUM_CPU_DEVICES=1)
     said = run_two_processes(*two, NO_PREVIEW, "--config.train.steps=4")
     assert "on every device" in said
-    said = run_two_processes(*two, *STREAMED, *FEW_STEPS, "--config.train.eval_every=8")
+    two = (*two, *STREAMED, *FEW_STEPS, "--config.train.profile=(6,2)")
+    said = run_two_processes(*two, "--config.train.eval_every=8")
     assert ", streamed" in said and "from step 4" in said and "bits/dim   " in said
     assert {p.name for p in (folder / "2x2" / "samples").iterdir()} == GRIDS
+    assert profiled(folder / "2x2", 2) == {"step_00000006": [[6, 7]] * 2}
     return {"1": folder / "1", "4": trained[0], "2x2": folder / "2x2"}
 
 

@@ -117,6 +117,19 @@ def test_errors_of_one_process_and_of_both(tmp_path, figures):
     assert codes == [3, 3] and errors == ["ddpm: error[3]: data: of its own\n"] * 2
 
 
+def test_two_processes_check_the_pod(tmp_path):
+    """Together; and one with another learning rate, which both name."""
+    args = (*TINY, "--mode=check", f"--workdir={tmp_path}")
+    (code, _, out, err), (other, *_) = map(ended, trials.start_pair(*args))
+    assert (code, other, err) == (0, 0, "") and "nothing stands" in out
+    assert "pod        2 processes of 2 devices, same config and data; " in out
+    files = [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()]
+    assert files == ["figures/check.png"]
+    faster = "import sys; sys.argv.append('--config.optim.lr=0.5')"
+    for code, _, _, err in map(ended, trials.start_pair(*args, before=("", faster))):
+        assert code == 2 and "optim.lr: expected 0.002 as in process 0, found 0.5 in proc" in err
+
+
 def test_a_hang(tmp_path, figures):
     """One of two processes is frozen, and the heartbeat is too slow to notice."""
     more = ("--config.train.hang_s=5", "--config.train.heartbeat_s=600")

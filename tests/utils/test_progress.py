@@ -282,3 +282,13 @@ def test_goodput_is_the_share_of_time_without_a_name():
     assert timer.seconds == {"starting": 1.0, "saving": 2.0}
     assert (timer.share("saving"), timer.share("sampling")) == (0.2, 0.0)
     assert (timer.productive_seconds(), timer.goodput()) == (7.0, 0.7)
+    shares = "10.0% starting, 20.0% saving"
+    assert timer.describe(0) == f"70.0% training, {shares}"
+    with timer.part("input"):
+        clock.now += 2
+    for _ in range(2):
+        with timer.part("device"):
+            clock.now += 4
+    assert timer.split() == {"input": 2.0, "device": 8.0, "host": 7.0}
+    step = "a step: 200.0 ms input, 800.0 ms device, 700.0 ms host"
+    assert timer.describe(10) == f"85.0% training ({step}), 5.0% starting, 10.0% saving"
