@@ -104,7 +104,7 @@ keep() { # trains to the end on TPUs that may be taken away, then deletes the TP
     esac
     case $report in
       *"ended with code "[1-9]*) echo "$report; the TPU is still there, and paid for" >&2 && return 1 ;;
-      *"not started"*) steps="install train" ;;
+      *"not running"*) steps="install train" ;;
       *running*) ;;
       *"ended with code 0"*) delete && return ;;
     esac
@@ -132,13 +132,14 @@ worker() { # what the steps above run on a host of the TPU, in the folder of the
         while wait "$child" || code=$?; kill -0 "$child" 2>/dev/null; do code=0; done # a trap ends wait
         case $code in 7 | 75 | 134) [ -n "$stopped" ] || sleep "${PAUSE:-10}" ;; *) break ;; esac
       done
-      echo "$code" >train.exit ;;
+      [ "$stopped$code" = yes75 ] || echo "$code" >train.exit ;; # a host that is shut down has not ended
     status)
       if alive; then echo running && return; fi
-      if [ -f train.exit ]; then echo "ended with code $(cat train.exit)"; else echo "not started"; fi ;;
+      if [ -f train.exit ]; then echo "ended with code $(cat train.exit)"; else echo "not running"; fi ;;
     stop)
       if alive; then kill -TERM "$(cat train.pid)"; fi
       while alive; do sleep 1; done
+      [ -f train.exit ] || echo 75 >train.exit
       worker status ;;
   esac
 }

@@ -5,6 +5,7 @@ import pathlib
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -153,7 +154,7 @@ def test_keep_replaces_what_was_taken_and_deletes_at_the_end(keep):
 
 
 def test_keep_starts_a_host_that_was_rebooted(keep):
-    answers = "ddpm ACTIVE", "running/not started", "ddpm ACTIVE", "ended with code 0"
+    answers = "ddpm ACTIVE", "running/not running", "ddpm ACTIVE", "ended with code 0"
     assert keep(*answers) == (0, "list status uv pip start list status delete")
 
 
@@ -217,7 +218,7 @@ def until(worker, wanted):
 
 
 def test_the_same_command_goes_on_after_75_7_and_134(worker, tmp_path):
-    assert worker("status") == "not started"
+    assert worker("status") == "not running"
     worker("start", 75, 7, 134, 0)
     until(worker, "ended with code 0")
     assert (tmp_path / "codes").read_text() == ""
@@ -239,6 +240,17 @@ def test_a_stop_saves_and_is_no_reason_to_go_on(worker, tmp_path):
     assert "saved" in (tmp_path / "train.log").read_text()
     worker("start")
     until(worker, "ended with code 0")
+
+
+def test_a_host_that_shuts_down_has_not_ended(worker, tmp_path):
+    """`keep` looks at it before the request is SUSPENDED, or after a reboot, and starts it."""
+    worker("start", "wait", 0)
+    while (tmp_path / "codes").read_text() != "0\n":
+        time.sleep(0.1)
+    time.sleep(0.5)
+    os.killpg(int((tmp_path / "train.pid").read_text()), signal.SIGTERM)
+    until(worker, "not running")
+    assert "saved" in (tmp_path / "train.log").read_text()
 
 
 def test_bash_parses_it():
