@@ -26,11 +26,11 @@ export DRY_RUN=${DRY_RUN:-}
 exec 3>&1 # where a dry run prints
 
 show() { # prints a command as one would type it
-  local word line='' quoted="'\\''"
+  local word line='' quote="'" escaped="'\\''"
   for word; do
     if [[ $word == *[!A-Za-z0-9_./:=@%+,-]* ]]; then
-      word="'${word//"'"/"$quoted"}'"
-      if [[ $word == "'--"*=* ]]; then word=${word#"'"} && word="${word%%=*}='${word#*=}"; fi
+      word=${word//$quote/$escaped}
+      if [[ $word == --*=* ]]; then word="${word%%=*}='${word#*=}'"; else word="'$word'"; fi
     fi
     line="$line $word"
   done
@@ -115,7 +115,7 @@ keep() { # trains to the end on TPUs that may be taken away, then deletes the TP
 }
 
 worker() { # what the steps above run on a host of the TPU, in the folder of the clone
-  local action=$1 child='' code=0 stopped=''
+  local action=$1 code=0 stopped=''
   shift
   alive() { grep -qs loop "/proc/$(cat train.pid 2>/dev/null)/cmdline"; }
   case $action in
@@ -125,19 +125,17 @@ worker() { # what the steps above run on a host of the TPU, in the folder of the
       setsid bash "$0" worker loop "$@" </dev/null >>train.log 2>&1 &
       echo $! >train.pid ;;
     loop) # 75: stopped; 7 and 134: another host was lost; the same command goes on
-      trap 'stopped=yes; kill -TERM "$child" 2>/dev/null || true' TERM
+      trap stopped=yes TERM # heard when the command has ended
       while [ -z "$stopped" ]; do
-        "$@" &
-        child=$! code=0
-        while wait "$child" || code=$?; kill -0 "$child" 2>/dev/null; do code=0; done # a trap ends wait
-        case $code in 7 | 75 | 134) [ -n "$stopped" ] || sleep "${PAUSE:-10}" ;; *) break ;; esac
+        code=0 && "$@" || code=$?
+        case $code in 7 | 75 | 134) [ -n "$stopped" ] || sleep "${PAUSE:-10}" || true ;; *) break ;; esac
       done
       [ "$stopped$code" = yes75 ] || echo "$code" >train.exit ;; # a host that is shut down has not ended
     status)
       if alive; then echo running && return; fi
       if [ -f train.exit ]; then echo "ended with code $(cat train.exit)"; else echo "not running"; fi ;;
     stop)
-      if alive; then kill -TERM "$(cat train.pid)"; fi
+      if alive; then kill -TERM "$(cat train.pid)" && { pkill -TERM -P "$(cat train.pid)" || true; }; fi
       while alive; do sleep 1; done
       [ -f train.exit ] || echo 75 >train.exit
       worker status ;;
