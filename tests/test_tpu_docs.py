@@ -175,7 +175,7 @@ def test_keep_replaces_nothing_while_google_does_not_answer(keep):
 def test_a_request_that_fails_ends_create(stubs):
     write_stub(
         stubs / "gcloud",
-        'case "$*" in *" list "*) echo "other ACTIVE/ddpm FAILED" | tr / "\\n" ;; esac',
+        'case "$*" in *" list "*) echo "ddpm FAILED/other ACTIVE" | tr / "\\n" ;; esac',
     )
     code, _, err = call(stubs, "create", **dict(SETTINGS))
     assert code == 1 and "ddpm: FAILED" in err
@@ -245,6 +245,8 @@ def test_a_stop_saves_and_is_no_reason_to_go_on(worker, tmp_path):
 
 def test_a_host_that_shuts_down_has_not_ended(worker, tmp_path):
     """`keep` looks at it before the request is SUSPENDED, or after a reboot, and starts it."""
+    worker("start", 3)
+    until(worker, "ended with code 3")
     worker("start", "wait", 0)
     while (tmp_path / "codes").read_text() != "0\n":
         time.sleep(0.1)
