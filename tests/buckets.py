@@ -8,7 +8,6 @@ import contextlib
 import http.client
 import http.server
 import json
-import os
 import pathlib
 import socket
 import subprocess
@@ -26,9 +25,8 @@ class Emulator:
 
     def __init__(self, root: pathlib.Path, port: int = 0, proxy_port: int = 0):
         """Starts it. proxy_port: where the clients are to connect to, instead of its own port."""
-        self._root, self.port = root, port or free_port()
+        self.root, self.port = root, port or free_port()
         self.url = f"http://127.0.0.1:{proxy_port or self.port}"
-        self._proxy_port = proxy_port
         (root / BUCKET).mkdir(parents=True, exist_ok=True)
         self.start()
 
@@ -37,7 +35,7 @@ class Emulator:
         (program,) = folder.glob("vendor/fake-gcs-server/bin/*")
         host = self.url.removeprefix("http://")
         options = ("-scheme", "http", "-host", "127.0.0.1", "-port", str(self.port))
-        options += ("-backend", "filesystem", "-filesystem-root", str(self._root))
+        options += ("-backend", "filesystem", "-filesystem-root", str(self.root))
         options += ("-external-url", self.url, "-public-host", host, "-log-level", "error")
         self.process = subprocess.Popen([program, *options], stderr=subprocess.DEVNULL)
         while not self._answers():
@@ -75,11 +73,11 @@ def free_port() -> int:
 class Proxy:
     """Passes requests on to a server, late, and answers some of them with an error itself.
 
-    latency_s: of every request. fails: number of a request -> status to answer, or 0 to pass it on.
+    fails: number of a request -> status to answer, or 0 to pass it on. delay: the same -> seconds.
     """
 
-    def __init__(self, port: int, latency_s: float = 0.0, fails=lambda number: 0):
-        self.latency_s, self.fails, self.requests, self.failed = latency_s, fails, 0, 0
+    def __init__(self, port: int, fails=lambda number: 0, delay=lambda number: 0.0):
+        self.fails, self.delay, self.requests, self.failed = fails, delay, 0, 0
         self._lock, proxy = threading.Lock(), self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -107,10 +105,10 @@ class Proxy:
     def answer(self, handler) -> None:
         with self._lock:
             self.requests += 1
-            status = self.fails(self.requests)
+            status, seconds = self.fails(self.requests), self.delay(self.requests)
             self.failed += bool(status)
         body = _read_body(handler)
-        time.sleep(self.latency_s)
+        time.sleep(seconds)
         if status:
             content = json.dumps({"error": {"code": status, "message": "try again"}}).encode()
             headers = [("Content-Type", "application/json")]
@@ -151,8 +149,3 @@ def _read_body(handler) -> bytes:
         handler.rfile.readline()
         return body
     return handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
-
-
-def free_environment() -> dict[str, str]:
-    """Returns the environment without a server of the caller's."""
-    return {k: v for k, v in os.environ.items() if "GCS" not in k and "EMULATOR" not in k}

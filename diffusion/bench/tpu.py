@@ -26,7 +26,7 @@ from diffusion.sharding import batch_sharded, replicated
 from diffusion.utils import logging
 from diffusion.utils.errors import ConfigError, one_line
 
-NUM_IMAGES = 50_000  # of the data set on the devices: CIFAR-10's
+NUM_IMAGES = 50_000  # of the data set, on the devices if it fits: CIFAR-10's
 PAPER_RATE = 21.0  # steps/s on a TPU v3-8 (Section 4)
 
 
@@ -52,10 +52,14 @@ def lower_steps(config: ConfigDict, exp: experiment.Experiment) -> tuple[Any, An
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     state, n = experiment.abstract_state(exp), round_up(config.sample.batch_size, exp)
-    index = array((config.train.batch_size,), jnp.int32)
-    images = array((NUM_IMAGES, math.prod(exp.image_shape)), jnp.uint8)
-    update = experiment.make_update(config, exp, True)
-    training = update.lower(state, index, images, array((NUM_IMAGES,), jnp.int32))
+    size, pixels = config.train.batch_size, math.prod(exp.image_shape)
+    if resident := NUM_IMAGES * pixels <= config.data.on_device_gib * 2**30:
+        images = array((NUM_IMAGES, pixels), jnp.uint8)
+        inputs = array((size,), jnp.int32), images, array((NUM_IMAGES,), jnp.int32)
+    else:  # a larger set is streamed
+        images = array((size, *exp.image_shape), jnp.uint8, sharded)
+        inputs = images, array((size,), jnp.int32, sharded)
+    training = experiment.make_update(config, exp, resident).lower(state, *inputs)
     label, x_T = array((n,), jnp.int32, sharded), array((n, *exp.image_shape), jnp.float32, sharded)
     keys, ts = array((n,), jax.random.key(0).dtype, sharded), array((2,), jnp.int32)
     return training, jit_chain(config, exp).lower(state.ema, label, keys, x_T, ts)
