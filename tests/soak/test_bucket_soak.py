@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -9,9 +11,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusion.utils import io
-from tests import trials
+from tests import tiny_tfds, trials
 from tests.buckets import BUCKET, Emulator, Proxy, free_port
-from tests.runs import logged, run_process, start
+from tests.conftest import ROOT
+from tests.runs import environment, logged, run_process, start
 from tests.trials import TINY, digest, ended, wait_for
 
 pytestmark = pytest.mark.soak
@@ -56,8 +59,7 @@ def test_server_gone_for_half_a_minute(server, tmp_path, figures):
     """Saves are due every few seconds, and the run ends long after the server is back."""
     emulator, _ = server
     args = (*TINY, "--config.train.steps=9000", "--config.train.save_every=1500")
-    environment = emulator.environment()
-    with start(*args, f"--workdir=gs://{BUCKET}/run", **environment) as process:
+    with start(*args, f"--workdir=gs://{BUCKET}/run", **emulator.environment()) as process:
         wait_for(process, r"step \d,\d\d\d/")
         emulator.stop()
         time.sleep(30)
@@ -76,8 +78,7 @@ def test_server_gone_for_half_a_minute(server, tmp_path, figures):
 def test_server_gone_for_good(server, figures):
     emulator, _ = server
     args = (*TINY, "--config.train.steps=1000000", "--config.train.save_every=1500")
-    environment = emulator.environment()
-    with start(*args, f"--workdir=gs://{BUCKET}/run", **environment) as process:
+    with start(*args, f"--workdir=gs://{BUCKET}/run", **emulator.environment()) as process:
         wait_for(process, r"step \d,\d\d\d/")
         emulator.stop()
         began = time.monotonic()
@@ -104,3 +105,51 @@ def test_some_requests_fail(server, tmp_path, figures, status):
     warnings = err.count("ddpm: warning")
     share = f"{proxy.failed} of {proxy.requests} requests, {warnings} warnings, exit 0"
     figures("R25", {f"{status}": share})
+
+
+@pytest.mark.alone
+def test_streaming_hides_the_latency_of_a_bucket(server, tmp_path, figures, monkeypatch):
+    """A training step of ch = 32 on CIFAR-10's shape, batch 64, with 0 and with 50 ms a request."""
+    emulator, proxy = server
+    tiny_tfds.write(tmp_path, "cifar10", (32, 32, 3), n=512)
+    for name in io.files_in(tmp_path / "cifar10"):
+        target = io.to_path(emulator.root / BUCKET / "data" / "cifar10" / name)
+        io.save_bytes(target, io.read_bytes(tmp_path / "cifar10" / name))
+    script = f"""
+import statistics, sys, time
+import jax
+sys.path.insert(0, {str(ROOT)!r})
+from configs import cifar10
+from diffusion import experiment
+from diffusion.runtime.config import with_overrides
+jax.config.update("jax_compilation_cache_dir", {str(ROOT / ".cache" / "jax")!r})
+keys = {{"data.data_dir": "gs://{BUCKET}/data", "data.on_device_gib": 0.0, "model.ch": 32}}
+config = with_overrides(cifar10.get_config(), keys | {{"train.batch_size": 64}})
+exp = experiment.build(config)
+images = experiment.load_split(config, exp)
+update, make_inputs = experiment.make_input_pipeline(config, exp, images)
+state, inputs = experiment.make_initial_state(config, exp), make_inputs(0)
+print("ready", flush=True)
+for line in sys.stdin:
+    times = []
+    for _ in range(16):
+        began = time.monotonic()
+        state, _ = jax.block_until_ready(update(state, *next(inputs)))
+        times.append(time.monotonic() - began)
+    print(statistics.median(times[4:]), flush=True)
+"""
+    command, pipes = [sys.executable, "-c", script], {"stdin": -1, "stdout": -1, "text": True}
+    seconds = {0.0: [], 0.05: []}
+    with subprocess.Popen(command, env=environment(**emulator.environment()), **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        for delay in (0.0, *(0.0, 0.05) * 3):
+            proxy.delay = lambda number, delay=delay: delay
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            seconds[delay].append(float(process.stdout.readline()))
+        process.kill()
+    without, with_delay = (np.median(times[-3:]) for times in seconds.values())
+    figures(
+        "buckets", {"step, ms": round(1e3 * without), "50 ms a read": f"{with_delay / without:.3f}"}
+    )
+    assert with_delay < 1.05 * without
