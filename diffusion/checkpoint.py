@@ -31,7 +31,7 @@ from diffusion.utils.multihost import all_processes, barrier, is_primary
 
 Tree = Any
 MAX_FAILURES = 3  # saves in a row that fail before the run ends
-MAX_SAVE_S = 300.0  # a save that takes longer counts as a failure, until it ends
+MAX_SAVE_S = 300.0  # in an object store one that takes longer counts as a failure, until it ends
 
 
 class Checkpoints:
@@ -75,8 +75,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1)
         if not read_only:
             files.check_writable(self._directory)
-        self._on_primary(files.commit_copies, "checkpoint copies committed")
-        if not read_only:
+            self._on_primary(files.commit_copies, "checkpoint copies committed")
             self._remove_leftovers()
         self._options = ocp.CheckpointManagerOptions(
             # Orbax would delete older steps before the new one is verified.
@@ -119,6 +118,8 @@ class Checkpoints:
         def begin():
             if self._manager is None and io.is_object_store(self._directory):
                 files.check_writable(self._directory)  # which asks for less time than orbax
+            if is_primary():
+                files.mark_begun(self._folder(step))
             # force: orbax would decline to save below the newest step.
             if not self._orbax().save(step, args=args, force=True):
                 raise RuntimeError("orbax declined to save it")
@@ -150,6 +151,7 @@ class Checkpoints:
         """Waits until the last save is on disk and verified. Raises WorkdirError if it failed."""
         if self._pending is not None:
             left = max(0.0, self._began + MAX_SAVE_S - time.monotonic())
+            left = left if io.is_object_store(self._directory) else None
             if not all_processes(bool(futures.wait([self._pending], left).done)):
                 what = f"step {self._saving} is still not written after {MAX_SAVE_S:.0f} s"
                 raise WorkdirError(f"{self._directory}: {what}")
@@ -241,6 +243,7 @@ class Checkpoints:
                     problem = f"holds the state of step {inside}"
             except Exception as error:  # orbax and TensorStore raise anything
                 problem = f"cannot be restored: {files.root_cause(error)}"
+                self._problem(step)  # raises where the store does not answer: that is no damage
             if all_processes(not problem):
                 return items, ""
         return {}, problem or "cannot be restored by another process"
@@ -257,6 +260,9 @@ class Checkpoints:
             types = manifest["arrays"].items()
             found = {k: v for k, v in types if k.split("/")[0] in (abstract or {})}
         except Exception as error:  # any file may be cut, or be something else
+            missing = isinstance(error, FileNotFoundError)
+            if io.is_object_store(folder) and isinstance(error, OSError) and not missing:
+                raise
             return f"is not complete: manifest: {type(error).__name__}: {files.root_cause(error)}"
         if files.lacks_commit(folder):
             return f"is not complete: {files.COMMIT} is missing"
@@ -281,6 +287,7 @@ class Checkpoints:
         if problem:
             self._rename_bad(step)
             raise OSError(problem)
+        files.mark_finished(self._folder(step))
         for old in self._expendable(step):
             with contextlib.suppress(OSError):  # what stays now goes with the next save
                 files.delete_step(self._folder(old))

@@ -60,7 +60,6 @@ class Emulator:
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "abc",
             "GOOGLE_CLOUD_PROJECT": "test",
             "FSSPEC_GCS_TOKEN": "anon",
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         }
 
 

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from diffusion import data
 from diffusion.checkpoint import Checkpoints
 from diffusion.data.loader import iterate_shuffled, load_dataset
-from diffusion.utils import io
+from diffusion.utils import io, object_store
 from diffusion.utils.checkpoint_files import COMMIT
 from diffusion.utils.errors import WorkdirError
 from tests.runs import TINY, assert_same, latest_state, logged, run, run_two_processes, start
@@ -69,7 +69,8 @@ def test_a_step_that_a_kill_left_uncommitted_is_never_restored(opened, bucket): 
     saved(opened(folder), 4, 8)
     (folder / "8" / COMMIT).unlink()
     (folder / "8" / "state" / "_METADATA").unlink()
-    assert opened(folder, read_only=True).latest() == 4 and names(folder) == ["4", "8"]
+    io.save_text(folder / "8.begun", "")  # as while it is written
+    assert opened(folder, read_only=True).latest() == 4 and "8" in names(folder)
     checkpoints = opened(folder)
     assert names(folder) == ["4"]  # it is removed where this run may write
     assert_same_state(checkpoints.restore(abstract()), make_state(4))
@@ -79,12 +80,32 @@ def test_a_step_that_a_kill_left_uncommitted_is_never_restored(opened, bucket): 
 
 def test_checkpoints_copied_from_a_local_disk_are_verified_and_taken(opened, bucket, tmp_path):  # noqa: F811
     saved(opened(tmp_path / "run"), 4, 8)
+    for path in list((tmp_path / "run").rglob(COMMIT)):
+        path.unlink()  # of orbax's: earlier versions have none on a disk
     shutil.copytree(tmp_path / "run", tmp_path / "torn")
     flip(tmp_path / "torn" / "8")
+    (tmp_path / "torn" / "2024").mkdir()
+    (tmp_path / "torn" / "2024" / "notes.txt").write_text("of the user")
     for name in ("run", "torn"):
-        io.upload_folder(tmp_path / name, bucket / name)
-    assert_same_state(opened(bucket / "run", read_only=True).restore(abstract()), make_state(8))
-    assert_same_state(opened(bucket / "torn").restore(abstract()), make_state(4))
+        io.upload_folder(tmp_path / name, bucket / "copied" / name)
+    for name, step in (("run", 8), ("torn", 4)):
+        checkpoints = opened(bucket / "copied" / name)
+        assert_same_state(checkpoints.restore(abstract()), make_state(step))
+        saved(checkpoints, 12)
+    assert (bucket / "copied" / "torn" / "2024.bad1" / "notes.txt").read_text() == "of the user"
+
+
+def test_a_store_that_does_not_answer_is_no_damage(opened, bucket, monkeypatch):  # noqa: F811
+    """Neither is training begun anew, nor is a good step set aside."""
+    folder = bucket / "no-answer"
+    checkpoints = saved(opened(folder), 4, 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(object_store, "_down_until_s", float("inf"))
+        patch.setattr(object_store, "_down_text", "no answer")
+        for look in (checkpoints.latest, lambda: checkpoints.restore(abstract())):
+            with pytest.raises(OSError, match="no answer"):
+                look()
+    assert checkpoints.latest() == 8 and names(folder) == ["4", "8"]
 
 
 def test_a_bucket_that_is_not_there_is_an_error_at_the_start():

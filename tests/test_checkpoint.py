@@ -591,8 +591,13 @@ def test_the_third_failure_in_a_row_is_an_error(opened, warned, monkeypatch):
     assert checkpoints.latest() == 8 and len(warned) == 3
 
 
-def test_a_save_that_takes_too_long_is_a_failure_until_it_ends(opened, warned, monkeypatch):
-    checkpoints, finish, may_end = opened(), Checkpoints._finish, threading.Event()
+@pytest.mark.parametrize("place", ["local", "bucket"])
+def test_a_save_in_a_bucket_that_takes_too_long_is_a_failure_until_it_ends(
+    opened, warned, monkeypatch, tmp_path, bucket, place
+):
+    """On a disk the next one waits for it."""
+    folder = bucket / "late-save" if place == "bucket" else tmp_path
+    checkpoints, finish, may_end = opened(folder), Checkpoints._finish, threading.Event()
 
     def late(self, *args):
         may_end.wait()
@@ -601,6 +606,12 @@ def test_a_save_that_takes_too_long_is_a_failure_until_it_ends(opened, warned, m
     monkeypatch.setattr(Checkpoints, "_finish", late)
     monkeypatch.setattr(checkpoint, "MAX_SAVE_S", 0.0)
     checkpoints.save_or_warn(4, make_state(4))
+    if place == "local":
+        threading.Timer(0.2, may_end.set).start()
+        checkpoints.save_or_warn(8, make_state(8))
+        checkpoints.wait()
+        assert names(folder) == ["4", "8"] and warned == []
+        return
     checkpoints.save_or_warn(8, make_state(8))
     (line,) = warned
     assert "step 4 is still not written after 0 s" in line and "failure 1 of 3" in line

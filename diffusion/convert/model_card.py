@@ -58,7 +58,8 @@ def _origin(workdir: epath.Path, step: int, batch: int) -> str:
         source, first = record["input"], record["step"]
     except (OSError, ValueError, LookupError, TypeError):
         return f"after {step:,} steps of batch {batch}. Trained with JAX and Flax."
-    source = source if record.get("revision") else os.path.basename(source) or source
+    if not record.get("revision"):  # a path of this machine's
+        source = os.path.basename(os.path.normpath(source))
     text = f"imported from {source}" + (f" at step {first:,}" if first else "")
     steps = f", then trained for {step - first:,} steps of batch {batch} with JAX and Flax"
     return text + (steps if step > first else "") + "."

@@ -119,7 +119,7 @@ def tfds(split: str, name: str = "", data_dir: str = "") -> ImageDataset:
 
     folder = _find_tfds(name, data_dir)
     if scheme_of(folder) not in ("", "gs"):  # the stores that array_record reads from
-        folder = str(local_copy(folder))
+        folder = _copy_once(folder)
     try:
         info = tensorflow_datasets.builder_from_directory(folder).info
         kinds = dict(info.features.items())
@@ -204,6 +204,11 @@ def _decode(
     except Exception as error:
         what = f"{records.split} image {i}: {error_text(error)}; mend it or leave it out"
         raise DataError(f"{records.folder}: {what}") from error
+
+
+@functools.cache
+def _copy_once(folder: str) -> str:
+    return str(local_copy(folder))
 
 
 def _find_tfds(name: str, data_dir: str) -> str:

@@ -94,7 +94,7 @@ def atomic_folder(folder: epath.Path) -> Iterator[epath.Path]:
     staged = io.staging_folder(folder)
     try:
         if is_primary() and staged != folder:
-            staged.rmtree(missing_ok=True)
+            io.remove_folder(staged)
             staged.mkdir(parents=True)
         barrier("atomic_folder made")
         yield staged
@@ -108,4 +108,4 @@ def atomic_folder(folder: epath.Path) -> Iterator[epath.Path]:
     finally:
         if is_primary() and not complete:
             with contextlib.suppress(OSError):
-                staged.rmtree()
+                io.remove_folder(staged)

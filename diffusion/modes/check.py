@@ -160,7 +160,7 @@ def temporary_folder(folder: epath.Path) -> Iterator[epath.Path]:
     finally:
         with contextlib.suppress(OSError):
             if is_primary():
-                path.rmtree()
+                io.remove_folder(path)
 
 
 def try_storage(folder: epath.Path) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import errno
 import importlib
 import inspect
 import io
@@ -43,6 +44,8 @@ FLAG_MODES = {  # what a flag is for; typed elsewhere it would do nothing
 CLUSTER = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # CPU devices wait for each other at the end of a step, for as long as a busy machine takes.
 XLA_FLAG = "--xla_cpu_collective_call_terminate_timeout_seconds=86400"
+# A full or broken disk, or an object store that does not answer.
+STORAGE_ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ETIMEDOUT, errno.EACCES)
 EXIT_S = 20.0  # after an error Python waits so long for the threads of libraries
 GRACE_S = 3.0  # the coordinator's process outlives the others' farewell by this
 
@@ -94,15 +97,15 @@ def main(
         if run and error.__cause__ and not isinstance(error.__cause__, OSError):
             workdir.write_traceback(run.workdir, error)
         return _end(error)
-    except OSError as error:  # a full disk, or an object store that does not answer
-        where = error.filename or (run and run.workdir) or "a file"
-        return _end(WorkdirError(f"{where}: {error_text(error)}; the same command goes on"))
     except KeyboardInterrupt:
         return _end(preemption.Stopped("interrupted"))
     except Exception as error:  # a defect of this program or of a library
         if _is_lost_peer(error):
             what = f"a collective failed: {one_line(error)}; the same command resumes"
             return _end(LostPeerError(what))
+        if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
+            where = error.filename or (run and run.workdir) or "a file"
+            return _end(WorkdirError(f"{where}: {error_text(error)}; the same command goes on"))
         trace = run and workdir.write_traceback(run.workdir, error)
         if not trace:
             raise

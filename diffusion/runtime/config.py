@@ -7,6 +7,7 @@ expected, what was found and what to do.
 import difflib
 import inspect
 import os
+import pathlib
 import runpy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from configs import default
 from diffusion.utils import io
 from diffusion.utils.errors import ConfigError, one_line
 
-ROOT = epath.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 DEFAULT = str(ROOT / "configs" / "digits.py")  # what `python main.py` alone trains
 
 # Keys and sections that decide what a training is; all others may change in a work directory.
@@ -89,7 +90,7 @@ def resolve(flag_values: flags.FlagValues, argv: list[str], load: Callable) -> R
     flag = flag_values["config"]
     overrides = config_flags.get_override_values(flag)
     path, _, variant = config_flags.get_config_filename(flag).partition(":")
-    name = "-".join([epath.Path(path).stem, *filter(None, variant.split(","))])
+    name = "-".join([pathlib.Path(path).stem, *filter(None, variant.split(","))])
     workdir = io.to_path(flag_values.workdir or f"runs/{name}")
     config = flag.value
     if not given and (stored := load(workdir)):
@@ -244,4 +245,7 @@ def call_for_key(function: Callable, key: str, *args, **kwargs) -> Any:
 def cache_dir() -> epath.Path:
     """Returns the folder of what runs share: compiled programs, downloads, statistics."""
     cache = io.to_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if io.is_object_store(cache):
+        advice = "JAX_COMPILATION_CACHE_DIR may be in a bucket"
+        raise ConfigError(f"XDG_CACHE_HOME: expected a local folder, found {cache}; {advice}")
     return cache / "ddpm-jax"

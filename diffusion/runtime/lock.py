@@ -21,7 +21,9 @@ from diffusion.utils import logging
 from diffusion.utils.errors import WorkdirError
 from diffusion.utils.io import create, read_bytes, save_bytes
 
-BEAT_S = 5.0  # how often the holder of a lock writes to it; after three missed beats it is dead
+BEAT_S = 5.0  # how often the holder of a lock writes to it
+DEAD_AFTER = 3  # missed beats
+DEAD_AFTER_IN_STORE = 12  # the holder's own requests may be repeated for half a minute
 LOCK_BYTES = 500
 Taken = tuple[str, Callable[[], None]]  # ("", release), or (who holds the lock, no-op)
 
@@ -56,12 +58,16 @@ def take_object_lock(path: epath.Path, beat_s: float = BEAT_S) -> Taken:
     """Takes a lock in an object store: of the objects PATH-1, PATH-2, ... the last has its holder.
 
     A run makes the next one, which the store grants to one of several (generation precondition),
-    where the last one was released or its holder is dead. A holder that was frozen so long that
-    another run took over ends when it wakes up. Raises OSError.
+    where the last one was released or its holder is dead. A holder that was silent so long that
+    another run took over ends when it notices. Raises OSError.
     """
     own = _identity()
     number, holder = _last_object(path)
-    if holder and not _is_gone(holder) and _is_alive(lambda: _last_object(path), holder, beat_s):
+    if (
+        holder
+        and not _is_gone(holder)
+        and _is_alive(lambda: _last_object(path), holder, DEAD_AFTER_IN_STORE * beat_s)
+    ):
         return _held_by(path, _last_object(path)[1]), lambda: None
     number += 1
     created = create(_numbered(path, number), json.dumps(own | {"beat": 0}).encode())
@@ -78,7 +84,7 @@ def take_object_lock(path: epath.Path, beat_s: float = BEAT_S) -> Taken:
     def write(beat):
         with contextlib.suppress(OSError):
             if _last_object(path)[0] > number:
-                what = f"{path.parent}: another run took it over while this one was frozen"
+                what = f"{path.parent}: another run took it over while this one was silent"
                 os.write(2, f"ddpm: error[{WorkdirError.code}]: {what}\n".encode())
                 os._exit(WorkdirError.code)
             save_bytes(_numbered(path, number), json.dumps(own | {"beat": beat}).encode())
@@ -104,11 +110,11 @@ def _held_by(path: epath.Path, holder: dict[str, Any]) -> str:
     return f"{path.parent}: {what}; wait for it, stop it, or choose another --workdir"
 
 
-def _is_alive(read: Callable[[], Any], holder: dict[str, Any], beat_s: float) -> bool:
-    """Returns whether the lock changes within three beats."""
+def _is_alive(read: Callable[[], Any], holder: dict[str, Any], seconds: float) -> bool:
+    """Returns whether the lock changes within this time."""
     before = read()
     logging.info(f"waiting    for a sign of life of {holder.get('host')}, which trained here last")
-    time.sleep(3 * beat_s)
+    time.sleep(seconds)
     return read() != before
 
 
@@ -147,7 +153,7 @@ def _other_file_holder(
         flocked = False
     last = _read(path)
     if last and not (flocked and last.get("host") == own["host"]):
-        if _is_alive(lambda: _read(path), last, beat_s):
+        if _is_alive(lambda: _read(path), last, DEAD_AFTER * beat_s):
             return _read(path)
     _write_file(file, own | {"beat": 0})
     if not flocked:
@@ -185,6 +191,8 @@ def _last_object(path: epath.Path) -> tuple[int, dict[str, Any]]:
         return number, json.loads(read_bytes(_numbered(path, number))) if number else {}
     except FileNotFoundError:  # whoever has a higher number has just removed it
         return _last_object(path)
+    except ValueError:
+        return number, {}
 
 
 def _is_gone(holder: dict[str, Any]) -> bool:

@@ -124,7 +124,9 @@ def check_dataset(workdir: epath.Path, images: data.ImageDataset) -> None:
         if is_primary():
             save_json(path, found)
         return
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error_text(error)}; try again") from error
+    except ValueError as error:
         raise DataError(f"{path}: cannot be read: {error}; delete it") from error
     if changed := differences(recorded, found, keys=("",)):
         message = f"{workdir} was trained on other data: {'; '.join(changed)}"

@@ -18,11 +18,15 @@ from diffusion.utils.multihost import all_processes, is_primary
 
 ITEMS = ("ema", "state")
 COMMIT = "commit_success.txt"
+BEGUN = ".begun"  # STEP.begun: this program writes a step in an object store
 LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleted")  # what a killed run leaves behind
 
 
 def step_folders(directory: epath.Path) -> dict[int, epath.Path]:
-    """Returns the folders that are named as steps are, {step: folder}, newest first."""
+    """Returns the folders that are named as steps are, {step: folder}, newest first.
+
+    Raises OSError: a store that does not answer is not an empty one.
+    """
     if not directory.is_dir():
         return {}
     paths = [path for path in directory.iterdir() if path.is_dir()]
@@ -59,14 +63,29 @@ def remove_leftovers(directory: epath.Path) -> None:
     with contextlib.suppress(OSError):
         for pattern in LEFTOVERS:
             remove(directory.glob(pattern))
-        remove(filter(lacks_commit, step_folders(directory).values()))
+        for mark in directory.glob(f"*{BEGUN}"):  # steps that others put there stay
+            step = mark.with_name(mark.name.removesuffix(BEGUN))
+            if lacks_commit(step):
+                io.remove_folder(step)
+            mark.unlink(missing_ok=True)
+
+
+def mark_begun(step: epath.Path) -> None:
+    """Notes that a step is being written, so that what a kill leaves of it can be removed."""
+    if io.is_object_store(step):
+        io.save_text(step.with_name(step.name + BEGUN), "")
+
+
+def mark_finished(step: epath.Path) -> None:
+    """Removes the note of `mark_begun`."""
+    step.with_name(step.name + BEGUN).unlink(missing_ok=True)
 
 
 def remove(folders: Iterable[epath.Path]) -> None:
     """Removes folders, but for those that cannot be: TensorStore may still be writing there."""
     for folder in folders:
         with contextlib.suppress(OSError):
-            folder.rmtree(missing_ok=True)
+            io.remove_folder(folder)
 
 
 def delete_step(step: epath.Path) -> None:
@@ -75,7 +94,7 @@ def delete_step(step: epath.Path) -> None:
         (step / COMMIT).unlink()
     else:
         step = step.rename(step.with_name(f"{step.name}.deleted"))
-    step.rmtree()
+    io.remove_folder(step)
 
 
 def read_alone(step: epath.Path) -> dict[str, Any]:

@@ -22,19 +22,24 @@ from diffusion.utils import logging, object_store
 from diffusion.utils.errors import ConfigError, DataError, error_text
 
 PathLike = str | os.PathLike
+MAGIC = frozenset("*?[]")  # of patterns, which fsspec looks for in every name
 
 
 def to_path(name: PathLike) -> epath.Path:
-    """Returns the path that a user has named: a local one, with ~ expanded, or gs://bucket/name.
+    """Returns the path that a user has named, with ~ expanded: a pathlib.Path, or gs://bucket/name.
 
     Raises ConfigError for an unknown scheme and for one whose packages are not installed.
     """
     name = os.path.expanduser(name)
     if scheme := object_store.scheme_of(name):
         object_store.connect(scheme)
-    elif name.startswith(tuple(f"{scheme}:/" for scheme in object_store.STORES)):
+        if not name.partition("://")[2].strip("/") or MAGIC & set(name):
+            wanted = "expected a name in a bucket, without * ? [ ]"
+            raise ConfigError(f"{name}: {wanted}, as in {scheme}://bucket/name")
+        return epath.Path(name.rstrip("/"))
+    if name.startswith(tuple(f"{scheme}:/" for scheme in object_store.STORES)):
         raise ConfigError(f"{name}: expected two slashes, as in gs://bucket/name, found one")
-    return epath.Path(name)
+    return pathlib.Path(name)  # etils would take /gs/name for gs://name
 
 
 def is_object_store(path: PathLike) -> bool:
@@ -124,7 +129,7 @@ def local_copy(name: PathLike) -> pathlib.Path:
     logging.info(f"copying    {path} to {copy.parent}")
     try:
         store.get(path, str(copy), recursive=not store.isfile(path))
-    except OSError as error:
+    except Exception as error:  # downloads of gcsfs raise its own errors
         raise DataError(f"{path}: cannot be read: {error_text(error)}") from error
     return copy
 
@@ -133,6 +138,16 @@ def _temporary_folder() -> str:
     folder = tempfile.TemporaryDirectory(prefix="ddpm-", ignore_cleanup_errors=True)
     atexit.register(folder.cleanup)
     return folder.name
+
+
+def remove_folder(folder: PathLike) -> None:
+    """Removes a folder and all that is below it; none is no error. Raises OSError."""
+    if is_object_store(folder):
+        for name in files_in(folder):
+            _store(folder).rm_file(f"{os.fspath(folder)}/{name}")
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder)
 
 
 def free_bytes(folder: PathLike) -> int | None:

@@ -120,12 +120,11 @@ class _LogFiles:
         self._append_event(file_version="brain.Event:2")
 
     def _append_event(self, **fields) -> None:
+        if self._events.is_complete:
+            self._begin_events()  # TensorBoard reads the files of a folder one after the other
         record = io.BytesIO()
         RecordWriter(record).write(Event(wall_time=time.time(), **fields).SerializeToString())
         self._events.append(record.getvalue())
-        if self._events.is_full:
-            self._events.flush()
-            self._begin_events()  # TensorBoard reads the files of a folder one after the other
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         scalars = {name: float(x) for name, x in scalars.items()}
@@ -168,7 +167,7 @@ def _append_file(path: epath.Path) -> "_LocalFile | _ObjectFile":
 class _LocalFile:
     """A file that grows by complete records and is open only while one is written."""
 
-    is_full = False
+    is_complete = False
 
     def __init__(self, path: epath.Path):
         self._path, self._lost = path, 0
@@ -207,9 +206,9 @@ class _ObjectFile:
         self._next_s = time.monotonic() + UPLOAD_S
 
     @property
-    def is_full(self) -> bool:
-        """Whether writing it again takes long."""
-        return len(self._content) > MAX_OBJECT_BYTES
+    def is_complete(self) -> bool:
+        """Whether it is large, so that writing it again takes long, and written."""
+        return self._saved == len(self._content) > MAX_OBJECT_BYTES
 
     def append(self, record: bytes) -> None:
         self._content += record

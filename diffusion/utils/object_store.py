@@ -1,6 +1,7 @@
 """Object stores such as Google Cloud Storage and S3, through fsspec.
 
-Objects are written and read whole. Every failure is an OSError with a text, as for a local file.
+Objects are written and read whole. A failure is an OSError, as for a local file; those of gs://
+have a text, and come after a bounded time.
 Nothing is imported before the first path with a scheme is met.
 """
 
@@ -61,12 +62,20 @@ def connect(scheme: str) -> Any:
 def _gcs_class() -> type:
     import logging
 
-    import gcsfs
+    import gcsfs.core
+    import gcsfs.retry
 
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs what it also raises
 
-    class GCSFileSystem(gcsfs.GCSFileSystem):
+    # The class that gcsfs has for buckets of other kinds asks for a bucket's kind without a limit.
+    class GCSFileSystem(gcsfs.core.GCSFileSystem):
         """gcsfs's own, but that each error is an OSError with a text, after a bounded time."""
+
+        async def _isdir(self, path):
+            try:
+                return (await self._info(path))["type"] == "directory"
+            except FileNotFoundError:  # any other error means that it is not known
+                return False
 
         async def _call(self, method, path, *args, **kwargs):
             if time.monotonic() < _down_until_s:

@@ -358,6 +358,7 @@ def test_a_flush_writes_all_records_to_the_bucket(bucket):
 
 def test_large_event_files_of_a_bucket_are_followed_by_others(bucket, monkeypatch):
     monkeypatch.setattr(metric_writer, "MAX_OBJECT_BYTES", 400)
+    monkeypatch.setattr(metric_writer, "UPLOAD_S", 0.0)
     write(bucket / "large", range(1, 31))
     assert len(list((bucket / "large").glob("events.out.tfevents.*"))) > 2
     assert read_scalars(bucket / "large", "loss") == [(s, s / 8) for s in range(1, 31)]

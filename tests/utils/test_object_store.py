@@ -54,9 +54,9 @@ def test_what_another_process_wrote_is_seen(bucket):
     """Listings are not cached: another process may have added to them."""
     folder = bucket / "shared"
     assert list(folder.glob("*")) == []
-    import gcsfs
+    from gcsfs.core import GCSFileSystem
 
-    other = gcsfs.GCSFileSystem(token="anon", skip_instance_cache=True)
+    other = GCSFileSystem(token="anon", skip_instance_cache=True)
     other.pipe_file(f"{folder}/new", b"1")
     assert [p.name for p in folder.glob("*")] == ["new"]
 
@@ -95,6 +95,40 @@ def test_paths_that_are_mistyped_or_lack_their_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ConfigError, match=r"gs://: .* pip install gcsfs google-cloud-storage"):
         io.to_path("gs://b/run")
+
+
+def test_names_with_characters_of_patterns_are_refused_in_a_bucket(bucket):
+    """fsspec would take them for patterns: a removal would remove others."""
+    for name in ("run[1]", "run?", "run*"):
+        with pytest.raises(ConfigError, match=r"expected a name in a bucket, without"):
+            io.to_path(f"{bucket}/{name}")
+    with pytest.raises(ConfigError, match=r"as in gs://bucket/name"):
+        io.to_path("gs://")
+
+
+def test_removing_a_folder_removes_what_is_below_it_and_nothing_else(bucket, tmp_path):
+    for folder in (bucket / "removal", tmp_path):
+        for name in ("a/1", "a/b/2", "ab/3", "a1"):
+            io.save_text(folder / name, "")
+        io.remove_folder(folder / "a")
+        io.remove_folder(folder / "a")
+        assert io.files_in(folder) == ["a1", "ab/3"]
+
+
+def test_a_store_that_does_not_answer_is_not_an_empty_one(bucket, monkeypatch):
+    io.save_text(bucket / "kept" / "file", "")
+    monkeypatch.setattr(object_store, "_down_until_s", float("inf"))
+    monkeypatch.setattr(object_store, "_down_text", "no answer")
+    for look in (bucket.is_dir, bucket.exists, lambda: list(bucket.iterdir())):
+        with pytest.raises(OSError, match="no answer"):
+            look()
+
+
+def test_local_paths_that_look_like_other_programs_names_are_local(tmp_path):
+    assert str(io.to_path("/gs/data")) == "/gs/data"
+    io.save_text(tmp_path / "run[1]" / "part_1", "")
+    io.save_text(tmp_path / "run1" / "part_2", "")
+    assert [p.name for p in io.to_path(tmp_path / "run[1]").glob("part_*")] == ["part_1"]
 
 
 def test_a_local_path_is_the_users(monkeypatch, tmp_path):

@@ -148,7 +148,9 @@ def new_set_path(folder: str | os.PathLike, name: str, may_exist: bool = False) 
         found = repr(name) if len(name) <= MAX_NAME else f"{len(name):,} characters"
         raise mismatch("data.name", expected, found)
     path = io.to_path(folder) / name / VERSION
-    if (path.exists() or os.path.islink(path)) and not may_exist:
+    # In a store it is there once its last file is.
+    last = path / "dataset_info.json" if io.is_object_store(path) else path
+    if (last.exists() or os.path.islink(path)) and not may_exist:
         advice = "give another data.name, or delete it to make it anew"
         raise mismatch(path, "no such data set yet", "one", advice)
     return path
@@ -164,10 +166,21 @@ def create_folder(folder: str | os.PathLike, name: str) -> Iterator[pathlib.Path
     """
     final = new_set_path(folder, name)
     if io.is_object_store(final):
-        with tempfile.TemporaryDirectory() as local:
-            yield pathlib.Path(local)
-            with _writing(final):
-                io.upload_folder(pathlib.Path(local), final, last="dataset_info.json")
+        with _writing(final):  # better an error now than after an hour
+            io.save_text(final / ".probe", "")
+            (final / ".probe").unlink()
+        local = pathlib.Path(tempfile.mkdtemp(prefix=f"{name}-"))
+        try:
+            yield local
+        except BaseException:
+            shutil.rmtree(local, ignore_errors=True)
+            raise
+        try:
+            io.upload_folder(local, final, last="dataset_info.json")
+        except OSError as error:
+            what = f"cannot be written: {error_text(error)}; the data set is in {local}"
+            raise DataError(f"{final}: {what}: copy its files there") from error
+        shutil.rmtree(local, ignore_errors=True)
         return
     final = pathlib.Path(final)
     new = final.with_name(f".incomplete-{VERSION}")  # beside it: on the same file system
