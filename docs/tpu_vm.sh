@@ -5,7 +5,7 @@
 #     docs/tpu_vm.sh [--dry-run] setup | create | install | data | check | train | keep
 #     docs/tpu_vm.sh [--dry-run] status | logs | stop | delete | run --mode=sample ...
 #
-# --dry-run or DRY_RUN=1 prints the commands, one a line, and runs none of them.
+# --dry-run, which must come first, or DRY_RUN=1 prints the commands, one a line, and runs none.
 set -euo pipefail
 
 NAME=${NAME:-ddpm}                            # of the TPU and of the run: gs://BUCKET/runs/NAME
@@ -15,6 +15,7 @@ SPOT=${SPOT-1}                                # empty: on demand
 CONFIG=${CONFIG:-configs/cifar10.py:bfloat16} # --config
 ARGS=${ARGS:-}                                # further flags of main.py
 ARCHIVE=${ARCHIVE:-}                          # images for `data`; empty: download
+REF=${REF:-}                                  # branch, tag or commit of REPO; empty: the newest
 case $TYPE in                                 # the image of the hosts
   v5litepod-*) VERSION=${VERSION:-v2-alpha-tpuv5-lite} ;;
   v5p-*) VERSION=${VERSION:-v2-alpha-tpuv5} ;;
@@ -50,8 +51,10 @@ on() { # runs a shell command on one worker, or on `all`
 setup() {
   local number role
   execute gcloud services enable compute.googleapis.com tpu.googleapis.com --project="$PROJECT"
-  execute gcloud storage buckets create "gs://$BUCKET" --project="$PROJECT" \
-    --location="${ZONE%-*}" --uniform-bucket-level-access
+  if ! { execute gcloud storage buckets describe "gs://$BUCKET" && [ -z "$DRY_RUN" ]; } >/dev/null 2>&1; then
+    execute gcloud storage buckets create "gs://$BUCKET" --project="$PROJECT" \
+      --location="${ZONE%-*}" --uniform-bucket-level-access
+  fi
   number=$(ask NUMBER gcloud projects describe "$PROJECT" --format="value(projectNumber)")
   for role in objectAdmin legacyBucketReader; do # the second for storage.buckets.get
     execute gcloud storage buckets add-iam-policy-binding "gs://$BUCKET" --role="roles/storage.$role" \
@@ -65,19 +68,21 @@ state() { # prints the state of the queued resource, or NONE; in a dry run the a
     awk -v name="$NAME" '$1 == name { state = $2 } END { print state ? state : "NONE" }'
 }
 
-create() {
-  local found=''
-  execute gcloud compute tpus queued-resources create "$NAME" "${WHERE[@]}" --node-id="$NAME" \
-    --accelerator-type="$TYPE" --runtime-version="$VERSION" ${SPOT:+--spot}
+create() { # asks for the TPU, unless that was done before, and waits
+  local found
+  found=$(state NONE)
+  [ "$found" != NONE ] || execute gcloud compute tpus queued-resources create "$NAME" "${WHERE[@]}" \
+    --node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="$VERSION" ${SPOT:+--spot}
   until found=$(state ACTIVE) && [ "$found" = ACTIVE ]; do
     echo "$(date +%T) $NAME: $found" >&2
-    case $found in FAILED | SUSPENDED) return 1 ;; esac
+    case $found in FAILED | SUSPENDED | NONE) return 1 ;; esac
     sleep 30
   done
 }
 
 install() { # uv brings Python 3.12; the images' own may be too old
-  on all "if [ -d ddpm ]; then git -C ddpm pull --ff-only; else git clone ${REPO:?what git clones} ddpm; fi"
+  on all "([ -d ddpm ] || git clone $REPO ddpm) && cd ddpm &&\
+ git fetch origin ${REF:-HEAD} && git checkout --detach FETCH_HEAD"
   on all "cd ddpm && ([ -x ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh) &&\
  ~/.local/bin/uv venv --allow-existing --python=3.12 .venv &&\
  ~/.local/bin/uv pip install -r requirements.txt \"jax[tpu]>=0.10,<0.13\" gcsfs google-cloud-storage"
@@ -87,23 +92,26 @@ data() { on 0 "cd ddpm && $PROGRAM --mode=prepare${ARCHIVE:+ --config.data.archi
 run() { on all "cd ddpm && $PROGRAM $*"; }
 check() { run --mode=check; }
 train() { on all "cd ddpm && bash docs/tpu_vm.sh worker start $PROGRAM"; }
-status() { on all "cd ddpm && bash docs/tpu_vm.sh worker status"; }
+status() { on all 'cd ddpm 2>/dev/null && bash docs/tpu_vm.sh worker status || echo "not running"'; }
 stop() { on all "cd ddpm && bash docs/tpu_vm.sh worker stop"; }
 logs() { on 0 "tail -n 50 -F ddpm/train.log"; }
 delete() { execute gcloud compute tpus queued-resources delete "$NAME" "${WHERE[@]}" --force --quiet; }
 
 keep() { # trains to the end on TPUs that may be taken away, then deletes the TPU
-  local found report step steps
+  local found report step steps refused=0
   while :; do
     found=$(state NONE) || found=UNKNOWN
     report='' steps=''
     case $found in
-      ACTIVE) report=$(status) || report='' ;;
-      NONE) steps="create install train" ;;
-      FAILED | SUSPENDED) steps="delete create install train" ;;
+      ACTIVE) refused=0 && report=$(status) || report='' ;;
+      NONE) refused=$((refused + 1)) && steps="create install train" ;;
+      FAILED | SUSPENDED) refused=0 && steps="delete create install train" ;;
     esac
+    [ "$refused" -le 10 ] || { echo "$NAME: expected a TPU, found ten refused requests" >&2 && return 1; }
     case $report in
-      *"ended with code "[1-9]*) echo "$report; the TPU is still there, and paid for" >&2 && return 1 ;;
+      *"ended with code "[1-9]*)
+        echo "$report; see \`logs\`, then \`train\` and \`keep\`, or \`delete\` the TPU, which is paid for" >&2
+        return 1 ;;
       *"not running"*) steps="install train" ;;
       *running*) ;;
       *"ended with code 0"*) delete && return ;;
@@ -142,9 +150,17 @@ worker() { # what the steps above run on a host of the TPU, in the folder of the
   esac
 }
 
+for word in "${@:2}"; do
+  case $1,$word in
+    run,--dry-run) ;;
+    worker,* | run,*) continue ;;
+  esac
+  echo "$1: expected no $word after it; --dry-run comes before, flags of main.py are in ARGS" >&2 && exit 2
+done
 case ${1:-} in
   worker) ;;
   setup | create | install | data | check | train | keep | status | logs | stop | delete | run)
+    case $1 in create | install | keep) : "${REPO:?the address of the repository}" ;; esac
     WHERE=(--project="${PROJECT:?the id of a Google Cloud project}" --zone="$ZONE")
     PROGRAM="env JAX_COMPILATION_CACHE_DIR=gs://${BUCKET:?the name of the bucket}/cache .venv/bin/python main.py"
     PROGRAM="$PROGRAM --config=$CONFIG --workdir=gs://$BUCKET/runs/$NAME"

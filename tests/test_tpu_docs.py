@@ -1,5 +1,6 @@
 """docs/tpu_vm.sh: its dry run is what docs/tpu.md shows; its loop on a host does what it says."""
 
+import functools
 import os
 import pathlib
 import re
@@ -54,8 +55,9 @@ def dry_run(stubs):
 
 
 def shown():
-    """Returns the gcloud commands of the page's blocks, one a line as the dry run prints them."""
-    blocks = re.findall(r"^ *```\n(.*?)^ *```", PAGE.read_text(), re.M | re.S)
+    """Returns the gcloud commands of the steps, one a line as the dry run prints them."""
+    steps = re.search(r"^## The steps$(.*?)^## ", PAGE.read_text(), re.M | re.S)[1]
+    blocks = re.findall(r"^ *```\n(.*?)^ *```", steps, re.M | re.S)
     lines = re.sub(r" *\\\n *", " ", "".join(blocks)).splitlines()
     return {line.strip() for line in lines if line.strip().startswith("gcloud ")}
 
@@ -89,10 +91,10 @@ def test_keep_begins_with_what_a_person_would_do(dry_run):
     ],
 )
 def test_settings_reach_the_request(dry_run, kind, version):
-    words = shlex.split(dry_run("create", TYPE=kind, ZONE="europe-west4-a", SPOT="")[0])
+    words = shlex.split(dry_run("create", TYPE=kind, ZONE="europe-west4-a", SPOT="")[1])
     wanted = {f"--accelerator-type={kind}", f"--runtime-version={version}", "--zone=europe-west4-a"}
     assert wanted <= set(words) and "--spot" not in words
-    assert "--spot" in shlex.split(dry_run("create")[0])
+    assert "--spot" in shlex.split(dry_run("create")[1])
 
 
 def test_what_is_printed_can_be_typed(dry_run):
@@ -107,12 +109,26 @@ def test_what_is_printed_can_be_typed(dry_run):
                 subprocess.run(["bash", "-n", "-c", word.removeprefix("--command=")], check=True)
 
 
-def test_settings_that_miss_are_named(stubs):
+@pytest.mark.parametrize("step", ["create", "install", "keep"])
+def test_settings_that_miss_are_named_before_a_tpu_is_paid_for(stubs, step):
     for name in ("PROJECT", "BUCKET", "REPO"):
         settings = {k: v for k, v in SETTINGS if k != name}
-        code, _, err = call(stubs, "--dry-run", "install", **settings)
-        assert code and name in err
-    assert call(stubs)[0] == 2 and call(stubs, "reboot", **dict(SETTINGS))[0] == 2
+        code, out, err = call(stubs, "--dry-run", step, **settings)
+        assert code and name in err and not out
+
+
+@pytest.mark.parametrize("step", [*STEPS, "run"])
+def test_a_word_that_is_not_taken_ends_it(stubs, step):
+    """`delete --dry-run` deletes nothing."""
+    code, out, err = call(stubs, step, "--dry-run", **dict(SETTINGS))
+    assert (code, out) == (2, "") and "called" not in err
+    assert f"{step}: expected" in err and "--dry-run" in err
+
+
+def test_what_is_no_step_is_answered_with_the_usage(stubs):
+    for words in ([], ["reboot"], ["--dry-run"]):
+        code, out, err = call(stubs, *words, **dict(SETTINGS))
+        assert code == 2 and "setup | create" in out and not err
 
 
 def test_what_is_executed_is_what_is_printed(stubs, dry_run):
@@ -123,22 +139,24 @@ def test_what_is_executed_is_what_is_printed(stubs, dry_run):
 
 
 @pytest.fixture
-def keep(stubs, tmp_path):
-    """Returns a call of `keep`, gcloud giving these answers; it returns the code and the steps.
+def google(stubs, tmp_path):
+    """Returns a call of a step, gcloud giving these answers; it returns the code and the calls.
 
-    A slash separates the lines of several hosts; after `down` gcloud fails.
+    A slash separates the lines of several hosts; after `down` gcloud fails. Where the file
+    `refused` is, requests are refused.
     """
 
-    def run(*answers):
+    def run(step, *answers):
         calls, lines = tmp_path / "calls", tmp_path / "answers"
         lines.write_text("".join(f"{answer}\n" for answer in answers))
         answer = f"answer=$(head -n 1 {lines}); sed -i 1d {lines}; tr / '\\n' <<< $answer"
-        asks = (
-            f'case "$*" in *" list "* | *"worker status") {answer}; [ "$answer" != down ] ;; esac'
-        )
+        asks = f"""case "$*" in
+            *" list "* | *"worker status"*) {answer}; [ "$answer" != down ] ;;
+            *"resources create"*) [ ! -e {tmp_path}/refused ] ;;
+        esac"""
         write_stub(stubs / "gcloud", f'echo "$*" >> {calls}; {asks}')
         write_stub(stubs / "sleep", "")
-        code = call(stubs, "keep", **dict(SETTINGS))[0]
+        code = call(stubs, step, **dict(SETTINGS))[0]
         assert not lines.read_text()
         steps = r"queued-resources (\w+)|worker (\w+)|(uv pip)"
         return code, " ".join("".join(found) for found in re.findall(steps, calls.read_text()))
@@ -146,10 +164,15 @@ def keep(stubs, tmp_path):
     return run
 
 
+@pytest.fixture
+def keep(google):
+    return functools.partial(google, "keep")
+
+
 def test_keep_replaces_what_was_taken_and_deletes_at_the_end(keep):
-    taken = "ddpm ACTIVE", "running", "ddpm SUSPENDED", "ddpm PROVISIONING", "ddpm ACTIVE"
+    taken = "ddpm ACTIVE", "running", "ddpm SUSPENDED", "none", "ddpm PROVISIONING", "ddpm ACTIVE"
     code, steps = keep(*taken, "ddpm ACTIVE", "ended with code 0")
-    again = "list delete create list list uv pip start"
+    again = "list delete list create list list uv pip start"
     assert (code, steps) == (0, f"list status {again} list status delete")
 
 
@@ -170,6 +193,91 @@ def test_keep_leaves_an_error_to_a_person(keep):
 def test_keep_replaces_nothing_while_google_does_not_answer(keep):
     answers = "down", "ddpm ACTIVE", "down", "ddpm ACTIVE", "ended with code 0"
     assert keep(*answers) == (0, "list list status list status delete")
+
+
+def test_keep_ends_where_all_requests_are_refused(keep, tmp_path):
+    """As without quota; a request that fails later, as without capacity, is made again."""
+    (tmp_path / "refused").touch()
+    assert keep(*["none"] * 21) == (1, "list list create " * 10 + "list")
+
+
+def test_keep_installs_on_a_host_that_has_no_clone(stubs, tmp_path):
+    """Its status is `not running`; only a host that is not reached has none."""
+    host, calls = tmp_path / "host", tmp_path / "calls"
+    host.mkdir()
+    write_stub(
+        stubs / "gcloud",
+        f"""echo "$*" >> {calls}
+        case "$*" in
+            *" list "*) echo ddpm ACTIVE ;;
+            *"worker status"*) cd {host}; command="${{@: -1}}"; bash -c "${{command#*=}}" ;;
+            *"git clone"*) mkdir -p {host}/ddpm/docs; cp {SCRIPT} {host}/ddpm/docs ;;
+            *"worker start"*) echo 0 > {host}/ddpm/train.exit ;;
+        esac""",
+    )
+    write_stub(stubs / "sleep", "")
+    assert call(stubs, "keep", **dict(SETTINGS))[0] == 0
+    assert calls.read_text().splitlines()[-1].split()[3] == "delete"
+
+
+def test_create_goes_on_waiting_for_a_request(google):
+    """As after Ctrl-C: a second request of the same name would be refused."""
+    assert google("create", "ddpm PROVISIONING", "ddpm PROVISIONING", "ddpm ACTIVE") == (
+        0,
+        "list list list",
+    )
+    assert google("create", "none", "ddpm ACTIVE")[1] == "list list list list create list"
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_setup_gives_the_roles_also_where_the_bucket_is_there(stubs, tmp_path, there):
+    calls = tmp_path / "calls"
+    write_stub(
+        stubs / "gcloud",
+        f"""echo "$*" >> {calls}
+        case "$*" in
+            *"buckets describe"*) {str(there).lower()} ;;
+            *"buckets create"*) {str(not there).lower()} ;;
+            *"projects describe"*) echo 123 ;;
+        esac""",
+    )
+    assert call(stubs, "setup", **dict(SETTINGS))[0] == 0
+    called = calls.read_text()
+    assert called.count("serviceAccount:123-compute@") == 2
+    assert ("buckets create" in called) == (not there)
+
+
+def test_install_takes_the_newest_commit_or_the_one_that_is_named(dry_run, tmp_path):
+    source, host = tmp_path / "source", tmp_path / "host"
+    host.mkdir()
+    git = ["git", "-C", str(source), "-c", "user.name=a", "-c", "user.email=a@b"]
+
+    def commit(text):
+        (source / "file").write_text(text)
+        subprocess.run([*git, "add", "file"], check=True)
+        subprocess.run([*git, "commit", "-qm", text], check=True)
+
+    def installed(**variables):
+        clone = shlex.split(dry_run("install", REPO=str(source), **variables)[0])[-1]
+        command = ["bash", "-c", clone.removeprefix("--command=")]
+        subprocess.run(command, cwd=host, check=True, capture_output=True)
+        return (host / "ddpm" / "file").read_text()
+
+    subprocess.run(["git", "init", "-q", "-b", "trunk", source], check=True)
+    commit("first")
+    subprocess.run([*git, "tag", "v1"], check=True)
+    assert installed() == "first"
+    commit("second")
+    assert installed(REF="v1") == "first"
+    assert installed(REF="trunk") == "second"
+    commit("third")
+    assert installed(REF="trunk") == "third"
+    assert installed(REF="v1") == "first"
+    assert installed() == "third"
+
+
+def test_create_ends_where_the_request_is_deleted_meanwhile(google):
+    assert google("create", "ddpm DELETING", "ddpm DELETING", "none") == (1, "list list list")
 
 
 def test_a_request_that_fails_ends_create(stubs):
