@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from diffusion import data
+from diffusion import checkpoint, data
 from diffusion.checkpoint import Checkpoints
 from diffusion.data.loader import iterate_shuffled, load_dataset
 from diffusion.utils import io, object_store
@@ -93,6 +93,7 @@ def test_checkpoints_copied_from_a_local_disk_are_verified_and_taken(opened, buc
         assert_same_state(checkpoints.restore(abstract()), make_state(step))
         saved(checkpoints, 12)
     assert (bucket / "copied" / "torn" / "2024.bad1" / "notes.txt").read_text() == "of the user"
+    assert not (bucket / "copied" / "torn" / "8.bad1" / COMMIT).exists()
 
 
 def test_a_store_that_does_not_answer_is_no_damage(opened, bucket, monkeypatch):  # noqa: F811
@@ -105,6 +106,14 @@ def test_a_store_that_does_not_answer_is_no_damage(opened, bucket, monkeypatch):
         for look in (checkpoints.latest, lambda: checkpoints.restore(abstract())):
             with pytest.raises(OSError, match="no answer"):
                 look()
+
+    def no_answer(step):
+        raise OSError(5, "no answer")
+
+    with monkeypatch.context() as patch:  # after the listing
+        patch.setattr(checkpoint.files, "read_manifest", no_answer)
+        with pytest.raises(OSError, match="no answer"):
+            checkpoints.restore(abstract())
     assert checkpoints.latest() == 8 and names(folder) == ["4", "8"]
 
 
