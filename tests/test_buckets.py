@@ -162,7 +162,7 @@ def test_a_run_in_a_bucket_is_a_local_run(bucket, trained, tmp_path):
             run(f"--mode={mode}", f"--workdir={workdir}", "--config.eval.references=('test',)")
     ours, theirs = ([f for f in io.files_in(w) if f.endswith(("samples.npz", ".png"))]
                     for w in (remote, local))  # fmt: skip
-    assert ours == theirs and len(ours) == 7
+    assert {*ours} <= {*theirs} and len(ours) == 7  # other tests sample from the local one too
     for name in ours:
         assert io.read_bytes(remote / name) == io.read_bytes(local / name), name
 
