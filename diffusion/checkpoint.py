@@ -115,16 +115,18 @@ class Checkpoints:
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         args = ocp.args.Composite(**args, manifest=ocp.args.JsonSave(manifest))
 
-        def begin():
-            if self._manager is None and io.is_object_store(self._directory):
-                files.check_writable(self._directory)  # which asks for less time than orbax
+        def mark():
             if is_primary():
                 files.mark_begun(self._folder(step))
+
+        def begin():
             # force: orbax would decline to save below the newest step.
             if not self._orbax().save(step, args=args, force=True):
                 raise RuntimeError("orbax declined to save it")
 
         self._saving, self._began = step, time.monotonic()
+        # First: a store that does not answer says so sooner than orbax, and to all processes alike.
+        self._attempt(mark)
         self._attempt(begin)
         self._pending = self._thread.submit(self._finish, step, manifest["sha256"])
 
@@ -140,7 +142,8 @@ class Checkpoints:
             except WorkdirError as error:
                 self._failures += 1
                 if self._failures == MAX_FAILURES:
-                    message = f"{error}; failure {MAX_FAILURES} in a row: make room there"
+                    advice = "make room there, or see that it can be reached"
+                    message = f"{error}; failure {MAX_FAILURES} in a row: {advice}"
                     raise WorkdirError(message) from error
                 count = f"failure {self._failures} of {MAX_FAILURES} in a row"
                 logging.warning(f"{error}; training goes on: {count}")
@@ -233,10 +236,8 @@ class Checkpoints:
             try:
                 args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
                 items = dict(self._orbax().restore(step, args=ocp.args.Composite(**args)).items())
-                found, saved = (
-                    digests.sha256(items),
-                    files.read_manifest(self._folder(step))["sha256"],
-                )
+                found = digests.sha256(items)
+                saved = files.read_manifest(self._folder(step))["sha256"]
                 if name := digests.differing(found, {k: saved[k] for k in found}):
                     problem = f"is damaged: {name} is not what was saved"
                 elif "state" in items and (inside := int(items["state"]["step"])) != step:
@@ -265,7 +266,7 @@ class Checkpoints:
                 raise
             return f"is not complete: manifest: {type(error).__name__}: {files.root_cause(error)}"
         if files.lacks_commit(folder):
-            return f"is not complete: {files.COMMIT} is missing"
+            return f"is not complete: {files.COMMIT} is missing; a training verifies copied steps"
         for item in files.ITEMS:
             if not (folder / item).is_dir():
                 return f"is not complete: {item} is missing"

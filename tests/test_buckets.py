@@ -117,6 +117,22 @@ def test_a_store_that_does_not_answer_is_no_damage(opened, bucket, monkeypatch):
     assert checkpoints.latest() == 8 and names(folder) == ["4", "8"]
 
 
+def test_where_process_0_cannot_write_the_others_do_not_wait_for_it_in_orbax(
+    opened,  # noqa: F811
+    bucket,
+    monkeypatch,
+):
+    """Seen from another process, which learns of the failure before it enters orbax's barriers."""
+    checkpoints = saved(opened(bucket / "unmarked"), 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "is_primary", lambda: False)
+        patch.setattr(checkpoint, "all_processes", lambda flag: False)
+        patch.setattr(checkpoint.ocp.CheckpointManager, "save", lambda *a, **k: pytest.fail("save"))
+        with pytest.raises(WorkdirError, match="step 8 was not saved: another process failed"):
+            checkpoints.save(8, make_state(8))
+    assert checkpoints.latest() == 4
+
+
 def test_a_bucket_that_is_not_there_is_an_error_at_the_start():
     with pytest.raises(WorkdirError, match=r"gs://there-is-none/run: cannot be written: no such"):
         Checkpoints("gs://there-is-none/run")

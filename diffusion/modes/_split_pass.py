@@ -180,7 +180,7 @@ def accumulate(
     progress: Callable[[int], None],
     enough: Callable[[RunningSums], bool] = lambda sums: False,
 ) -> RunningSums:
-    """Sums run(batch) -> [b, ...] over a pass, which resumes from `path` after an interruption.
+    """Adds up run(batch) -> [b, ...] over a pass, which resumes from `path` after an interruption.
 
     progress: called with the images done; enough: whether the pass may end after so many.
     """

@@ -114,10 +114,10 @@ def by_seed(scores: list[dict[str, float]]) -> dict[str, list[float]]:
 def real_entry(
     config: ConfigDict, exp: Experiment, fidelity: Callable[[np.ndarray], dict[str, float]]
 ) -> FrontierEntry:
-    """Scores frontier.num real images for each seed, of the split test where it has as many.
+    """Computes the scores of frontier.num real images for each seed.
 
-    Images of the split train are in what they are compared with, which makes their scores better
-    than those of other real images.
+    They are of the split test where it has as many. Images of the split train are in what they are
+    compared with, which makes their scores better than those of other real images.
     """
     c = config.frontier
     try:

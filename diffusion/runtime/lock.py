@@ -183,16 +183,18 @@ def _numbered(path: epath.Path, number: int) -> epath.Path:
     return path.with_name(f"{path.name}-{number}")
 
 
-def _last_object(path: epath.Path) -> tuple[int, dict[str, Any]]:
-    """Returns the highest number, 0 if there is none, and the content of its object."""
+def _last_object(path: epath.Path, tries: int = 3) -> tuple[int, dict[str, Any]]:
+    """Returns the highest number, 0 if there is none, and its object's content. Raises OSError."""
     names = [other.name.rpartition("-")[2] for other in path.parent.glob(f"{path.name}-*")]
     number = max((int(name) for name in names if name.isdecimal()), default=0)
     try:
         return number, json.loads(read_bytes(_numbered(path, number))) if number else {}
-    except FileNotFoundError:  # whoever has a higher number has just removed it
-        return _last_object(path)
     except ValueError:
         return number, {}
+    except FileNotFoundError:  # whoever has a higher number has just removed it
+        if tries == 1:
+            raise
+        return _last_object(path, tries - 1)
 
 
 def _is_gone(holder: dict[str, Any]) -> bool:

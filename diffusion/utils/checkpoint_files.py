@@ -4,8 +4,8 @@ An object store cannot rename a folder. There orbax ends a step with the file CO
 """
 
 import contextlib
+import itertools
 import json
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from diffusion.utils import digests, io
-from diffusion.utils.errors import WorkdirError, error_text
+from diffusion.utils.errors import WorkdirError, error_text, one_line
 from diffusion.utils.multihost import all_processes, is_primary
 
 ITEMS = ("ema", "state")
@@ -61,8 +61,9 @@ def commit_copies(directory: epath.Path) -> None:
 def remove_leftovers(directory: epath.Path) -> None:
     """Removes what killed or failed saves left; what cannot be removed stays."""
     with contextlib.suppress(OSError):
-        for pattern in LEFTOVERS:
-            remove(directory.glob(pattern))
+        for folder in itertools.chain.from_iterable(map(directory.glob, LEFTOVERS)):
+            with contextlib.suppress(OSError):  # TensorStore may still be writing there
+                io.remove_folder(folder)
         for mark in directory.glob(f"*{BEGUN}"):  # steps that others put there stay
             step = mark.with_name(mark.name.removesuffix(BEGUN))
             if lacks_commit(step):
@@ -79,13 +80,6 @@ def mark_begun(step: epath.Path) -> None:
 def mark_finished(step: epath.Path) -> None:
     """Removes the note of `mark_begun`."""
     step.with_name(step.name + BEGUN).unlink(missing_ok=True)
-
-
-def remove(folders: Iterable[epath.Path]) -> None:
-    """Removes folders, but for those that cannot be: TensorStore may still be writing there."""
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            io.remove_folder(folder)
 
 
 def delete_step(step: epath.Path) -> None:
@@ -109,12 +103,14 @@ def read_alone(step: epath.Path) -> dict[str, Any]:
 
 
 def check_writable(directory: epath.Path) -> None:
-    """Makes the directory and writes into it: better an error now than at the first save."""
+    """Makes the directory and writes into it: better an error now than at the first save.
+
+    Raises WorkdirError in every process.
+    """
     problem = ""
     if is_primary():
         try:
-            io.save_text(directory / ".probe", "")
-            (directory / ".probe").unlink()
+            io.try_writing(directory)
         except OSError as error:
             problem = error_text(error)
     if not all_processes(not problem):
@@ -126,5 +122,4 @@ def root_cause(error: BaseException) -> str:
     """Returns the innermost message as one short line, without TensorStore's dump of parameters."""
     while error.__cause__ and not getattr(error, "strerror", None):
         error = error.__cause__
-    text = " ".join(str(error).split("[tensorstore_spec")[0].split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
+    return one_line(str(error).split("[tensorstore_spec")[0]) or type(error).__name__

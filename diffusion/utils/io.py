@@ -85,13 +85,20 @@ def atomic_write(path: PathLike) -> Iterator[BinaryIO]:
 def create(path: PathLike, content: bytes) -> bool:
     """Writes an object unless there is one; returns whether it did, as one of several writers does.
 
-    The content must be the caller's alone.
+    The content must be the caller's alone. Raises OSError.
     """
     try:
         _store(path).pipe_file(os.fspath(path), content, mode="create")
     except FileExistsError:  # also of a repeated request whose first answer was lost
         return read_bytes(path) == content
     return True
+
+
+def try_writing(folder: PathLike) -> None:
+    """Makes a folder, writes a file into it and removes that again. Raises OSError."""
+    path = to_path(folder) / ".probe"
+    save_text(path, "")
+    path.unlink()
 
 
 def read_bytes(path: PathLike) -> bytes:
@@ -170,7 +177,10 @@ def publish_folder(staged: epath.Path, folder: epath.Path) -> None:
 
 
 def upload_folder(local: pathlib.Path, folder: PathLike, last: str = "") -> None:
-    """Copies all files of a local folder into an object store, the one named `last` at the end."""
+    """Copies all files of a local folder into an object store, `last` at the end.
+
+    Raises OSError.
+    """
     for name in sorted(files_in(local), key=lambda name: (name == last, name)):
         _store(folder).put_file(str(local / name), f"{os.fspath(folder)}/{name}")
 

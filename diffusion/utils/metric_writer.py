@@ -207,7 +207,7 @@ class _ObjectFile:
 
     @property
     def is_complete(self) -> bool:
-        """Whether it is large, so that writing it again takes long, and written."""
+        """Returns whether it is written, and so large that what follows belongs into another."""
         return self._saved == len(self._content) > MAX_OBJECT_BYTES
 
     def append(self, record: bytes) -> None:

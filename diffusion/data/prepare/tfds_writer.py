@@ -167,8 +167,7 @@ def create_folder(folder: str | os.PathLike, name: str) -> Iterator[pathlib.Path
     final = new_set_path(folder, name)
     if io.is_object_store(final):
         with _writing(final):  # better an error now than after an hour
-            io.save_text(final / ".probe", "")
-            (final / ".probe").unlink()
+            io.try_writing(final)
         local = pathlib.Path(tempfile.mkdtemp(prefix=f"{name}-"))
         try:
             yield local
