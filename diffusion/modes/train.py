@@ -24,7 +24,7 @@ from diffusion.utils.progress import GoodputTimer
 
 
 def run(run: Run) -> None:
-    """Trains a model; writes checkpoints/, metrics.jsonl, event files, samples/, figures/loss.png."""
+    """Trains; writes checkpoints/, metrics.jsonl, event files, samples/ and figures/loss.png."""
     config, c, timer = run.config, run.config.train, GoodputTimer()
     exp = experiment.build(config)
     experiment.make_sampler(config, exp)  # what --mode=sample could not use is refused now
