@@ -105,7 +105,9 @@ def main(
             return _end(LostPeerError(what))
         if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
             where = error.filename or (run and run.workdir) or "a file"
-            return _end(WorkdirError(f"{where}: {error_text(error)}; the same command goes on"))
+            denied = error.errno == errno.EACCES
+            advice = "give this user the permission" if denied else "the same command goes on"
+            return _end(WorkdirError(f"{where}: {error_text(error)}; {advice}"))
         trace = run and workdir.write_traceback(run.workdir, error)
         if not trace:
             raise

@@ -1,7 +1,9 @@
 """The command line: what is typed wrong ends in one line, and nothing is imported in vain."""
 
+import errno
 import itertools
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -12,6 +14,7 @@ import pytest
 
 import main
 from configs import default
+from diffusion.modes import check
 from diffusion.runtime import cli
 from diffusion.runtime import config as config_
 from diffusion.utils.errors import ConfigError
@@ -208,3 +211,24 @@ def test_a_work_directory_from_before_a_key_came_goes_on(trained, tmp_path):
     for args in ([], [TINY]):
         out, _ = run(f"--workdir={workdir}", *args)
         assert "nothing to do" in out
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 4, r"/x/y: No space .*goes on"),
+        (OSError(errno.EIO, "no answer"), 4, r"run: no answer; the same command goes on"),
+        (OSError(errno.EACCES, "Permission denied"), 4, r"Permission denied; give this user"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/x"), 1, r"the traceback: .*crash/trace"),
+    ],
+)
+def test_an_error_of_the_storage_is_one_line_and_any_other_a_defect(
+    tmp_path, monkeypatch, error, code, line
+):
+    def fail(run):
+        raise error
+
+    monkeypatch.setattr(check, "run", fail)
+    (tmp_path / "run").mkdir()
+    _, err = run("--mode=check", TINY, f"--workdir={tmp_path / 'run'}", code=code)
+    assert err.count("\n") == 1 and re.search(line, err), err
