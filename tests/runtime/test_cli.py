@@ -179,8 +179,8 @@ def test_help_imports_nothing_heavy():
     assert not {"jax", "numpy", "flax", "tensorboard"} & modules_after("--help")
 
 
-def test_sampling_imports_no_other_mode(trained):
-    workdir = trained[0]
+def test_sampling_imports_no_other_mode(trained, tmp_path):
+    workdir = shutil.copytree(trained[0], tmp_path / "run")
     args = ("--mode=sample", f"--workdir={workdir}", "--config.sample.num=2")
     imported = modules_after(*args, "--config.sample.seed=7")
     modes = {m for m in imported if m.startswith("diffusion.modes.")}
