@@ -49,6 +49,21 @@ def respace(p: Process, ts: np.ndarray) -> Process:
     return Process(np.append(1.0, p.alpha_bar[ts]), np.append(-1.0, p.model_t[ts]))
 
 
+def at_levels(p: Process, alpha_bar: np.ndarray) -> Process:
+    """Returns the process of any noise levels, those between p's steps included.
+
+    alpha_bar: float[n], strictly falling in (0, 1), of the steps 1..n. The network's time input is
+    interpolated linearly in log(sigma / alpha), and constant beyond p's first and last step.
+    """
+    alpha_bar = np.asarray(alpha_bar, np.float64)
+    inside = alpha_bar.ndim == 1 and alpha_bar.size and np.all((alpha_bar > 0) & (alpha_bar < 1))
+    if not inside or np.any(np.diff(alpha_bar) >= 0):
+        raise ValueError(f"alpha_bar: expected falling numbers in (0, 1), found {alpha_bar}")
+    q = Process(np.append(1.0, alpha_bar), np.zeros(len(alpha_bar) + 1))
+    level, known = -half_log_snr(q)[1:], -half_log_snr(p)[1:]
+    return q._replace(model_t=np.append(-1.0, np.interp(level, known, p.model_t[1:])))
+
+
 def gather(table: np.ndarray, t) -> Array | np.ndarray:
     """Returns table[t]: float64 for a host t, the device's float type for a device or traced t."""
     return jnp.asarray(table)[t] if isinstance(t, Array) else table[t]

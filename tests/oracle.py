@@ -143,17 +143,6 @@ def side_by_side(predicts):
     return predict
 
 
-def at_noise_levels(p, alpha_bar):
-    """Returns the process of any noise levels, those between the trained times included.
-
-    alpha_bar: float[n], strictly falling in (0, 1), of the steps 1..n. The network's time input is
-    interpolated linearly in log(sigma / alpha) and constant outside of the trained times.
-    """
-    q = process.Process(np.append(1.0, alpha_bar), np.zeros(len(alpha_bar) + 1))
-    level, trained = -process.half_log_snr(q)[1:], -process.half_log_snr(p)[1:]
-    return q._replace(model_t=np.append(-1.0, np.interp(level, trained, p.model_t[1:])))
-
-
 class Gaussian(NamedTuple):
     """Data N(mean, var), independent in every pixel, whose perfect network is known.
 

@@ -65,19 +65,3 @@ def test_perfect_networks_are_means_of_the_target(target, x64):
     wanted = TARGETS[target].from_x0(SHORT, x_0, eps, x_t, t)
     ours = known.network(SHORT, target, learned=False)(x_t, t - 1)
     np.testing.assert_allclose(ours, wanted, rtol=1e-9, atol=1e-12)  # float64
-
-
-def test_noise_levels_at_the_trained_times():
-    q = oracle.at_noise_levels(LINEAR, LINEAR.alpha_bar[1:])
-    np.testing.assert_array_equal(q.alpha_bar, LINEAR.alpha_bar)
-    np.testing.assert_allclose(q.model_t, LINEAR.model_t, atol=1e-9)
-
-
-def test_noise_levels_between_the_trained_times():
-    """Half way in log(sigma / alpha) is half way in time; outside it is the nearest time."""
-    odds = (1 - SHORT.alpha_bar[1:]) / SHORT.alpha_bar[1:]
-    q = oracle.at_noise_levels(SHORT, 1 / (1 + np.sqrt(odds[:-1] * odds[1:])))
-    np.testing.assert_allclose(q.model_t, [-1, *np.arange(0.5, 19)], atol=1e-12)
-    assert q.T == 19 and q.alpha_bar[0] == 1
-    q = oracle.at_noise_levels(SHORT, 1 / (1 + np.array([odds[0] / 2, 2 * odds[-1]])))
-    np.testing.assert_array_equal(q.model_t, [-1, 0, 19])

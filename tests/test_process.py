@@ -244,3 +244,26 @@ def test_raw_keys_are_the_same_keys():
 def test_keys_are_counted():
     with pytest.raises(ValueError, match=r"one per example \[3\]"):
         process.example_keys(random.split(random.key(0), 4), 3)
+
+
+def test_noise_levels_at_the_trained_times():
+    q = process.at_levels(LINEAR, LINEAR.alpha_bar[1:])
+    np.testing.assert_array_equal(q.alpha_bar, LINEAR.alpha_bar)
+    np.testing.assert_allclose(q.model_t, LINEAR.model_t, atol=1e-9)
+
+
+def test_noise_levels_between_the_trained_times():
+    """Half way in log(sigma / alpha) is half way in time; outside it is the nearest time."""
+    p = chain(20)
+    odds = (1 - p.alpha_bar[1:]) / p.alpha_bar[1:]
+    q = process.at_levels(p, 1 / (1 + np.sqrt(odds[:-1] * odds[1:])))
+    np.testing.assert_allclose(q.model_t, [-1, *np.arange(0.5, 19)], atol=1e-12)
+    assert q.T == 19 and q.alpha_bar[0] == 1
+    q = process.at_levels(p, 1 / (1 + np.array([odds[0] / 2, 2 * odds[-1]])))
+    np.testing.assert_array_equal(q.model_t, [-1, 0, 19])
+
+
+@pytest.mark.parametrize("levels", [(), (0.5, 0.6), (0.5, 0.5), (1.0, 0.5), (0.5, 0.0)])
+def test_noise_levels_that_do_not_fall_are_refused(levels):
+    with pytest.raises(ValueError, match="expected falling numbers"):
+        process.at_levels(LINEAR, levels)

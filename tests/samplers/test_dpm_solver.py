@@ -24,7 +24,7 @@ SHORT = process.from_betas(schedules.linear(20, 1e-3, 0.4))
 # 64 steps of one length in lambda = log(alpha / sigma), from -3 to 2, which is t = 1.
 STEPS = 64
 
-EVEN = oracle.at_noise_levels(SHORT, 1 / (1 + np.exp(-2 * np.linspace(2, -3, STEPS + 1))))
+EVEN = process.at_levels(SHORT, 1 / (1 + np.exp(-2 * np.linspace(2, -3, STEPS + 1))))
 
 MEANS, SIGMAS, SHARES = np.array([-0.6, 0.5]), np.array([0.2, 0.3]), np.array([0.4, 0.6])
 

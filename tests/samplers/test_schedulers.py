@@ -216,7 +216,7 @@ def test_solvers(full):
         timesteps, runner, atol = full[f"{run}/timesteps"], solver_runner(of_name(run)), 2e-5
         if "karras" in run:
             # Noise levels between the trained times; the network gets the nearest time.
-            p = oracle.at_noise_levels(
+            p = process.at_levels(
                 LINEAR, 1 / (1 + full[f"{run}/sigmas"][-2::-1].astype(float) ** 2)
             )
             np.testing.assert_array_equal(np.round(p.model_t[:0:-1]), timesteps)
@@ -246,7 +246,7 @@ def test_heun(full):
     for run in runs_of(full, "heun"):
         sigmas = np.append(full[f"{run}/sigmas"][::2], 0.0).astype(float)
         sigmas = sigmas[: np.argmin(sigmas) + 1]  # each twice but the first, and 0
-        q = oracle.at_noise_levels(LINEAR, 1 / (1 + sigmas[-2::-1] ** 2))
+        q = process.at_levels(LINEAR, 1 / (1 + sigmas[-2::-1] ** 2))
         q = q._replace(model_t=np.arange(-1.0, q.T))  # for the exact denoiser of these levels
         clip = next(c for c in CLIPS if c in run)
         apply = DATA.network(q, "eps", learned=False)
