@@ -40,7 +40,14 @@ def get_config() -> ConfigDict:
             },
             "target": "eps",  # what the network predicts: a key of targets.TARGETS
             "variance": "fixed_large",  # of the reverse steps: a key of targets.VARIANCES
-            "loss": {"name": "simple"},  # a key of losses.LOSSES, and that function's own arguments
+            "loss": {
+                "name": "simple",  # a key of losses.LOSSES
+                # Read by some losses only.
+                "weighting": "simple",  # of squared errors: a key of weightings.WEIGHTINGS
+                "gamma": 0.0,  # of min_snr and p2; 0: 5 and 1
+                "k": 1.0,  # of p2
+                "vlb_weight": 0.001,  # of the bound in hybrid
+            },
             "optim": {
                 "lr": 2e-4,  # learning rate of Adam
                 "warmup": 5000,  # steps of linear warm-up
@@ -52,6 +59,8 @@ def get_config() -> ConfigDict:
             "train": {
                 "batch_size": 128,  # images of a step, on all devices together
                 "steps": 800_000,  # 0: not known, of imported weights
+                # Of the examples of a batch: a key of timestep_samplers.TIMESTEP_SAMPLERS.
+                "timesteps": "uniform",
                 "label_dropout": 0.0,  # share of the labels hidden, for classifier-free guidance
                 "log_every": 100,  # steps between two readings of the loss
                 "save_every": 5_000,  # steps between two checkpoints

@@ -1,7 +1,7 @@
 """Saves checkpoints in the background, verifies them, and restores the newest good one.
 
     directory/STEP/ema         the averaged weights, an item of their own: samplers read no more
-    directory/STEP/state       step, params and opt_state
+    directory/STEP/state       step, params, opt_state and what else there is
     directory/STEP/manifest    JSON: the step, and the type and SHA-256 of every array
     directory/scores.json      {step: score}, for `keep_best`
 
@@ -21,6 +21,7 @@ from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -37,9 +38,9 @@ MAX_SAVE_S = 300.0  # in an object store one that takes longer counts as a failu
 class Checkpoints:
     """The checkpoints of one run; created, and each method called, by all processes alike.
 
-    A state is a NamedTuple (step, params, ema, opt_state) of trees of arrays, replicated on all
-    devices. Abstract states have jax.ShapeDtypeStruct leaves whose shardings say where the arrays
-    are to lie, whatever devices they were saved from.
+    A state is a NamedTuple (step, params, ema, opt_state, ...) of trees of arrays, replicated on
+    all devices. Abstract states have jax.ShapeDtypeStruct leaves whose shardings say where the
+    arrays are to lie, whatever devices they were saved from.
     """
 
     def __init__(
@@ -361,6 +362,6 @@ class Checkpoints:
 
 
 def _split(state: NamedTuple) -> dict[str, Tree]:
-    """The items that a state is stored as."""
-    fields = state._asdict()
+    """The items that a state is stored as, without fields that have no arrays."""
+    fields = {name: tree for name, tree in state._asdict().items() if jax.tree.leaves(tree)}
     return {"ema": fields.pop("ema"), "state": fields}

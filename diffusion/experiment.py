@@ -20,6 +20,7 @@ from jax import Array, random
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from configs.default import get_config
 from diffusion import data, losses, samplers, schedules, targets, train_step, unet
 from diffusion.data import augment, loader
 from diffusion.data.loader import load_dataset
@@ -34,6 +35,7 @@ from diffusion.sharding import (
     make_global_array,
     replicated,
 )
+from diffusion.timestep_samplers import TIMESTEP_SAMPLERS, TimestepSampler
 from diffusion.utils.errors import ConfigError, DataError
 
 ANALYTIC = "analytic"  # a sampler.variance that is measured first (modes._common.with_analytic)
@@ -57,6 +59,7 @@ class Experiment(NamedTuple):
     net: unet.UNet
     train_net: unet.UNet
     tx: optax.GradientTransformation
+    timesteps: TimestepSampler | None
     image_shape: tuple[int, int, int]
     levels: int  # of a pixel value; see data.augment.scale
     mesh: Mesh
@@ -75,10 +78,8 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
 
     betas = c.process.betas or schedule(c.process.T, c.process.beta_start, c.process.beta_end)
     process = call_for_key(from_betas, "process", betas)
-    arguments = {key: value for key, value in c.loss.items() if key != "name"}
-    if "levels" in inspect.signature(make_loss).parameters:
-        arguments["levels"] = c.data.levels
-    loss = call_for_key(make_loss, "loss", process, target, variance, **arguments)
+    loss = call_for_key(make_loss, "loss", process, target, variance, **_loss_options(c, make_loss))
+    make_timesteps = lookup(TIMESTEP_SAMPLERS, "train.timesteps", c.train.timesteps)
     make_net = functools.partial(unet.UNet, **c.model, out_ch=c.data.channels * variance.outputs)
     exp = Experiment(
         process,
@@ -92,6 +93,7 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
             norm=group_norm.group_norm_with_vjp,
         ),
         tx=train_step.make_optimizer(c.optim.lr, c.optim.warmup, c.optim.clip),
+        timesteps=make_timesteps(process),
         image_shape=image_shape(c),
         levels=c.data.levels,
         mesh=mesh,
@@ -100,11 +102,24 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
     return exp
 
 
+def _loss_options(config: ConfigDict, make_loss: Callable) -> dict[str, Any]:
+    """Returns the options of config.loss that the loss has; others must have their defaults."""
+    known, unused = inspect.signature(make_loss).parameters, get_config().loss
+    options = {key: value for key, value in config.loss.items() if key != "name"}
+    for key in [key for key in options if key in unused and key not in known]:
+        if options[key] != unused[key]:
+            wanted = f"expected {unused[key]!r}, as the loss {config.loss.name} has no such option"
+            raise ConfigError(f"loss.{key}: {wanted}, found {options[key]!r}")
+        del options[key]
+    return options | ({"levels": config.data.levels} if "levels" in known else {})
+
+
 def _sample_variance(config: ConfigDict, trained: targets.Variance) -> targets.Variance:
     """What sampler.variance names; "" and, until it is measured, "analytic": the trained one."""
     name = config.sampler.variance
-    known = {n: v for n, v in targets.VARIANCES.items() if v.outputs == trained.outputs}
-    known |= {ANALYTIC: trained} if trained.outputs == 1 else {}
+    known = {config.variance: trained}
+    if trained.outputs == 1:
+        known = {n: v for n, v in targets.VARIANCES.items() if v.outputs == 1} | {ANALYTIC: trained}
     return lookup(known, "sampler.variance", name) if name else trained
 
 
@@ -139,7 +154,7 @@ def initial_state(exp: Experiment, seed: int) -> train_step.TrainState:
     labels = jnp.zeros(1, jnp.int32) if exp.net.num_classes else None
     key = train_step.training_keys(seed).params
     params = exp.net.init(key, images, times, labels, train=False)["params"]
-    return train_step.create_train_state(params, exp.tx)
+    return train_step.create_train_state(params, exp.tx, exp.timesteps)
 
 
 def abstract_state(exp: Experiment) -> train_step.TrainState:
@@ -183,7 +198,8 @@ def make_update(config: ConfigDict, exp: Experiment, resident: bool) -> Callable
         [b, h, w, c] and labels int32[b], sharded over the devices.
     """
     keys = train_step.training_keys(config.seed)
-    step = train_step.make_train_step(make_config_grad_fn(config, exp), exp.tx, config.optim.ema)
+    grad_fn, ema = make_config_grad_fn(config, exp), config.optim.ema
+    step = train_step.make_train_step(grad_fn, exp.tx, ema, exp.timesteps)
     whole, sharded = replicated(exp.mesh), batch_sharded(exp.mesh)
 
     def update(state, *inputs):

@@ -1,41 +1,58 @@
-"""Training objectives, `Loss = (apply, key, x_0) -> (loss[b], {name: [b]})`.
+"""Training objectives, `Loss = (apply, key, x_0, t) -> (loss[b], {name: [b]})`.
 
-`apply: (x_t, model_t[b]) -> output` is the network with parameters, labels and dropout bound.
-Table 2 of the paper combines the two losses with the targets.
+`apply: (x_t, model_t[b]) -> output` is the network with parameters, labels and dropout bound; t is
+int[b] in 1..T, or None to draw it. Table 2 of the paper combines two losses with the targets.
 """
 
 from collections.abc import Callable
 
-from jax import Array, random
+import jax.numpy as jnp
+from jax import Array, lax, random
 
 from diffusion.likelihood import meanflat, prior_bits, vlb_term
 from diffusion.process import Process, gather, q_sample
 from diffusion.targets import Target, Variance, make_predict
+from diffusion.weightings import output_weights
 
 Apply = Callable[[Array, Array], Array]
-Loss = Callable[[Apply, Array, Array], tuple[Array, dict[str, Array]]]
+Loss = Callable[..., tuple[Array, dict[str, Array]]]
 
 
-def draw_x_t(p: Process, key: Array, x_0: Array) -> tuple[Array, Array, Array]:
-    """Draws t ~ Uniform{1..T} int[b], eps ~ N(0, 1) and x_t (Algorithm 1, lines 3-4)."""
+def draw_x_t(
+    p: Process, key: Array, x_0: Array, t: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """Draws t ~ Uniform{1..T} int[b], eps ~ N(0, 1) and x_t (Algorithm 1, lines 3-4).
+
+    A given t is kept.
+    """
     key_t, key_eps = random.split(key)
-    t = random.randint(key_t, x_0.shape[:1], 1, p.T + 1)
+    t = random.randint(key_t, x_0.shape[:1], 1, p.T + 1) if t is None else t
     eps = random.normal(key_eps, x_0.shape, x_0.dtype)
     return t, eps, q_sample(p, x_0, t, eps)
 
 
-def simple(p: Process, target: Target, variance: Variance) -> Loss:
+def simple(
+    p: Process,
+    target: Target,
+    variance: Variance,
+    weighting: str = "simple",
+    gamma: float = 0.0,
+    k: float = 1.0,
+) -> Loss:
     """Builds L_simple (eq. 14): the mean squared error of the output, whatever the target.
 
-    Raises ValueError for a learned variance, which it does not train.
+    weighting, gamma, k: as of weightings.output_weights. Raises ValueError for a learned variance,
+    which it does not train.
     """
     if variance.outputs != 1:
-        raise ValueError("loss 'simple' trains no variance: use a fixed one, or the loss 'vlb'")
+        raise ValueError("'simple' trains no variance: use a fixed one, or the loss vlb or hybrid")
+    weights = output_weights(p, target, weighting, gamma, k)
 
-    def loss(apply: Apply, key: Array, x_0: Array):
-        t, eps, x_t = draw_x_t(p, key, x_0)
+    def loss(apply: Apply, key: Array, x_0: Array, t: Array | None = None):
+        t, eps, x_t = draw_x_t(p, key, x_0, t)
         output = apply(x_t, gather(p.model_t, t))
-        return meanflat((output - target.from_x0(p, x_0, eps, x_t, t)) ** 2), {}
+        error = meanflat((output - target.from_x0(p, x_0, eps, x_t, t)) ** 2)
+        return error if weights is None else error * gather(weights, t).astype(error.dtype), {}
 
     return loss
 
@@ -47,8 +64,8 @@ def vlb(p: Process, target: Target, variance: Variance, levels: int = 256) -> Lo
     on `levels` levels, see data.augment.scale.
     """
 
-    def loss(apply: Apply, key: Array, x_0: Array):
-        t, _, x_t = draw_x_t(p, key, x_0)
+    def loss(apply: Apply, key: Array, x_0: Array, t: Array | None = None):
+        t, _, x_t = draw_x_t(p, key, x_0, t)
         prediction = make_predict(p, apply, target, variance, clip=False)(x_t, t)
         bits = vlb_term(p, prediction, x_0, x_t, t, levels)
         return bits, {"bpd": p.T * bits + prior_bits(p, x_0)}
@@ -56,4 +73,38 @@ def vlb(p: Process, target: Target, variance: Variance, levels: int = 256) -> Lo
     return loss
 
 
-LOSSES = {"simple": simple, "vlb": vlb}
+def hybrid(
+    p: Process,
+    target: Target,
+    variance: Variance,
+    levels: int = 256,
+    vlb_weight: float = 0.001,
+    weighting: str = "simple",
+    gamma: float = 0.0,
+    k: float = 1.0,
+) -> Loss:
+    """Builds L_simple + vlb_weight L, where L, in bits/dim, trains nothing but the variance.
+
+    Nichol and Dhariwal 2021 (arXiv:2102.09672), eq. 16; their code's RESCALED_MSE. Its MSE is a
+    vlb_weight of 1 / T. The weighting is that of `simple`. Raises ValueError for a fixed variance.
+    """
+    if variance.outputs != 2:
+        raise ValueError("'hybrid' trains a variance: use learned_range or learned, or simple")
+    weights = output_weights(p, target, weighting, gamma, k)
+
+    def loss(apply: Apply, key: Array, x_0: Array, t: Array | None = None):
+        t, eps, x_t = draw_x_t(p, key, x_0, t)
+        output = apply(x_t, gather(p.model_t, t))
+        mean, extra = jnp.split(output, 2, axis=-1)
+        error = meanflat((mean - target.from_x0(p, x_0, eps, x_t, t)) ** 2)
+        weight = 1.0 if weights is None else gather(weights, t).astype(error.dtype)
+        frozen = jnp.concatenate([lax.stop_gradient(mean), extra], axis=-1)
+        predict = make_predict(p, lambda x_t, t: frozen, target, variance, clip=False)
+        bits = vlb_term(p, predict(x_t, t), x_0, x_t, t, levels)
+        bound = p.T * bits
+        return weight * error + vlb_weight * bound, {"bpd": bound + prior_bits(p, x_0)}
+
+    return loss
+
+
+LOSSES = {"simple": simple, "vlb": vlb, "hybrid": hybrid}

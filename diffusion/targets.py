@@ -16,6 +16,7 @@ from diffusion.process import (
     beta_between,
     broadcast_right,
     gather,
+    half_log_snr,
     posterior,
     q_posterior,
     q_sample,
@@ -30,11 +31,14 @@ class Target(NamedTuple):
         from_x0: (p, x_0, eps, x_t, t) -> the network's ideal output at (x_t, t).
         to_x0: (p, output, x_t, t) -> the x_0 that an output stands for.
         is_mean: whether the output is the mean of p_theta(x_{t-1} | x_t) itself.
+        x0_scale: p -> |dx_0 / d output| at t = 0..T, float64[T+1], by which errors of x_0 become
+            those of the output; entry 0 is not read.
     """
 
     from_x0: Callable[[Process, Array, Array, Array, Array], Array]
     to_x0: Callable[[Process, Array, Array, Array], Array]
     is_mean: bool = False
+    x0_scale: Callable[[Process], np.ndarray] | None = None
 
 
 def _eps_to_x0(p, eps, x_t, t):
@@ -48,16 +52,33 @@ def _mu_to_x0(p, mu, x_t, t):
     return (mu - broadcast_right(c.weight_t, x_t) * x_t) / broadcast_right(c.weight_0, x_t)
 
 
+def _mu_x0_scale(p):
+    steps = np.arange(1, p.T + 1)
+    return np.append(1.0, 1 / posterior(p, steps - 1, steps).weight_0)
+
+
 TARGETS = {
-    "eps": Target(lambda p, x_0, eps, x_t, t: eps, _eps_to_x0),
-    "x0": Target(lambda p, x_0, eps, x_t, t: x_0, lambda p, x_0, x_t, t: x_0),
+    "eps": Target(
+        lambda p, x_0, eps, x_t, t: eps,
+        _eps_to_x0,
+        x0_scale=lambda p: np.exp(-half_log_snr(p)),
+    ),
+    "x0": Target(
+        lambda p, x_0, eps, x_t, t: x_0,
+        lambda p, x_0, x_t, t: x_0,
+        x0_scale=lambda p: np.ones(p.T + 1),
+    ),
     "mu": Target(
-        lambda p, x_0, eps, x_t, t: q_posterior(p, x_0, x_t, t - 1, t)[0], _mu_to_x0, is_mean=True
+        lambda p, x_0, eps, x_t, t: q_posterior(p, x_0, x_t, t - 1, t)[0],
+        _mu_to_x0,
+        is_mean=True,
+        x0_scale=_mu_x0_scale,
     ),
     # (x_t, v) is (x_0, eps) rotated by an angle of cosine sqrt(alpha_bar_t).
     "v": Target(
         lambda p, x_0, eps, x_t, t: q_sample(p, eps, t, -x_0),
         lambda p, v, x_t, t: q_sample(p, x_t, t, -v),
+        x0_scale=lambda p: np.sqrt(1 - p.alpha_bar),
     ),
 }
 
@@ -71,11 +92,14 @@ class Variance(NamedTuple):
         x0_variance: (p, log_var, t) -> the Var[x_0 | x_t] for which log_var is optimal, which
             generalises it to longer steps: 0 for fixed_small, where x_0 is a point, and
             1 - alpha_bar_t for fixed_large, where x_0 is a unit Gaussian (Section 3.2).
+        is_range: whether `extra` is a position between the bounds of any step, -1 for log beta~
+            and 1 for log beta (a Prediction's `position`).
     """
 
     outputs: int
     log_var: Callable[[Process, Array | None, Array], Array]
     x0_variance: Callable[[Process, Array, Array], Array]
+    is_range: bool = False
 
 
 def clipped_log_var(p: Process, variance: np.ndarray, t: Array, first=None) -> Array:
@@ -95,6 +119,20 @@ def beta_log_var(p: Process, t: Array) -> Array:
     """Returns log beta_t, with the same value at t = 1 as `posterior_log_var`."""
     steps = np.arange(1, p.T + 1)
     return clipped_log_var(p, beta_between(p, steps - 1, steps), t)
+
+
+def range_log_var(p: Process, position: Array, t: Array) -> Array:
+    """Returns the log-variance at a position, -1 for log beta~_t and 1 for log beta_t, or beyond.
+
+    The lower bound is that of `posterior_log_var`; the upper one of t = 1 is log beta_1. Nichol and
+    Dhariwal 2021 (arXiv:2102.09672), eq. 15.
+    """
+    steps = np.arange(p.T + 1)
+    lower = np.asarray(posterior_log_var(p, steps))
+    upper = np.append(0.0, np.log(beta_between(p, steps[:-1], steps[1:])))
+    # As float32 tables the bounds would cancel: they differ by 1e-6 where t is large.
+    width = broadcast_right(gather(upper - lower, t), position)
+    return broadcast_right(gather(lower, t), position) + 0.5 * (position + 1) * width
 
 
 def implied_x0_variance(p: Process, log_var: Array, t: Array) -> Array:
@@ -119,6 +157,7 @@ VARIANCES = {
         lambda p, log_var, t: broadcast_right(beta_between(p, 0, t), log_var),
     ),
     "learned": Variance(2, lambda p, extra, t: extra, implied_x0_variance),
+    "learned_range": Variance(2, range_log_var, implied_x0_variance, is_range=True),
 }
 
 
@@ -131,6 +170,8 @@ class Prediction(NamedTuple):
         log_var: [b, 1, ..., 1] or [b, ...], the log-variance of p_theta(x_{t-1} | x_t).
         x0_variance: as log_var, the Var[x_0 | x_t] for steps t -> s < t-1.
         mean: [b, ...], the mean of p_theta(x_{t-1} | x_t) of a mu-network; None: eq. 7 at x_0.
+        position: [b, ...], of a learned range, where the log-variance of any step x_t -> x_s lies
+            between its bounds; see `range_log_var`. None: x0_variance decides.
     """
 
     x_0: Array
@@ -138,6 +179,7 @@ class Prediction(NamedTuple):
     log_var: Array
     x0_variance: Array
     mean: Array | None = None
+    position: Array | None = None
 
 
 Predict = Callable[[Array, Array], Prediction]
@@ -176,6 +218,7 @@ def make_predict(
             log_var=log_var,
             x0_variance=variance.x0_variance(p, log_var, t),
             mean=output if target.is_mean else None,
+            position=extra if variance.is_range else None,
         )
 
     return predict
@@ -202,4 +245,9 @@ def p_mean_log_variance(
         mean = jnp.where(one_step, prediction.mean, mean)
     weight_0 = broadcast_right(posterior(p, s, t).weight_0, x_t)
     long_step = jnp.log(variance + weight_0**2 * prediction.x0_variance)
+    if prediction.position is not None:
+        # log beta - log beta~ = log((1 - alpha_bar_t) / (1 - alpha_bar_s)); at s = 0, -inf.
+        width = jnp.log(beta_between(p, 0, t) / beta_between(p, 0, jnp.maximum(s, 1)))
+        shift = 0.5 * (prediction.position + 1) * broadcast_right(width, x_t)
+        long_step = jnp.log(variance) + shift
     return mean, jnp.where(one_step, prediction.log_var, long_step)

@@ -12,19 +12,28 @@ import jax.numpy as jnp
 import optax
 from jax import Array, random
 
+from diffusion.timestep_samplers import TimestepSampler
+
 Tree = Any
-TrainBatch = tuple[Array, Array | None]  # x_0 float[b, h, w, c] in [-1, 1], label int[b] or None
+# x_0 float[b, h, w, c] in [-1, 1], label int[b] or None; then, where they are drawn for the whole
+# batch, t int[b] and the weights of their losses float[b].
+TrainBatch = tuple[Array | None, ...]
 Metrics = dict[str, Array]
-LABEL_DROPOUT = 2**31  # folded into a step's key; far from what else is folded in or split off
+# Folded into a step's key; far from what else is folded in or split off.
+LABEL_DROPOUT, TIMES = 2**31, 2**31 + 1
 
 
 class TrainState(NamedTuple):
-    """Everything that training changes. step: int32[], the number of updates made."""
+    """Everything that training changes.
+
+    step: int32[], the number of updates made. times: the memory of the timestep sampler, if any.
+    """
 
     step: Array
     params: Tree
     ema: Tree
     opt_state: Tree
+    times: Tree = ()
 
 
 class TrainingKeys(NamedTuple):
@@ -40,9 +49,12 @@ def training_keys(seed: int) -> TrainingKeys:
     return TrainingKeys(*random.split(random.key(seed), 3))
 
 
-def create_train_state(params: Tree, tx: optax.GradientTransformation) -> TrainState:
+def create_train_state(
+    params: Tree, tx: optax.GradientTransformation, timesteps: TimestepSampler | None = None
+) -> TrainState:
     """Returns the state before the first step; the average starts at the parameters."""
-    return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), tx.init(params))
+    ema, times = jax.tree.map(jnp.copy, params), timesteps.init() if timesteps else ()
+    return TrainState(jnp.int32(0), params, ema, tx.init(params), times)
 
 
 def warmup_schedule(lr: float, steps: int) -> optax.Schedule:
@@ -74,6 +86,9 @@ def drop_labels(key: Array, label: Array, null: int | None, rate: float) -> Arra
     return jnp.where(hidden, null, label)
 
 
+GradFn = Callable[[Tree, Array, TrainBatch], tuple[Tree, Metrics, Array]]
+
+
 def make_grad_fn(
     loss: Callable,
     apply: Callable[[Tree, Array, Array, Array, Array | None], Array],
@@ -81,8 +96,10 @@ def make_grad_fn(
     accumulate: int = 1,
     clip_groups: int = 1,
     clip: float = 1.0,
-) -> Callable[[Tree, Array, TrainBatch], tuple[Tree, Metrics]]:
-    """Builds (params, key, batch) -> (gradient of the mean loss, {name: mean over the batch}).
+) -> GradFn:
+    """Builds (params, key, batch) -> (gradient of the mean loss, {name: mean}, losses float[b]).
+
+    The losses of the examples are without their weights, in the order of the batch.
 
     Args:
       loss: one of losses.LOSSES, built.
@@ -94,20 +111,25 @@ def make_grad_fn(
     """
 
     def objective(params, key, batch):
-        x_0, label = batch
+        x_0, label, *times = batch
         key_loss, key_dropout = random.split(key)
-        values, metrics = loss(
-            lambda x_t, t: apply(params, key_dropout, x_t, t, label), key_loss, x_0
+        losses, metrics = loss(
+            lambda x_t, t: apply(params, key_dropout, x_t, t, label), key_loss, x_0, *times[:1]
         )
-        return values.mean(), jax.tree.map(jnp.mean, {"loss": values, **metrics})
+        weight = times[1] if times else 1.0
+        metrics = jax.tree.map(lambda v: jnp.mean(weight * v), {"loss": losses, **metrics})
+        return metrics["loss"], (metrics, losses)
 
-    grad_fn = jax.grad(objective, has_aux=True)
+    def grad_fn(params, key, batch):
+        gradient, (metrics, losses) = jax.grad(objective, has_aux=True)(params, key, batch)
+        return gradient, metrics, losses
 
     def grad_of_groups(params, key, batch):
         groups = jax.tree.map(lambda x: x.reshape(clip_groups, -1, *x.shape[1:]), batch)
         keys = random.split(key, clip_groups)
-        gradients, metrics = jax.vmap(grad_fn, (None, 0, 0))(params, keys, groups)
-        return mean_of_clipped(gradients, clip), jax.tree.map(jnp.mean, metrics)
+        gradients, metrics, losses = jax.vmap(grad_fn, (None, 0, 0))(params, keys, groups)
+        metrics = jax.tree.map(jnp.mean, metrics)
+        return mean_of_clipped(gradients, clip), metrics, losses.reshape(-1)
 
     micro_grad_fn = grad_fn if clip_groups == 1 else grad_of_groups
 
@@ -117,15 +139,16 @@ def make_grad_fn(
             return jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
 
         def add(total, key_and_part):
-            return jax.tree.map(jnp.add, total, micro_grad_fn(params, *key_and_part)), None
+            *found, losses = micro_grad_fn(params, *key_and_part)
+            return jax.tree.map(jnp.add, total, tuple(found)), losses
 
         parts = (random.split(key, accumulate), jax.tree.map(strided, batch))
-        shapes = jax.eval_shape(micro_grad_fn, params, key, batch)
+        shapes = jax.eval_shape(micro_grad_fn, params, key, batch)[:2]
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         # XLA's CPU backend runs the gradient of a convolution many times slower inside a loop.
         unroll = accumulate if jax.default_backend() == "cpu" else 1
-        total, _ = jax.lax.scan(add, zero, parts, unroll=unroll)
-        return jax.tree.map(lambda x: x / accumulate, total)
+        total, losses = jax.lax.scan(add, zero, parts, unroll=unroll)
+        return *jax.tree.map(lambda x: x / accumulate, total), losses.T.reshape(-1)
 
     return micro_grad_fn if accumulate == 1 else grad_of_microbatches
 
@@ -137,25 +160,40 @@ def mean_of_clipped(gradients: Tree, clip: float) -> Tree:
     return jax.tree.map(lambda g: jnp.einsum("g...,g->...", g, scale.astype(g.dtype)), gradients)
 
 
+def draw_times(
+    timesteps: TimestepSampler | None, key: Array, batch: TrainBatch, memory: Tree
+) -> TrainBatch:
+    """Returns the batch with the times that the sampler draws for it, if there is one.
+
+    key: of the step; memory: of the sampler, TrainState.times.
+    """
+    if timesteps is None:
+        return batch
+    return *batch, *timesteps.draw(random.fold_in(key, TIMES), len(batch[0]), memory)
+
+
 def make_train_step(
-    grad_fn: Callable[[Tree, Array, TrainBatch], tuple[Tree, Metrics]],
+    grad_fn: GradFn,
     tx: optax.GradientTransformation,
     ema_decay: float,
+    timesteps: TimestepSampler | None = None,
 ) -> Callable[[TrainState, Array, TrainBatch], tuple[TrainState, Metrics]]:
     """Builds (state, key, batch) -> (state, metrics): one update of parameters and average.
 
     The metrics are scalars: `loss`, the loss's own, and `grad_norm` before the optimizer's clip.
     The average follows the new parameters with a constant decay, no ramp and no bias correction;
-    the first step copies them.
+    the first step copies them. timesteps: None where each loss draws its own times.
     """
 
     def train_step(state: TrainState, key: Array, batch: TrainBatch):
-        gradients, metrics = grad_fn(state.params, key, batch)
+        batch = draw_times(timesteps, key, batch, state.times)
+        gradients, metrics, losses = grad_fn(state.params, key, batch)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         rate = jnp.where(state.step == 0, 1.0, 1.0 - ema_decay)
         ema = optax.incremental_update(params, state.ema, rate)
         metrics["grad_norm"] = optax.tree.norm(gradients)
-        return TrainState(state.step + 1, params, ema, opt_state), metrics
+        times = timesteps.update(state.times, batch[2], losses) if timesteps else ()
+        return TrainState(state.step + 1, params, ema, opt_state, times), metrics
 
     return train_step

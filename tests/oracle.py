@@ -165,7 +165,10 @@ class Gaussian(NamedTuple):
         return mean_s - slope * mean_t, slope, var_s - slope**2 * var_t
 
     def network(self, p, target, learned=True):
-        """The perfect network for `target`; with `learned` its second half is the log-variance."""
+        """The perfect network for `target`; with `learned` its second half is the log-variance.
+
+        learned="range": its position between the bounds, from eq. 15 of arXiv:2102.09672 itself.
+        """
         t = np.arange(1, p.T + 1)
         a = p.alpha_bar[1:]
         intercept, slope, _ = self.given(p, 0, t)  # of E[x_0 | x_t]
@@ -179,9 +182,13 @@ class Gaussian(NamedTuple):
         }
         # Any other target is linear in x_0 and eps too, so its mean is the target of their means.
         means = *lines.get(target, lines["x0"]), *lines["eps"]
-        tables = [
-            np.append(0.0, table) for table in (*means, np.log(step[2]) if learned else 0 * t)
-        ]
+        log_var = np.log(step[2]) if learned else 0 * t
+        if learned == "range":
+            lower, beta = np.log((1 - a[:-1]) / (1 - a[1:])), np.log(1 - a / p.alpha_bar[:-1])
+            lower = lower + beta[1:]
+            lower = np.append(lower[:1], lower)  # at t = 1 that of t = 2
+            log_var = 2 * (log_var - lower) / (beta - lower) - 1
+        tables = [np.append(0.0, table) for table in (*means, log_var)]
 
         def apply(x, model_t):
             t = jnp.round(model_t).astype(int) + 1  # the network is told t - 1
@@ -200,7 +207,8 @@ class Gaussian(NamedTuple):
     def predict(self, p, target="eps", variance="learned"):
         """The perfect model, not clipped."""
         chosen = targets.VARIANCES[variance]
-        apply = self.network(p, target, learned=chosen.outputs == 2)
+        learned = "range" if chosen.is_range else chosen.outputs == 2
+        apply = self.network(p, target, learned)
         return targets.make_predict(p, apply, targets.TARGETS[target], chosen, clip=False)
 
 

@@ -144,8 +144,9 @@ KEY = random.key(1)
 X_T = random.normal(random.key(0), (5, 4, 4, 2))
 
 
+@pytest.mark.parametrize("is_range", [False, True])  # which predict another structure
 @pytest.mark.parametrize("target", TARGETS)
-def test_contract(target, monkeypatch):
+def test_contract(target, is_range, monkeypatch):
     """Sampling and likelihood give finite, consistent results for every variance."""
     p = process.from_betas(schedules.linear(5, 0.01, 0.4))
     monkeypatch.setattr(process, "sample_noise", oracle.cheap_noise)
@@ -154,6 +155,7 @@ def test_contract(target, monkeypatch):
             p, functools.partial(network, outputs=variance.outputs), TARGETS[target], variance
         )
         for variance in VARIANCES.values()
+        if variance.is_range == is_range
     ]
 
     @jax.jit

@@ -108,7 +108,7 @@ def test_the_average_is_copied_first_and_then_decays_by_its_own_rate():
     """Official float32 1 - decay is 1.00017e-4; ours is rounded once: 1.7e-4 relative."""
     assert OFFICIAL["ema_decay_f32"][0] < 1e-9  # step 0: a decay of nothing, which is a copy
     tx, decay = optax.set_to_zero(), settings("official")[0]["ema_decay"]
-    step = train_step.make_train_step(lambda params, *_: (params, {}), tx, decay)
+    step = train_step.make_train_step(lambda params, *_: (params, {}, None), tx, decay)
     for i, rate in enumerate(OFFICIAL["ema_one_minus_decay_f32"]):
         state = train_step.TrainState(
             jnp.int32(i), {"w": jnp.ones(1)}, {"w": jnp.zeros(1)}, tx.init({})
@@ -124,19 +124,21 @@ def random_batch(b, n=5):
 @pytest.mark.parametrize("parts", [2, 3, 6])
 def test_accumulated_gradients_are_the_gradient_of_the_whole_batch(parts):
     batch = (random_batch(12), None)
-    whole, metrics = train_step.make_grad_fn(linear_loss, dot)(start_params(), random.key(0), batch)
+    grad_fn, args = train_step.make_grad_fn(linear_loss, dot), (start_params(), random.key(0))
+    whole, metrics, per_example = grad_fn(*args, batch)
     gradient = train_step.make_grad_fn(linear_loss, dot, accumulate=parts)
-    summed, same_metrics = jax.jit(gradient)(start_params(), random.key(0), batch)
+    summed, same_metrics, same = jax.jit(gradient)(start_params(), random.key(0), batch)
     # Sums of 12 float32 numbers in another order.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, summed)
     np.testing.assert_allclose(metrics["loss"], same_metrics["loss"], atol=1e-6)
+    np.testing.assert_array_equal(per_example, same)  # in the order of the batch
 
 
 def test_accumulation_and_clip_groups_together():
     """Twelve examples in 2 parts of 3 groups: the mean of six clipped means, found by hand."""
     batch = random_batch(12)
     gradient = train_step.make_grad_fn(linear_loss, dot, accumulate=2, clip_groups=3, clip=0.5)
-    found, _ = gradient(start_params(), random.key(0), (batch, None))
+    found, *_ = gradient(start_params(), random.key(0), (batch, None))
     groups = np.concatenate([batch["0"], batch["1"]], axis=1)
     groups = [groups[part::2].reshape(3, 2, -1).mean(axis=1) for part in (0, 1)]
     groups = np.concatenate(groups)

@@ -96,7 +96,8 @@ def save_crash_step(
         params = {f"params/{k}": np.asarray(v) for k, v in digests.named(state.params).items()}
         norms = {f"norm/{k}": v for k, v in nonfinite.norms(state.params).items()}
         about = {"step": step, "key": random.key_data(key), "image": image, "label": label}
-        save_npz(path, **about, **norms, **params)
+        times = {f"times/{k}": np.asarray(v) for k, v in digests.named(state.times).items()}
+        save_npz(path, **about, **norms, **params, **times)
     return path
 
 
@@ -108,29 +109,31 @@ def replay_step(
     Returns (metrics, where the first number is not finite or None, norms of the gradient). Raises
     ConfigError for another file.
     """
-    step, image, label, key, params = _load(exp, path)
+    step, image, label, key, params, times = _load(exp, path)
     if name := nonfinite.first_non_finite(params):
         return {}, f"the weights before it, {name}", {}
     c, flips = run.config, train_step.training_keys(run.config.seed).augment
-    x_0 = augment.augment(image, flips, step - 1, c.data.flip)
-    label = experiment.training_labels(c, exp, key, label)
-    gradients, metrics = jax.jit(experiment.make_config_grad_fn(c, exp))(params, key, (x_0, label))
+    x_0 = augment.augment(image, flips, step - 1, c.data.flip, exp.levels)
+    batch = x_0, experiment.training_labels(c, exp, key, label)
+    batch = train_step.draw_times(exp.timesteps, key, batch, times)
+    gradients, metrics, _ = jax.jit(experiment.make_config_grad_fn(c, exp))(params, key, batch)
     name = nonfinite.first_non_finite(gradients)
     found = {k: float(v) for k, v in metrics.items()}
     return found, f"the gradient of {name}" if name else None, nonfinite.norms(gradients)
 
 
 def _load(exp: Experiment, path: epath.Path):
-    shapes = experiment.abstract_state(exp).params
+    state = experiment.abstract_state(exp)
+    shapes = {"params": state.params, "times": state.times}
     try:
         with np.load(path) as file:
-            leaves = [file[f"params/{name}"] for name in digests.named(shapes)]
+            leaves = [file[name] for name in digests.named(shapes)]
             step, image, label = int(file["step"]), file["image"], file["label"]
             key = random.wrap_key_data(file["key"])
     except Exception as error:  # NumPy raises anything for a file that is no npz
         what = f"expected a file of crash/, found {path}: {one_line(error)}"
         raise ConfigError(f"--replay: {what}") from error
-    params = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-    if digests.types(params) != digests.types(shapes):
+    found = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    if digests.types(found) != digests.types(shapes):
         raise ConfigError(f"--replay: {path} is of another network; give its --workdir")
-    return step, image, label, key, params
+    return step, image, label, key, found["params"], found["times"]

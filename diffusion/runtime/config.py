@@ -30,13 +30,14 @@ NETWORK_KEYS = (
 )
 TRAINING_KEYS = (
     *(*NETWORK_KEYS, "seed", "loss.", "optim.", "train.batch_size", "train.label_dropout"),
-    *("data.source", "data.name", "data.flip", "data.levels"),
+    *("train.timesteps", "data.source", "data.name", "data.flip", "data.levels"),
 )
 MOVED = {"train.num_samples": "train.preview.num"}  # keys of earlier versions
 YOUNGER = (  # keys that earlier versions lacked
     *("model.attention_head_dim", "model.downsample_padding", "model.flip_sin_to_cos"),
     *("model.freq_shift", "model.norm_eps", "model.null_class", "process.betas"),
     *("sampler.clip_range", "sampler.threshold_max", "data.levels", "train.profile"),
+    *("train.timesteps", "loss.weighting", "loss.gamma", "loss.k", "loss.vlb_weight"),
 )
 ABSENT = "absent"
 

@@ -78,7 +78,7 @@ SIGNED = ("model.null_class", "sampler.guidance", "sample.label")
 
 def _tables() -> dict[str, Iterable[str]]:
     """Returns {key: the names it may have}; imported here, so that --help does not import JAX."""
-    from diffusion import losses, samplers, schedules, targets
+    from diffusion import losses, samplers, schedules, targets, timestep_samplers, weightings
     from diffusion.data import SOURCES
     from diffusion.data.prepare.sources import ORIGINS
 
@@ -87,6 +87,8 @@ def _tables() -> dict[str, Iterable[str]]:
         "target": targets.TARGETS,
         "variance": targets.VARIANCES,
         "loss.name": losses.LOSSES,
+        "loss.weighting": weightings.WEIGHTINGS,
+        "train.timesteps": timestep_samplers.TIMESTEP_SAMPLERS,
         "sampler.name": samplers.SAMPLERS,
         "sampler.grid": samplers.GRIDS,
         "train.preview.sampler": samplers.SAMPLERS,

@@ -91,9 +91,10 @@ def least_cost(costs: np.ndarray, steps: int) -> np.ndarray:
 def respace_predict(p: Process, predict: Predict, variance: Variance, ts: np.ndarray) -> Predict:
     """Turns the `predict` of p into that of process.respace(p, ts), for every target.
 
-    A fixed variance becomes that of the shorter chain's own tables. A learned one and the mean of a
-    mu-network are kept where a step of the shorter chain is one of p, and otherwise follow from
-    x0_variance and x_0; the variance of the first step is clipped as in `posterior_log_var`.
+    A fixed variance and a learned range become those of the shorter chain's own tables. A learned
+    variance and the mean of a mu-network are kept where a step of the shorter chain is one of p,
+    and otherwise follow from x0_variance and x_0; the variance of the first step is clipped as in
+    `posterior_log_var`.
     """
     q = respace(p, ts)
     times = np.append(0, np.sort(np.asarray(ts)))
@@ -104,8 +105,8 @@ def respace_predict(p: Process, predict: Predict, variance: Variance, ts: np.nda
         prediction = predict(x_t, t)
         mean, log_var = p_mean_log_variance(p, prediction, x_t, s, t)
         x0_variance = prediction.x0_variance
-        if variance.outputs == 1:
-            log_var = broadcast_right(variance.log_var(q, None, i), x_t)
+        if variance.outputs == 1 or variance.is_range:
+            log_var = broadcast_right(variance.log_var(q, prediction.position, i), x_t)
             x0_variance = variance.x0_variance(q, log_var, i)
         else:
             floor = jnp.maximum(log_var, broadcast_right(posterior_log_var(q, i), x_t))

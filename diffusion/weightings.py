@@ -1,0 +1,67 @@
+"""Weights of the squared error at each time, by which the levels of noise share the training.
+
+A weighting maps a process (and its own options) to the weight of the squared error of x_0,
+float64[T+1] on the host, whose entry 0 is not read; `output_weights` makes it that of any target.
+With SNR_t = alpha_bar_t / (1 - alpha_bar_t), an error of eps is sqrt(SNR_t) times one of x_0.
+"""
+
+import numpy as np
+
+from diffusion.process import Process, half_log_snr, posterior
+from diffusion.targets import Target, posterior_log_var
+
+
+def _snr(p: Process) -> np.ndarray:
+    """Returns SNR_t, float64[T+1], inf at t = 0."""
+    return np.exp(2 * half_log_snr(p))
+
+
+def min_snr(p: Process, gamma: float = 5.0, k: float = 1.0) -> np.ndarray:
+    """Weighs by min(SNR, gamma): Hang et al. 2023 (arXiv:2303.09556), eq. 9. Ignores k."""
+    return np.minimum(_snr(p), gamma)
+
+
+def p2(p: Process, gamma: float = 1.0, k: float = 1.0) -> np.ndarray:
+    """Weighs errors of eps by (k + SNR)^-gamma: Choi et al. 2022 (arXiv:2204.00227), eq. 8."""
+    snr = np.append(0.0, _snr(p)[1:])
+    return snr * (k + snr) ** -gamma
+
+
+def vlb(p: Process, gamma: float = 0.0, k: float = 1.0) -> np.ndarray:
+    """Weighs by the terms of the bound in bits/dim under the posterior's variance (eqs. 5, 12).
+
+    The term of t = 1 has beta~_2, as in the decoder. Ignores gamma and k.
+    """
+    steps = np.arange(1, p.T + 1)
+    weight_0 = posterior(p, steps - 1, steps).weight_0
+    return np.append(0.0, 0.5 * weight_0**2 / np.exp(posterior_log_var(p, steps)) / np.log(2))
+
+
+WEIGHTINGS = {"simple": None, "min_snr": min_snr, "p2": p2, "vlb": vlb}
+
+
+def output_weights(
+    p: Process, target: Target, weighting: str = "simple", gamma: float = 0.0, k: float = 1.0
+) -> np.ndarray | None:
+    """Returns the weights of the squared error of the target's output, float64[T+1].
+
+    None stands for "simple": 1 for every target (eq. 14).
+
+    Args:
+      p: the process.
+      target: what the network predicts.
+      weighting: a key of WEIGHTINGS.
+      gamma: of min_snr, the largest weight, and of p2, its power; 0: the papers' 5 and 1.
+      k: of p2.
+
+    Raises: ValueError for another weighting, or a target whose scale is not known.
+    """
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, found {weighting}")
+    if not (make := WEIGHTINGS[weighting]):
+        return None
+    if target.x0_scale is None:
+        wanted = "expected simple for a target without x0_scale"
+        raise ValueError(f"weighting: {wanted}, found {weighting}")
+    weights = make(p, k=k, **({"gamma": gamma} if gamma else {}))
+    return np.append(0.0, weights[1:] * target.x0_scale(p)[1:] ** 2)
