@@ -27,6 +27,8 @@ def get_config() -> ConfigDict:
                 "downsample_padding": 0,  # 0: at the bottom and right; 1: on every side
                 "flip_sin_to_cos": False,  # the time embedding begins with the cosines
                 "freq_shift": 1,  # 1: its lowest frequency is 1/10000; 0: the one after the last
+                # Exponents n of features sin, cos(2 pi 2^n x) beside the input (VDM); (): none.
+                "fourier": (),
                 "norm_eps": 1e-6,  # added to the variance by group normalisation
                 "dtype": "float32",  # of the convolutions and products; or bfloat16
                 "remat": False,  # recompute every block in the backward pass, to save memory
@@ -36,6 +38,8 @@ def get_config() -> ConfigDict:
                 "T": 1000,  # steps of the chain
                 "beta_start": 1e-4,  # beta_1, where the schedule has a choice
                 "beta_end": 0.02,  # beta_T
+                "gamma_min": -13.3,  # of logsnr: log((1 - alpha_bar) / alpha_bar) at t = 1
+                "gamma_max": 5.0,  # and at t = T
                 "betas": (),  # all T of them, instead of schedule, beta_start and beta_end
             },
             "target": "eps",  # what the network predicts: a key of targets.TARGETS
@@ -47,6 +51,7 @@ def get_config() -> ConfigDict:
                 "gamma": 0.0,  # of min_snr and p2; 0: 5 and 1
                 "k": 1.0,  # of p2
                 "vlb_weight": 0.001,  # of the bound in hybrid
+                "schedule": "linear",  # of continuous: a key of continuous.GAMMAS
             },
             "optim": {
                 "lr": 2e-4,  # learning rate of Adam
@@ -138,6 +143,7 @@ def get_config() -> ConfigDict:
                 "seed": 0,  # of their noise
                 "estimate": 0,  # training images for optimal variances (Analytic-DPM); 0: none
                 "steps": (),  # also the bound on so many least-cost steps
+                "continuous": 0,  # noise levels for the bound in continuous time; 0: none
                 "ode": 0,  # images for the probability-flow ODE; 0: none
             },
             "eval": {

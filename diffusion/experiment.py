@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs.default import get_config
-from diffusion import data, losses, samplers, schedules, targets, train_step, unet
+from diffusion import continuous, data, losses, samplers, schedules, targets, train_step, unet
 from diffusion.data import augment, loader
 from diffusion.data.loader import load_dataset
 from diffusion.kernels import group_norm, winograd
@@ -60,6 +60,7 @@ class Experiment(NamedTuple):
     train_net: unet.UNet
     tx: optax.GradientTransformation
     timesteps: TimestepSampler | None
+    schedule: str  # of continuous.GAMMAS; the parameters of a learned one are params["schedule"]
     image_shape: tuple[int, int, int]
     levels: int  # of a pixel value; see data.augment.scale
     mesh: Mesh
@@ -76,8 +77,7 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
     variance = lookup(targets.VARIANCES, "variance", c.variance)
     make_loss = lookup(losses.LOSSES, "loss.name", c.loss.name)
 
-    betas = c.process.betas or schedule(c.process.T, c.process.beta_start, c.process.beta_end)
-    process = call_for_key(from_betas, "process", betas)
+    process = call_for_key(from_betas, "process", c.process.betas or _betas(c, schedule))
     loss = call_for_key(make_loss, "loss", process, target, variance, **_loss_options(c, make_loss))
     make_timesteps = lookup(TIMESTEP_SAMPLERS, "train.timesteps", c.train.timesteps)
     make_net = functools.partial(unet.UNet, **c.model, out_ch=c.data.channels * variance.outputs)
@@ -94,12 +94,19 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
         ),
         tx=train_step.make_optimizer(c.optim.lr, c.optim.warmup, c.optim.clip),
         timesteps=make_timesteps(process),
+        schedule=c.loss.schedule,
         image_shape=image_shape(c),
         levels=c.data.levels,
         mesh=mesh,
     )
     call_for_key(abstract_state, "model", exp)  # sizes that do not divide are found here
     return exp
+
+
+def _betas(config: ConfigDict, schedule: Callable) -> np.ndarray:
+    """Returns the schedule's betas between those of its bounds that it has."""
+    bounds = list(inspect.signature(schedule).parameters)[1:]
+    return call_for_key(schedule, "process", config.process.T, *map(config.process.get, bounds))
 
 
 def _loss_options(config: ConfigDict, make_loss: Callable) -> dict[str, Any]:
@@ -121,6 +128,14 @@ def _sample_variance(config: ConfigDict, trained: targets.Variance) -> targets.V
     if trained.outputs == 1:
         known = {n: v for n, v in targets.VARIANCES.items() if v.outputs == 1} | {ANALYTIC: trained}
     return lookup(known, "sampler.variance", name) if name else trained
+
+
+def with_learned_process(exp: Experiment, params: Any) -> Experiment:
+    """Returns the experiment on the chain that the parameters have learned, if they have one."""
+    if not continuous.GAMMAS[exp.schedule]:
+        return exp
+    learned = continuous.learned_process(exp.process, exp.schedule, params["schedule"])
+    return exp._replace(process=learned)
 
 
 def image_shape(config: ConfigDict) -> tuple[int, int, int]:
@@ -154,6 +169,9 @@ def initial_state(exp: Experiment, seed: int) -> train_step.TrainState:
     labels = jnp.zeros(1, jnp.int32) if exp.net.num_classes else None
     key = train_step.training_keys(seed).params
     params = exp.net.init(key, images, times, labels, train=False)["params"]
+    if schedule := continuous.GAMMAS[exp.schedule]:
+        key = random.fold_in(key, 1)
+        params["schedule"] = schedule.init(key, *continuous.gamma_ends(exp.process))
     return train_step.create_train_state(params, exp.tx, exp.timesteps)
 
 

@@ -1,7 +1,8 @@
 """Training objectives, `Loss = (apply, key, x_0, t) -> (loss[b], {name: [b]})`.
 
-`apply: (x_t, model_t[b]) -> output` is the network with parameters, labels and dropout bound; t is
-int[b] in 1..T, or None to draw it. Table 2 of the paper combines two losses with the targets.
+`apply: (x_t, model_t[b]) -> output` is a network with parameters, labels and dropout bound, in
+training a train_step.Network; t is int[b] in 1..T, or None to draw it. Table 2 of the paper
+combines `simple` and `vlb` with the targets.
 """
 
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array, lax, random
 
+from diffusion.continuous import continuous
 from diffusion.likelihood import meanflat, prior_bits, vlb_term
 from diffusion.process import Process, gather, q_sample
 from diffusion.targets import Target, Variance, make_predict
@@ -107,4 +109,4 @@ def hybrid(
     return loss
 
 
-LOSSES = {"simple": simple, "vlb": vlb, "hybrid": hybrid}
+LOSSES = {"simple": simple, "vlb": vlb, "hybrid": hybrid, "continuous": continuous}

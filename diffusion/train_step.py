@@ -86,6 +86,19 @@ def drop_labels(key: Array, label: Array, null: int | None, rate: float) -> Arra
     return jnp.where(hidden, null, label)
 
 
+class Network(NamedTuple):
+    """A network with everything bound but image and time, as losses apply it.
+
+    params: everything that is trained, of which a loss may read what is not the network's.
+    """
+
+    apply: Callable[[Array, Array], Array]
+    params: Tree
+
+    def __call__(self, x_t: Array, t: Array) -> Array:
+        return self.apply(x_t, t)
+
+
 GradFn = Callable[[Tree, Array, TrainBatch], tuple[Tree, Metrics, Array]]
 
 
@@ -113,9 +126,8 @@ def make_grad_fn(
     def objective(params, key, batch):
         x_0, label, *times = batch
         key_loss, key_dropout = random.split(key)
-        losses, metrics = loss(
-            lambda x_t, t: apply(params, key_dropout, x_t, t, label), key_loss, x_0, *times[:1]
-        )
+        network = Network(lambda x_t, t: apply(params, key_dropout, x_t, t, label), params)
+        losses, metrics = loss(network, key_loss, x_0, *times[:1])
         weight = times[1] if times else 1.0
         metrics = jax.tree.map(lambda v: jnp.mean(weight * v), {"loss": losses, **metrics})
         return metrics["loss"], (metrics, losses)

@@ -72,6 +72,17 @@ def time_embedding(t: jax.Array, dim: int, freq_shift: int = 1, flip: bool = Fal
     return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
 
 
+def fourier_features(x: jax.Array, exponents: tuple[int, ...]) -> jax.Array:
+    """Returns sin(2 pi 2^n x), then cos, of each channel and exponent n: [b, h, w, 2 c len].
+
+    The finest of them tell neighbouring pixel values apart: of 256 values two neighbours are half a
+    period apart for n = 6. Kingma et al. 2021 (arXiv:2107.00630), Appendix C.
+    """
+    angles = x[..., None] * (2 * math.pi * 2.0 ** jnp.asarray(exponents, x.dtype))
+    angles = angles.reshape(*x.shape[:-1], -1)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
 class TimeEmbedding(nn.Module):
     """Embeds times t [b] as float32[b, 4 ch]. Source: official `model`, scope 'temb'."""
 
@@ -207,6 +218,7 @@ class UNet(nn.Module):
     downsample_padding: int = 0  # before a strided convolution, see `Downsample`
     flip_sin_to_cos: bool = False  # whether the time embedding begins with the cosines
     freq_shift: int = 1  # its lowest of n frequencies is 10000^(-(n - 1) / (n - freq_shift))
+    fourier: tuple[int, ...] = ()  # exponents of `fourier_features` beside the input
     norm_eps: float = group_norm.EPSILON  # added to the variance by normalisations
     dtype: Any = jnp.float32  # or bfloat16, or their names
     remat: bool = False  # recompute every block in the backward pass, to save memory
@@ -245,6 +257,8 @@ class UNet(nn.Module):
             table = nn.Embed(rows, 4 * self.ch, embedding_init=default_init(rows), name="class_emb")
             temb += table(y)
 
+        if self.fourier:
+            x = jnp.concatenate([x, fourier_features(x, self.fourier)], axis=-1)
         skips = [conv(self.ch, name="conv_in")(x)]
         for i in levels:
             after = down if i < levels[-1] else None

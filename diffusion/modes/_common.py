@@ -36,7 +36,7 @@ def load_trained(run: Run, exp: Experiment) -> Trained:
     """Restores the averaged weights of the newest good checkpoint. Raises WorkdirError."""
     with contextlib.closing(_trained_checkpoints(run)) as checkpoints:
         step, ema = checkpoints.restore_ema(experiment.abstract_state(exp).ema)
-    return Trained(run.config, exp, run.workdir, step, ema)
+    return Trained(run.config, experiment.with_learned_process(exp, ema), run.workdir, step, ema)
 
 
 def load_state(run: Run, exp: Experiment) -> TrainState:

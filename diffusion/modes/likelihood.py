@@ -1,6 +1,7 @@
 """--mode=bpd: bits per dimension of a split, term by term, and what better chains make of it."""
 
 import csv
+import functools
 import io
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -11,7 +12,8 @@ import numpy as np
 from etils import epath
 from jax.tree_util import Partial
 
-from diffusion import experiment, probability_flow
+from diffusion import continuous, experiment, probability_flow
+from diffusion.continuous import continuous_vlb
 from diffusion.data import augment
 from diffusion.likelihood import VLBTerms, rate_distortion, vlb_terms
 from diffusion.metrics.baselines import Baseline
@@ -101,6 +103,14 @@ def read_all(
             shorter = respaced_chain(trained_chain(trained, variance), variance, ts[:-1])
             path = folder / f"bpd_partial_{steps}.npz"
             results[name] = read_bound(name, work, shorter, trained.params, path).total
+    for steps in () if c.estimate else c.steps:
+        name = f"bound on {split}, {trained.config.variance}, {steps} even steps"
+        shorter = respaced_chain(chain, exp.variance, timesteps.uniform(exp.process, steps)[:-1])
+        path = folder / f"bpd_partial_{steps}_even.npz"
+        results[name] = read_bound(name, work, shorter, trained.params, path).total
+    if c.continuous:
+        name = f"bound on {split}, continuous time, {c.continuous} noise levels"
+        results[name] = read_continuous(name, trained, work, folder / "bpd_partial_continuous.npz")
     if c.ode:
         sample = make_pass(trained, split, c.ode)
         average, evaluations = read_ode(trained, sample)
@@ -128,6 +138,26 @@ def read_bound(
     parts = zip(np.split(mean, cuts), np.split(error, cuts), strict=True)
     total, *rest = (MeanAndStderr(*part) for part in parts)
     return Bound(MeanAndStderr(total.mean[0], total.error[0]), *rest)
+
+
+def read_continuous(
+    name: str, trained: Trained, work: SplitPass, path: epath.Path
+) -> MeanAndStderr:
+    """Returns the bound in continuous time; shows progress, resumes from path."""
+    exp, levels = trained.exp, trained.config.bpd.continuous
+    cells = continuous.cells(exp.process, levels)
+    chain = trained_chain(trained._replace(exp=exp._replace(process=cells)))
+    reading = functools.partial(continuous_vlb, ends=continuous.gamma_ends(exp.process))
+    read = work.compile(chain, reading)
+
+    def run(batch):
+        return np.asarray(jax.device_get(read(trained.params, batch)), np.float64)
+
+    logging.info(f"reading    {name}: {work.n:,} images")
+    with Progress(work.n, unit="image") as progress:
+        sums = accumulate(work, lambda batch: run(batch).sum(1, keepdims=True), path, progress)
+    mean, error = sums.mean_and_stderr()
+    return MeanAndStderr(mean[0], error[0])
 
 
 def read_ode(trained: Trained, work: SplitPass) -> tuple[MeanAndStderr, float]:

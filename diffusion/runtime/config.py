@@ -38,6 +38,8 @@ YOUNGER = (  # keys that earlier versions lacked
     *("model.freq_shift", "model.norm_eps", "model.null_class", "process.betas"),
     *("sampler.clip_range", "sampler.threshold_max", "data.levels", "train.profile"),
     *("train.timesteps", "loss.weighting", "loss.gamma", "loss.k", "loss.vlb_weight"),
+    *("loss.schedule", "process.gamma_min", "process.gamma_max", "model.fourier"),
+    *("bpd.continuous",),
 )
 ABSENT = "absent"
 

@@ -47,7 +47,10 @@ VALIDATORS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("sampler.estimate", "bpd.quick", "eval.num", "eval.keep"), TWO),
     "figures.scored": TWO,
     "frontier.num": (lambda x: x >= 6, "an int of 6 or more"),  # five neighbours and itself
-    **dict.fromkeys(("bpd.estimate", "bpd.ode", "eval.reference_num", "eval.quick"), NONE_OR_TWO),
+    **dict.fromkeys(
+        ("bpd.estimate", "bpd.ode", "bpd.continuous", "eval.reference_num", "eval.quick"),
+        NONE_OR_TWO,
+    ),
     **dict.fromkeys(("model.dropout", "optim.ema", "train.label_dropout"), FRACTION),
     "data.holdout": FRACTION,
     **dict.fromkeys(("process.beta_start", "process.beta_end"), BETA),
@@ -67,18 +70,30 @@ VALIDATORS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.exclude": (lambda x: all(isinstance(p, str) for p in x), "patterns such as ('*/old/*',)"),
     "data.background": (lambda x: len(x) == 3 and max(x) <= 255, "three ints in 0..255"),
     "figures.animation": _one_of("gif", "webp"),
+    "model.fourier": (lambda x: all(isinstance(n, int) for n in x), "a tuple of ints of 0 or more"),
     "process.betas": (lambda x: all(isinstance(b, int | float) and 0 < b <= 1 for b in x), BETAS),
     "sampler.threshold": (lambda x: x <= 1, "a fraction in [0, 1], 0 for none"),
     "sampler.threshold_max": (lambda x: x == 0 or x >= 1, "a number of 1 or more, or 0 for none"),
     **dict.fromkeys(("eval.seeds", "frontier.seeds"), SEEDS),
     "eval.weights": (lambda x: x and {*x} <= {"ema", "raw"}, 'a tuple of "ema", "raw" or both'),
 }
-SIGNED = ("model.null_class", "sampler.guidance", "sample.label")
+SIGNED = (
+    *("process.gamma_min", "process.gamma_max"),
+    *("model.null_class", "sampler.guidance", "sample.label"),
+)
 
 
 def _tables() -> dict[str, Iterable[str]]:
     """Returns {key: the names it may have}; imported here, so that --help does not import JAX."""
-    from diffusion import losses, samplers, schedules, targets, timestep_samplers, weightings
+    from diffusion import (
+        continuous,
+        losses,
+        samplers,
+        schedules,
+        targets,
+        timestep_samplers,
+        weightings,
+    )
     from diffusion.data import SOURCES
     from diffusion.data.prepare.sources import ORIGINS
 
@@ -87,6 +102,7 @@ def _tables() -> dict[str, Iterable[str]]:
         "target": targets.TARGETS,
         "variance": targets.VARIANCES,
         "loss.name": losses.LOSSES,
+        "loss.schedule": continuous.GAMMAS,
         "loss.weighting": weightings.WEIGHTINGS,
         "train.timesteps": timestep_samplers.TIMESTEP_SAMPLERS,
         "sampler.name": samplers.SAMPLERS,
