@@ -36,7 +36,7 @@ class GammaSchedule(NamedTuple):
 
 
 def _line(params: Params, u: Array) -> Array:
-    return params["b"] + jnp.abs(params["w"]) * u
+    return params["b"].reshape(()) + jnp.abs(params["w"].reshape(())) * u
 
 
 def _init_line(key: Array, gamma_min: float, gamma_max: float) -> Params:
@@ -56,10 +56,10 @@ def _init_network(key: Array, gamma_min: float, gamma_max: float) -> Params:
 def _network(params: Params, u: Array) -> Array:
     """Adds a monotone network of one hidden layer to a line (Appendix H); not normalised."""
     l1, l2, l3 = (params[name] for name in ("l1", "l2", "l3"))
-    line = l1["bias"] + jnp.abs(l1["kernel"][0]) * u
-    centred = (2 * u - 1)[..., None]
-    hidden = jnp.tanh(0.5 * (l2["bias"] + jnp.abs(l2["kernel"][0]) * centred))
-    return line + hidden @ jnp.abs(l3["kernel"][:, 0]) / hidden.shape[-1]
+    u_ = u.reshape(-1, 1)
+    hidden = jnp.tanh(0.5 * ((2 * u_ - 1) @ jnp.abs(l2["kernel"]) + l2["bias"][None]))
+    line = u_ @ jnp.abs(l1["kernel"]) + l1["bias"][None]
+    return (line + hidden @ jnp.abs(l3["kernel"]) / hidden.shape[-1]).reshape(u.shape)
 
 
 # A schedule that is not learned has no parameters: `linear` keeps the ends of the process.
@@ -103,7 +103,7 @@ def decoder_log_likelihood(x: Array, z: Array, gamma_0: Array, values: np.ndarra
     p(x | z_0) ~ q(z_0 | x) over the `values` that a pixel can have, float[levels]; no network.
     """
     precision = jnp.exp(-gamma_0)
-    candidates = jnp.asarray(values, x.dtype)
+    candidates = jnp.asarray(values, x.dtype).reshape((1,) * z.ndim + (-1,))
     energies = -0.5 * precision * (z[..., None] - candidates) ** 2
     return -0.5 * precision * (z - x) ** 2 - jax.nn.logsumexp(energies, axis=-1)
 
@@ -138,7 +138,7 @@ def continuous_terms(
       values: float[levels], what a pixel can be.
       steps: of a chain in discrete time, whose next time above u is taken; 0: continuous time.
     """
-    low, high = gamma(jnp.zeros(())), gamma(jnp.ones(()))
+    low, high = gamma(jnp.zeros((), u.dtype)), gamma(jnp.ones((), u.dtype))
     decoder = -meanflat(decoder_log_likelihood(x, x + jnp.exp(0.5 * low) * eps_0, low, values))
     if steps:
         u = jnp.ceil(u * steps) / steps
@@ -189,8 +189,8 @@ def continuous(
 
     def loss(apply: Callable, key: Array, x_0: Array, t: Array | None = None):
         key_u, key_0, key_eps = random.split(key, 3)
-        u = random.uniform(key_u, x_0.shape[:1])
-        u = u if t is None else (t - 1 + u) / p.T
+        u = random.uniform(key_u, x_0.shape[:1], x_0.dtype)
+        u = u if t is None else ((t - 1).astype(u.dtype) + u) / p.T
         eps_0, eps = (random.normal(k, x_0.shape, x_0.dtype) for k in (key_0, key_eps))
         params = apply.params["schedule"] if GAMMAS[schedule] else None
         terms = continuous_terms(
@@ -232,7 +232,8 @@ def continuous_vlb(
       levels: of x_0.
       ends: `gamma_ends` of the model's process.
     """
-    keys, (low, high) = example_keys(key, x_0.shape[0]), map(jnp.float32, ends)
+    keys = example_keys(key, x_0.shape[0])
+    low, high = (jnp.asarray(end, x_0.dtype) for end in ends)
 
     def error(_, t):
         t_b = jnp.broadcast_to(t, x_0.shape[:1])

@@ -78,8 +78,8 @@ def fourier_features(x: jax.Array, exponents: tuple[int, ...]) -> jax.Array:
     The finest of them tell neighbouring pixel values apart: of 256 values two neighbours are half a
     period apart for n = 6. Kingma et al. 2021 (arXiv:2107.00630), Appendix C.
     """
-    angles = x[..., None] * (2 * math.pi * 2.0 ** jnp.asarray(exponents, x.dtype))
-    angles = angles.reshape(*x.shape[:-1], -1)
+    frequencies = [2 * math.pi * 2.0**n for n in exponents]
+    angles = jnp.stack([x * f for f in frequencies], axis=-1).reshape(*x.shape[:-1], -1)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 

@@ -36,12 +36,21 @@ INPUTS = {
     "schedulers_full": [
         *("x_T", "noise", "*timesteps", "*mid_step", "*traj_steps", "*sigmas", "add_noise/*"),
     ],
+    "vdm": [
+        *("toy.params", "images", "eps_0", "eps", "t0", "u", "gamma_min_max", "gamma.t"),
+        *("nnet.*", "scalar.*", "fourier.z", "temb.t", "dec.?.gamma_0", "v.gamma_type"),
+        *("v.n_timesteps", "v.antithetic", "samp.z_t", "samp.noise", "samp.T", "samp.i"),
+        *("gen.z_0", "anti.n", "anti.t0"),
+        "encode*",  # its pixels are not ours, which are the official DDPM's
+        "anti.bad_n*",  # a list of batches for which the original fails
+    ],
 }
 
 
 @pytest.mark.parametrize("file", INPUTS)
 def test_every_golden_array_is_compared(file):
     from tests import (  # noqa: F401 (each registers what it compares)
+        test_continuous,
         test_likelihood,
         test_losses,
         test_process,
