@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax, random
 
-from diffusion import process
-from diffusion.likelihood import meanflat, normal_kl
+from diffusion import likelihood, process
+from diffusion.likelihood import VLBTerms, meanflat, normal_kl
 from diffusion.process import Process, broadcast_right, example_keys, half_log_snr, q_sample
 from diffusion.targets import TARGETS, VARIANCES, Predict, Target, Variance
 
@@ -204,6 +204,20 @@ def continuous(
     return loss
 
 
+def vlb_terms(p: Process, predict: Predict, key: Array, x_0: Array, levels: int = 256) -> VLBTerms:
+    """Returns likelihood.vlb_terms of a model in continuous time on p, whose decoder is its own."""
+    terms = likelihood.vlb_terms(p, predict, key, x_0, levels)
+    decoder = _decoder_nats(example_keys(key, x_0.shape[0]), x_0, gamma_ends(p)[0], levels)
+    return terms._replace(bits=terms.bits.at[:, 0].set(decoder / np.log(2)))
+
+
+def _decoder_nats(keys: Array, x: Array, gamma_0: float, levels: int) -> Array:
+    """Draws -log p(x | z_0) in nats per dimension [b]."""
+    low = jnp.asarray(gamma_0, x.dtype)
+    z_0 = x + jnp.exp(0.5 * low) * process.sample_noise(keys, jnp.int32(0), x)
+    return -meanflat(decoder_log_likelihood(x, z_0, low, pixel_values(levels)))
+
+
 def cells(p: Process, n: int) -> Process:
     """Returns the noise levels in the middle of n equal cells of gamma between t = 1 and t = T."""
     low, high = gamma_ends(p)
@@ -233,7 +247,7 @@ def continuous_vlb(
       ends: `gamma_ends` of the model's process.
     """
     keys = example_keys(key, x_0.shape[0])
-    low, high = (jnp.asarray(end, x_0.dtype) for end in ends)
+    low, high = ends
 
     def error(_, t):
         t_b = jnp.broadcast_to(t, x_0.shape[:1])
@@ -241,7 +255,7 @@ def continuous_vlb(
         return None, meanflat((eps - predict(q_sample(q, x_0, t_b, eps), t_b).eps) ** 2)
 
     errors = lax.scan(error, None, jnp.arange(1, q.T + 1))[1]
-    z_0 = x_0 + jnp.exp(0.5 * low) * process.sample_noise(keys, jnp.int32(0), x_0)
-    decoder = -meanflat(decoder_log_likelihood(x_0, z_0, low, pixel_values(levels)))
+    decoder = _decoder_nats(keys, x_0, low, levels)
     diffusion = 0.5 * (high - low) * errors.mean(0)
-    return jnp.stack([decoder, diffusion, prior_nats(x_0, high)], axis=1) / np.log(2)
+    prior = prior_nats(x_0, jnp.asarray(high, x_0.dtype))
+    return jnp.stack([decoder, diffusion, prior], axis=1) / np.log(2)

@@ -60,6 +60,7 @@ class Experiment(NamedTuple):
     train_net: unet.UNet
     tx: optax.GradientTransformation
     timesteps: TimestepSampler | None
+    continuous: bool  # whether the loss is the bound in continuous time
     schedule: str  # of continuous.GAMMAS; the parameters of a learned one are params["schedule"]
     image_shape: tuple[int, int, int]
     levels: int  # of a pixel value; see data.augment.scale
@@ -94,6 +95,7 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
         ),
         tx=train_step.make_optimizer(c.optim.lr, c.optim.warmup, c.optim.clip),
         timesteps=make_timesteps(process),
+        continuous=make_loss is continuous.continuous,
         schedule=c.loss.schedule,
         image_shape=image_shape(c),
         levels=c.data.levels,

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from jax import Array, random
 
-from diffusion import data, experiment, process, targets
+from diffusion import continuous, data, experiment, process, targets
 from diffusion.data import augment, loader
 from diffusion.experiment import Experiment
 from diffusion.modes._common import Trained, batch_size
@@ -297,6 +297,20 @@ def with_analytic(trained: Trained) -> Trained:
     return trained._replace(exp=exp._replace(sample_variance=variance))
 
 
+def compile_continuous(work: SplitPass, trained: Trained, levels: int) -> Callable:
+    """Compiles (params, batch) -> the bound in continuous time by so many noise levels [b]."""
+    exp = trained.exp
+    chain = trained_chain(
+        trained._replace(exp=exp._replace(process=continuous.cells(exp.process, levels)))
+    )
+    ends = continuous.gamma_ends(exp.process)
+
+    def reading(*args, levels):
+        return continuous.continuous_vlb(*args, levels, ends).sum(1)
+
+    return work.compile(chain, reading)
+
+
 def make_bpd_fn(trained: Trained) -> Callable[[Any], MeanAndStderr]:
     """Builds params -> the bound of the first bpd.quick images of bpd.split, in bits/dim.
 
@@ -306,9 +320,13 @@ def make_bpd_fn(trained: Trained) -> Callable[[Any], MeanAndStderr]:
     config, T = trained.config, trained.exp.process.T
     available = experiment.load_split(config, trained.exp, config.bpd.split).n
     work = make_pass(trained, config.bpd.split, min(config.bpd.quick, available))
-    edges = stratified.timestep_strata(T, max(T // READ_FRACTION, min(2, T)))
-    reading = functools.partial(stratified.stratified_vlb, edges=edges)
-    read = work.compile(trained_chain(trained), reading)
+    times = max(T // READ_FRACTION, min(2, T))
+    if trained.exp.continuous:
+        read = compile_continuous(work, trained, times)
+    else:
+        edges = stratified.timestep_strata(T, times)
+        reading = functools.partial(stratified.stratified_vlb, edges=edges)
+        read = work.compile(trained_chain(trained), reading)
 
     def bits_per_dim(params):
         bits, done = [], 0

@@ -1,7 +1,6 @@
 """--mode=bpd: bits per dimension of a split, term by term, and what better chains make of it."""
 
 import csv
-import functools
 import io
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -13,7 +12,6 @@ from etils import epath
 from jax.tree_util import Partial
 
 from diffusion import continuous, experiment, probability_flow
-from diffusion.continuous import continuous_vlb
 from diffusion.data import augment
 from diffusion.likelihood import VLBTerms, rate_distortion, vlb_terms
 from diffusion.metrics.baselines import Baseline
@@ -24,6 +22,7 @@ from diffusion.modes._split_pass import (
     MeanAndStderr,
     SplitPass,
     accumulate,
+    compile_continuous,
     make_pass,
     mean_and_stderr,
     measure_optimal_variance,
@@ -122,7 +121,8 @@ def read_bound(
     name: str, work: SplitPass, chain: ChainModel, params: Any, path: epath.Path
 ) -> Bound:
     """Returns the bound of the images of a pass, taken apart; shows progress, resumes from path."""
-    read = work.compile(chain, vlb_terms)
+    # The decoder is that of the training.
+    read = work.compile(chain, continuous.vlb_terms if work.exp.continuous else vlb_terms)
 
     def run(batch):
         terms = VLBTerms(*jax.device_get(read(params, batch)))
@@ -144,19 +144,14 @@ def read_continuous(
     name: str, trained: Trained, work: SplitPass, path: epath.Path
 ) -> MeanAndStderr:
     """Returns the bound in continuous time; shows progress, resumes from path."""
-    exp, levels = trained.exp, trained.config.bpd.continuous
-    cells = continuous.cells(exp.process, levels)
-    chain = trained_chain(trained._replace(exp=exp._replace(process=cells)))
-    reading = functools.partial(continuous_vlb, ends=continuous.gamma_ends(exp.process))
-    read = work.compile(chain, reading)
+    read = compile_continuous(work, trained, trained.config.bpd.continuous)
 
     def run(batch):
-        return np.asarray(jax.device_get(read(trained.params, batch)), np.float64)
+        return jax.device_get(read(trained.params, batch))[:, None]
 
     logging.info(f"reading    {name}: {work.n:,} images")
     with Progress(work.n, unit="image") as progress:
-        sums = accumulate(work, lambda batch: run(batch).sum(1, keepdims=True), path, progress)
-    mean, error = sums.mean_and_stderr()
+        mean, error = accumulate(work, run, path, progress).mean_and_stderr()
     return MeanAndStderr(mean[0], error[0])
 
 
