@@ -21,7 +21,17 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs.default import get_config
-from diffusion import continuous, data, losses, samplers, schedules, targets, train_step, unet
+from diffusion import (
+    continuous,
+    data,
+    gradients,
+    losses,
+    samplers,
+    schedules,
+    targets,
+    train_step,
+    unet,
+)
 from diffusion.data import augment, loader
 from diffusion.data.loader import load_dataset
 from diffusion.kernels import group_norm, winograd
@@ -37,6 +47,7 @@ from diffusion.sharding import (
 )
 from diffusion.timestep_samplers import TIMESTEP_SAMPLERS, TimestepSampler
 from diffusion.utils.errors import ConfigError, DataError
+from diffusion.weightings import output_weights
 
 ANALYTIC = "analytic"  # a sampler.variance that is measured first (modes._common.with_analytic)
 MIN_PIXELS_PER_DEVICE = 16 * 16  # smaller images are over before CPU devices have synchronised
@@ -79,7 +90,8 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
     make_loss = lookup(losses.LOSSES, "loss.name", c.loss.name)
 
     process = call_for_key(from_betas, "process", c.process.betas or _betas(c, schedule))
-    loss = call_for_key(make_loss, "loss", process, target, variance, **_loss_options(c, make_loss))
+    options = _loss_options(c, process, target, make_loss)
+    loss = call_for_key(make_loss, "loss", process, target, variance, **options)
     make_timesteps = lookup(TIMESTEP_SAMPLERS, "train.timesteps", c.train.timesteps)
     make_net = functools.partial(unet.UNet, **c.model, out_ch=c.data.channels * variance.outputs)
     exp = Experiment(
@@ -111,24 +123,38 @@ def _betas(config: ConfigDict, schedule: Callable) -> np.ndarray:
     return call_for_key(schedule, "process", config.process.T, *map(config.process.get, bounds))
 
 
-def _loss_options(config: ConfigDict, make_loss: Callable) -> dict[str, Any]:
-    """Returns the options of config.loss that the loss has; others must have their defaults."""
-    known, unused = inspect.signature(make_loss).parameters, get_config().loss
-    options = {key: value for key, value in config.loss.items() if key != "name"}
-    for key in [key for key in options if key in unused and key not in known]:
-        if options[key] != unused[key]:
-            wanted = f"expected {unused[key]!r}, as the loss {config.loss.name} has no such option"
-            raise ConfigError(f"loss.{key}: {wanted}, found {options[key]!r}")
-        del options[key]
-    return options | ({"levels": config.data.levels} if "levels" in known else {})
+def _loss_options(
+    config: ConfigDict, p: Process, target: targets.Target, make_loss: Callable
+) -> dict[str, Any]:
+    """Returns the loss's arguments; what of config.loss it does not read must have its default."""
+    known, left = inspect.signature(make_loss).parameters, config.loss.to_dict()
+    name, defaults, options = left.pop("name"), get_config().loss, {}
+    if "levels" in known:
+        options["levels"] = config.data.levels
+    if "weights" in known:
+        names = left.pop("weighting"), left.pop("gamma"), left.pop("k")
+        try:
+            options["weights"] = output_weights(p, target, *names)
+        except ValueError as error:  # it begins with the option's name
+            raise ConfigError(f"loss.{error}") from error
+    for key, value in left.items():
+        if key in known or key not in defaults:  # of the latter the loss itself complains
+            options[key] = value
+        elif value != defaults[key]:
+            wanted = f"expected {defaults[key]!r}, as the loss {name} has no such option"
+            raise ConfigError(f"loss.{key}: {wanted}, found {value!r}; leave it out")
+    return options
 
 
 def _sample_variance(config: ConfigDict, trained: targets.Variance) -> targets.Variance:
     """What sampler.variance names; "" and, until it is measured, "analytic": the trained one."""
     name = config.sampler.variance
-    known = {config.variance: trained}
-    if trained.outputs == 1:
-        known = {n: v for n, v in targets.VARIANCES.items() if v.outputs == 1} | {ANALYTIC: trained}
+    if trained.outputs == 2:
+        if name not in ("", config.variance):
+            wanted = f"expected {config.variance}, which this network has learned, or none"
+            raise ConfigError(f"sampler.variance: {wanted}, found {name!r}")
+        return trained
+    known = {n: v for n, v in targets.VARIANCES.items() if v.outputs == 1} | {ANALYTIC: trained}
     return lookup(known, "sampler.variance", name) if name else trained
 
 
@@ -201,9 +227,9 @@ def make_apply_fn(exp: Experiment) -> Callable:
 
 
 def make_config_grad_fn(config: ConfigDict, exp: Experiment) -> Callable:
-    """Builds train_step.make_grad_fn's function with the options of config.optim."""
+    """Builds gradients.make_grad_fn's function with the options of config.optim."""
     options = {key: config.optim[key] for key in ("accumulate", "clip_groups", "clip")}
-    return train_step.make_grad_fn(exp.loss, make_apply_fn(exp), **options)
+    return gradients.make_grad_fn(exp.loss, make_apply_fn(exp), **options)
 
 
 def make_update(config: ConfigDict, exp: Experiment, resident: bool) -> Callable:

@@ -1,23 +1,24 @@
 """Training objectives, `Loss = (apply, key, x_0, t) -> (loss[b], {name: [b]})`.
 
 `apply: (x_t, model_t[b]) -> output` is a network with parameters, labels and dropout bound, in
-training a train_step.Network; t is int[b] in 1..T, or None to draw it. Table 2 of the paper
+training a gradients.Network; t is int[b] in 1..T, or None to draw it. Table 2 of the paper
 combines `simple` and `vlb` with the targets.
 """
 
 from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax, random
 
 from diffusion.continuous import continuous
 from diffusion.likelihood import meanflat, prior_bits, vlb_term
 from diffusion.process import Process, gather, q_sample
 from diffusion.targets import Target, Variance, make_predict
-from diffusion.weightings import output_weights
 
 Apply = Callable[[Array, Array], Array]
 Loss = Callable[..., tuple[Array, dict[str, Array]]]
+TimeWeights = np.ndarray | None
 
 
 def draw_x_t(
@@ -33,28 +34,24 @@ def draw_x_t(
     return t, eps, q_sample(p, x_0, t, eps)
 
 
-def simple(
-    p: Process,
-    target: Target,
-    variance: Variance,
-    weighting: str = "simple",
-    gamma: float = 0.0,
-    k: float = 1.0,
-) -> Loss:
+def _weigh(error: Array, weights: TimeWeights, t: Array) -> Array:
+    return error if weights is None else error * gather(weights, t).astype(error.dtype)
+
+
+def simple(p: Process, target: Target, variance: Variance, weights: TimeWeights = None) -> Loss:
     """Builds L_simple (eq. 14): the mean squared error of the output, whatever the target.
 
-    weighting, gamma, k: as of weightings.output_weights. Raises ValueError for a learned variance,
-    which it does not train.
+    weights: of the error at t = 0..T, as weightings.output_weights has them; None: 1. Raises
+    ValueError for a learned variance, which it does not train.
     """
     if variance.outputs != 1:
         raise ValueError("'simple' trains no variance: use a fixed one, or the loss vlb or hybrid")
-    weights = output_weights(p, target, weighting, gamma, k)
 
     def loss(apply: Apply, key: Array, x_0: Array, t: Array | None = None):
         t, eps, x_t = draw_x_t(p, key, x_0, t)
         output = apply(x_t, gather(p.model_t, t))
         error = meanflat((output - target.from_x0(p, x_0, eps, x_t, t)) ** 2)
-        return error if weights is None else error * gather(weights, t).astype(error.dtype), {}
+        return _weigh(error, weights, t), {}
 
     return loss
 
@@ -81,30 +78,26 @@ def hybrid(
     variance: Variance,
     levels: int = 256,
     vlb_weight: float = 0.001,
-    weighting: str = "simple",
-    gamma: float = 0.0,
-    k: float = 1.0,
+    weights: TimeWeights = None,
 ) -> Loss:
     """Builds L_simple + vlb_weight L, where L, in bits/dim, trains nothing but the variance.
 
     Nichol and Dhariwal 2021 (arXiv:2102.09672), eq. 16; their code's RESCALED_MSE. Its MSE is a
-    vlb_weight of 1 / T. The weighting is that of `simple`. Raises ValueError for a fixed variance.
+    vlb_weight of 1 / T. The weights are those of `simple`. Raises ValueError for a fixed variance.
     """
     if variance.outputs != 2:
         raise ValueError("'hybrid' trains a variance: use learned_range or learned, or simple")
-    weights = output_weights(p, target, weighting, gamma, k)
 
     def loss(apply: Apply, key: Array, x_0: Array, t: Array | None = None):
         t, eps, x_t = draw_x_t(p, key, x_0, t)
         output = apply(x_t, gather(p.model_t, t))
         mean, extra = jnp.split(output, 2, axis=-1)
         error = meanflat((mean - target.from_x0(p, x_0, eps, x_t, t)) ** 2)
-        weight = 1.0 if weights is None else gather(weights, t).astype(error.dtype)
         frozen = jnp.concatenate([lax.stop_gradient(mean), extra], axis=-1)
         predict = make_predict(p, lambda x_t, t: frozen, target, variance, clip=False)
         bits = vlb_term(p, predict(x_t, t), x_0, x_t, t, levels)
         bound = p.T * bits
-        return weight * error + vlb_weight * bound, {"bpd": bound + prior_bits(p, x_0)}
+        return _weigh(error, weights, t) + vlb_weight * bound, {"bpd": bound + prior_bits(p, x_0)}
 
     return loss
 

@@ -59,14 +59,10 @@ def _mu_x0_scale(p):
 
 TARGETS = {
     "eps": Target(
-        lambda p, x_0, eps, x_t, t: eps,
-        _eps_to_x0,
-        x0_scale=lambda p: np.exp(-half_log_snr(p)),
+        lambda p, x_0, eps, x_t, t: eps, _eps_to_x0, x0_scale=lambda p: np.exp(-half_log_snr(p))
     ),
     "x0": Target(
-        lambda p, x_0, eps, x_t, t: x_0,
-        lambda p, x_0, x_t, t: x_0,
-        x0_scale=lambda p: np.ones(p.T + 1),
+        lambda p, x_0, eps, x_t, t: x_0, lambda p, x_0, *_: x_0, x0_scale=lambda p: np.ones(p.T + 1)
     ),
     "mu": Target(
         lambda p, x_0, eps, x_t, t: q_posterior(p, x_0, x_t, t - 1, t)[0],

@@ -13,6 +13,7 @@ from jax import Array, random
 from diffusion.process import Process
 
 HISTORY = 10  # losses that are remembered of each time
+TIMES = 2**31 + 1  # folded into a step's key; see train_step.LABEL_DROPOUT
 UNIFORM_SHARE = 0.001  # of the draws, so that no weight exceeds 1 / UNIFORM_SHARE
 
 
@@ -28,6 +29,16 @@ class TimestepSampler(NamedTuple):
     init: Callable[[], Any]
     draw: Callable[[Array, int, Any], tuple[Array, Array]]
     update: Callable[[Any, Array, Array], Any] = lambda state, t, loss: state
+
+
+def draw_times(
+    timesteps: TimestepSampler | None, key: Array, b: int, memory: Any
+) -> tuple[Array, ...]:
+    """Returns what `timesteps.draw` does, with the key of a training step; () without a sampler.
+
+    memory: of the sampler, train_step.TrainState.times.
+    """
+    return timesteps.draw(random.fold_in(key, TIMES), b, memory) if timesteps else ()
 
 
 def spread(u: Array, b: int) -> Array:
@@ -53,7 +64,7 @@ def low_discrepancy(p: Process) -> TimestepSampler:
 class LossHistory(NamedTuple):
     """The last HISTORY losses of each time.
 
-    losses: float32[T, HISTORY], that of t = 1 first, each a ring; counts: int32[T], all so far.
+    losses: float[T, HISTORY], that of t = 1 first, each a ring; counts: int32[T], all so far.
     """
 
     losses: Array
@@ -76,7 +87,7 @@ def remember(history: LossHistory, t: Array, loss: Array) -> LossHistory:
     slot = (history.counts[t - 1] + before) % n
     # Of more than n losses of one time the first are dropped, by a row that is out of range.
     row = jnp.where(after < n, t - 1, len(history.counts))
-    losses = history.losses.at[row, slot].set(loss.astype(jnp.float32), mode="drop")
+    losses = history.losses.at[row, slot].set(loss.astype(history.losses.dtype), mode="drop")
     return LossHistory(losses, history.counts.at[t - 1].add(1))
 
 

@@ -9,10 +9,10 @@ import pytest
 from jax import random
 
 from diffusion import continuous, losses, process, schedules, timestep_samplers, unet
+from diffusion.gradients import Network
 from diffusion.samplers.ancestral import ancestral
 from diffusion.samplers.base import SamplerState
 from diffusion.targets import TARGETS, VARIANCES, make_predict
-from diffusion.train_step import Network
 from tests.oracle import Gaussian, official
 
 # github.com/google-research/vdm, commit dc27b98: model_vdm.py. Its pixels lie elsewhere than ours.

@@ -17,6 +17,7 @@ from diffusion.data import augment, loader
 from diffusion.experiment import Experiment
 from diffusion.runtime.config import Run
 from diffusion.sharding import replicated
+from diffusion.timestep_samplers import draw_times
 from diffusion.train_step import TrainState
 from diffusion.utils import digests, logging
 from diffusion.utils.errors import ConfigError, NonFiniteError, one_line
@@ -115,7 +116,7 @@ def replay_step(
     c, flips = run.config, train_step.training_keys(run.config.seed).augment
     x_0 = augment.augment(image, flips, step - 1, c.data.flip, exp.levels)
     batch = x_0, experiment.training_labels(c, exp, key, label)
-    batch = train_step.draw_times(exp.timesteps, key, batch, times)
+    batch += draw_times(exp.timesteps, key, len(x_0), times)
     gradients, metrics, _ = jax.jit(experiment.make_config_grad_fn(c, exp))(params, key, batch)
     name = nonfinite.first_non_finite(gradients)
     found = {k: float(v) for k, v in metrics.items()}

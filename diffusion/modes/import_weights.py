@@ -264,6 +264,7 @@ def make_state(found: readers.Weights, exp: Experiment, source: str) -> TrainSta
         params=params,
         ema=replicate(found.ema),
         opt_state=jax.jit(exp.tx.init, out_shardings=sharding)(params),
+        times=replicate(exp.timesteps.init()) if exp.timesteps else (),
     )
 
 

@@ -33,6 +33,7 @@ from diffusion.plotting import curves
 from diffusion.runtime.config import Run, call_for_key, lookup
 from diffusion.samplers import analytic, timesteps
 from diffusion.utils import logging
+from diffusion.utils.errors import ConfigError
 from diffusion.utils.io import save_json, save_text
 from diffusion.utils.multihost import is_primary
 from diffusion.utils.progress import Progress
@@ -62,6 +63,9 @@ def run(run: Run) -> None:
 
 def check(run: Run, exp: experiment.Experiment) -> None:
     """Raises ConfigError for readings that the model cannot have, before hours are spent."""
+    if run.config.bpd.estimate and exp.variance.outputs == 2:
+        wanted = f"expected 0 for a network that has learned its variance ({run.config.variance})"
+        raise ConfigError(f"bpd.estimate: {wanted}, found {run.config.bpd.estimate}")
     if run.config.bpd.ode:
         lookup(probability_flow.TO_EPS, "target", run.config.target)
         call_for_key(probability_flow.log_alpha_bar_spline, "bpd.ode", exp.process)
