@@ -81,12 +81,12 @@ def importance_probabilities(history: LossHistory) -> Array:
 
 def remember(history: LossHistory, t: Array, loss: Array) -> LossHistory:
     """Returns the history with the losses [b] at times t int[b] entered in their order."""
-    n, b = history.losses.shape[1], jnp.arange(len(t))
-    same = t[:, None] == t[None, :]
-    before, after = jnp.sum(same & (b < b[:, None]), 1), jnp.sum(same & (b > b[:, None]), 1)
-    slot = (history.counts[t - 1] + before) % n
+    n = history.losses.shape[1]
+    # earlier[i, j]: whether example j has the time of example i and comes before it.
+    earlier = jnp.tril(t[:, None] == t[None, :], -1)
+    slot = (history.counts[t - 1] + earlier.sum(1, dtype=jnp.int32)) % n
     # Of more than n losses of one time the first are dropped, by a row that is out of range.
-    row = jnp.where(after < n, t - 1, len(history.counts))
+    row = jnp.where(earlier.sum(0) < n, t - 1, len(history.counts))
     losses = history.losses.at[row, slot].set(loss.astype(history.losses.dtype), mode="drop")
     return LossHistory(losses, history.counts.at[t - 1].add(1))
 

@@ -32,6 +32,15 @@ INPUTS = {
         *("dgll.k", "dgll.x", "dgll.means", "dgll.log_scales"),
         *("T20.init", "T20.step_noise", "T20.q_noise", "T20.x_start"),
     ],
+    "iddpm": [
+        *("toy.params", "k", "x_start", "noise", "p_noise", "c?.schedule", "c?.T", "c?.t"),
+        *("sched.?.T", "spaced.schedule", "spaced.T", "spaced.spec", "spaced.?.t*"),
+        *("bpd.q_noise", "bpd.T", "bpd.batch", "bpd.?.betas"),
+        *("lsm.T", "lsm.*_per_term", "lsm.uniform_prob", "lsm.ts", "lsm.losses"),
+        *("lsm.batch", "lsm.sample_idx"),
+        "space*",  # their ways to choose times: ours are samplers.GRIDS
+    ],
+    "weights": ["s?.schedule", "s?.T", "gamma.?", "p2.?.gamma_k", "loss.[!evx]*", "loss.x_start"],
     "schedulers": ["x_T", "noise", "*timesteps"],
     "schedulers_full": [
         *("x_T", "noise", "*timesteps", "*mid_step", "*traj_steps", "*sigmas", "add_noise/*"),
@@ -51,11 +60,14 @@ INPUTS = {
 def test_every_golden_array_is_compared(file):
     from tests import (  # noqa: F401 (each registers what it compares)
         test_continuous,
+        test_iddpm,
         test_likelihood,
         test_losses,
         test_process,
         test_schedules,
         test_targets,
+        test_timestep_samplers,
+        test_weightings,
     )
     from tests.samplers import test_ancestral, test_schedulers  # noqa: F401
 
