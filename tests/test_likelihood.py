@@ -210,11 +210,12 @@ def information(p, known, s, t):
     return 0.5 * np.log2(without / given_x_0)
 
 
-def test_expected_terms_are_mutual_informations(x64):
+@pytest.mark.parametrize("variance", ["learned", "learned_range"])
+def test_expected_terms_are_mutual_informations(variance, x64):
     """E[L_{t-1}] = I(x_0; x_{t-1} | x_t) for the perfect denoiser and the optimal variance."""
     t = np.arange(2, FINE.T + 1)
     for known in (Gaussian(0.1, 0.3), Gaussian(-0.4, 1e-3), Gaussian(0, 4)):
-        ours = expected_bits(FINE, known, known.predict(FINE), t)
+        ours = expected_bits(FINE, known, known.predict(FINE, variance=variance), t)
         np.testing.assert_allclose(ours, information(FINE, known, t - 1, t), rtol=1e-9)  # float64
 
 

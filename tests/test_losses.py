@@ -1,5 +1,7 @@
 """Tests the losses: the official values, perfect networks, and the bound they estimate."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +13,12 @@ from diffusion import likelihood, losses, process, schedules, targets
 from diffusion.losses import LOSSES
 from diffusion.targets import TARGETS, VARIANCES
 from tests import oracle
-from tests.oracle import official
+from tests.oracle import Gaussian, official
+from tests.test_likelihood import four_points, information
 
 LINEAR = process.from_betas(schedules.linear(1000))
 SHORT = process.from_betas(schedules.linear(4, 0.02, 0.4))
+RANGE = VARIANCES["learned_range"]
 LEVELS = jnp.arange(256, dtype=jnp.float32) / 127.5 - 1
 
 
@@ -135,6 +139,46 @@ def test_perfect_network_has_no_loss(target, x64, monkeypatch):
     assert np.all(by_name["vlb"][t == 1] > 0)
 
 
+@pytest.mark.parametrize("target", ["eps", "mu"])  # without and with a mean of its own
+def test_hybrid_of_the_perfect_network(target, x64, monkeypatch):
+    """No other variance than the perfect one has a smaller bound, which trains no mean.
+
+    Its terms are the information that a step adds, over four points that stand for all (see
+    test_likelihood).
+    """
+    known, times = Gaussian(0.1, 0.3), np.arange(2, SHORT.T + 1)
+    x_0, x_t = (x.reshape(-1, 1, 1, 1) for x in four_points(SHORT, known, times))
+    t = np.tile(times, 4)
+    a = oracle.column(SHORT.alpha_bar[t])
+    drawn = jnp.asarray(t), (x_t - np.sqrt(a) * x_0) / np.sqrt(1 - a), jnp.asarray(x_t)
+    monkeypatch.setattr(losses, "draw_x_t", lambda *_: drawn)
+    perfect = known.network(SHORT, target, "range")(drawn[2], drawn[0] - 1)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(shift, weight):
+        """Returns the losses of a position that is `shift` off, and the output's gradient."""
+
+        def total(output):
+            loss = losses.hybrid(SHORT, TARGETS[target], RANGE, vlb_weight=weight)
+            values, _ = loss(lambda *_: output, None, jnp.asarray(x_0))
+            return values.sum(), values
+
+        (_, values), gradient = jax.value_and_grad(total, has_aux=True)(perfect + shift)
+        return values.reshape(4, -1).mean(0), jnp.split(gradient, 2, -1)
+
+    def shifted(by):
+        return jnp.array([0.0, by]).reshape(1, 1, 1, 2)
+
+    error, (mean_gradient, _) = run(shifted(0.0), 0.0)
+    values, (same_gradient, gradient) = run(shifted(0.0), 1 / SHORT.T)
+    np.testing.assert_array_equal(same_gradient, mean_gradient)
+    np.testing.assert_allclose(gradient.reshape(4, -1).mean(0), 0, atol=1e-13)
+    wanted = information(SHORT, known, times - 1, times)
+    np.testing.assert_allclose(values - error, wanted, rtol=1e-9)
+    for by in (-0.3, 0.3):
+        assert np.all(run(shifted(by), 1 / SHORT.T)[0] > values)
+
+
 def test_bpd_is_an_unbiased_estimate_of_the_bound():
     """The mean over many draws of t and eps is the mean over many draws of the summed terms."""
     image = LEVELS[jnp.array([40, 100, 128, 200])].reshape(1, 2, 2, 1)
@@ -173,6 +217,9 @@ def test_draws():
     a = p.alpha_bar[t].reshape(n, 1)
     wanted = np.sqrt(a) * x_0 + np.sqrt(1 - a) * eps
     np.testing.assert_allclose(x_t, wanted, atol=1e-6)  # float32
+    given, same, _ = losses.draw_x_t(p, KEY, x_0, jnp.asarray(t[::-1]))
+    np.testing.assert_array_equal(given, t[::-1])
+    np.testing.assert_array_equal(same, eps)  # whoever drew the times
     again, other = (losses.draw_x_t(p, key, x_0) for key in (KEY, random.key(2)))
     np.testing.assert_array_equal(again[1], eps)
     assert np.mean(other[0] == t) < 0.2 and np.mean(other[1] == eps) < 0.01

@@ -139,6 +139,30 @@ def test_v_is_the_derivative_by_the_angle(x64):
     np.testing.assert_allclose(ours, v, atol=1e-12)  # float64; arccos loses a digit near 1
 
 
+def test_positions_between_the_bounds(x64):
+    """-1 is log beta~, 1 is log beta, which at t = 1 are beta~_2 and beta_1; nothing is clipped."""
+    betas, t = 1 - SHORT.alpha_bar[1:] / SHORT.alpha_bar[:-1], jnp.arange(1, SHORT.T + 1)
+    smaller = betas[1:] * (1 - SHORT.alpha_bar[1:-1]) / (1 - SHORT.alpha_bar[2:])
+    lower, upper = np.log(np.append(smaller[:1], smaller)), np.log(betas)
+    for position in (-1.0, 1.0, 0.0, 3.0):
+        found = VARIANCES["learned_range"].log_var(SHORT, jnp.full((SHORT.T, 1, 1, 1), position), t)
+        wanted = lower + (position + 1) / 2 * (upper - lower)
+        np.testing.assert_allclose(found.ravel(), wanted, rtol=1e-10)
+
+
+def test_a_position_s_gradient_in_float32():
+    """Late in 4,000 steps the bounds differ by less than float32 resolves of their logarithms."""
+    p = process.from_betas(schedules.cosine(4000))
+    t = np.arange(1, 4001)
+    log_var, zero = VARIANCES["learned_range"].log_var, jnp.zeros((4000, 1, 1, 1))
+    gradient = jax.grad(lambda position: log_var(p, position, jnp.asarray(t)).sum())(zero)
+    noise = 1 - p.alpha_bar
+    width = np.append(np.log(process.beta_between(p, 0, 1)), np.log(noise[2:] / noise[1:-1]))
+    width[0] -= np.log(process.posterior(p, 1, 2).variance)
+    assert width.min() < 1e-6
+    np.testing.assert_allclose(gradient.ravel(), 0.5 * width, rtol=1e-6)
+
+
 KEY = random.key(1)
 
 X_T = random.normal(random.key(0), (5, 4, 4, 2))

@@ -109,6 +109,17 @@ def test_every_target_has_the_same_objective(x64, erring, chosen):
             np.testing.assert_allclose(found[name][1:], bits[1:], rtol=1e-9, err_msg=name)
 
 
+def test_the_hybrid_loss_weighs_its_error_as_the_simple_one(x64, erring):
+    x_0, outputs = erring
+    weights = output_weights(SHORT, TARGETS["v"], "min_snr")
+    simple = values_of(losses.simple, "v", outputs["v"], x_0, weights)
+    hybrid = losses.hybrid(
+        SHORT, TARGETS["v"], VARIANCES["learned_range"], vlb_weight=0.0, weights=weights
+    )
+    both = jnp.concatenate([outputs["v"], jnp.zeros_like(outputs["v"])], -1)
+    np.testing.assert_array_equal(hybrid(lambda *_: both, None, x_0)[0], simple)
+
+
 @pytest.mark.parametrize("target", ["x0", "v"])
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_weights_of_a_chain_that_ends_in_pure_noise(weighting, target):
