@@ -43,3 +43,25 @@ def test_accumulation_and_clip_groups_together():
 def test_mean_of_clipped_leaves_zero_gradients_alone():
     zero = {"a": jnp.zeros((4, 3))}
     assert np.all(gradients.mean_of_clipped(zero, 1.0)["a"] == 0)
+
+
+@pytest.mark.parametrize("accumulate, clip_groups", [(1, 1), (3, 1), (1, 2), (2, 3)])
+def test_drawn_times_and_weights_stay_with_their_examples(accumulate, clip_groups):
+    """A loss of t x: the weighted mean and its gradient, and the losses without their weights."""
+    x = random.normal(random.key(0), (12, 5))
+    t, weight = jnp.arange(1, 13), random.uniform(random.key(1), (12,))
+
+    def loss(apply, key, x_0, t):
+        values = apply(x_0, None) * t.astype(jnp.float32)
+        return values, {"twice": 2 * values}
+
+    options = {"accumulate": accumulate, "clip_groups": clip_groups, "clip": 1e9}
+    gradient = gradients.make_grad_fn(loss, dot, **options)
+    params = {"0": jnp.arange(5.0)}
+    found, metrics, values = gradient(params, random.key(0), ({"0": x}, None, t, weight))
+    wanted = np.asarray(x @ params["0"]) * np.asarray(t)
+    np.testing.assert_allclose(values, wanted, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], np.mean(weight * wanted), rtol=1e-5)
+    np.testing.assert_allclose(metrics["twice"], 2 * np.mean(weight * wanted), rtol=1e-5)
+    of_all = np.einsum("b,b,bi->i", weight, np.float32(t), x) / 12
+    np.testing.assert_allclose(found["0"], of_all, rtol=1e-5, atol=1e-6)
