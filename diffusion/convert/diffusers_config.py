@@ -58,7 +58,8 @@ DIFFUSERS_FIXED_PROCESS = {"rescale_betas_zero_snr": (False, False)}
 DIFFUSERS_SCHEDULES = {"linear": "linear", "quad": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 DIFFUSERS_SCHEDULES |= {"sigmoid": "sigmoid"}
 DIFFUSERS_TARGETS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-DIFFUSERS_VARIANCES = {"fixed_small": "fixed_small", "fixed_large": "fixed_large"}
+# Its "learned" is a variance, ours a logarithm of one; the range is the same.
+DIFFUSERS_VARIANCES = {name: name for name in ("fixed_small", "fixed_large", "learned_range")}
 # {configuration key: (the scheduler's field, diffusers' default, names of values)}
 DIFFUSERS_SCHEDULER_KEYS = {
     "process.T": ("num_train_timesteps", 1000, None),
@@ -103,7 +104,17 @@ def from_diffusers_config(
         flat[f"model.{field}"] = 0 if one_head else _typed(field, value, kind)
     if (dropout := unet.get("dropout")) is not None:
         flat["model.dropout"] = _typed("dropout", dropout, float)
-    return flat | (_from_scheduler(scheduler) if scheduler is not None else {})
+    flat |= _from_scheduler(scheduler) if scheduler is not None else {}
+    outputs, given = _outputs(flat), unet.get("out_channels", DIFFUSERS_SIZES["out_channels"])
+    if given != flat["data.channels"] * outputs:
+        wanted = f"expected {outputs} times in_channels for the variance_type of the scheduler"
+        raise ValueError(f"out_channels: {wanted}, found {one_line(given, 80)}")
+    return flat
+
+
+def _outputs(flat: Mapping[str, Any]) -> int:
+    """Returns the network's channels per image channel."""
+    return 2 if flat.get("variance") == "learned_range" else 1
 
 
 def to_diffusers_config(flat: Mapping[str, Any]) -> dict[str, dict]:
@@ -152,9 +163,6 @@ def _from_sizes(sizes: Mapping[str, Any]) -> dict[str, Any]:
     if ch % 32 or any(c % ch for c in channels):
         expected = "a multiple of 32, and multiples of it"
         raise ValueError(f"block_out_channels: expected {expected}, found {_shorten(channels)}")
-    if sizes["out_channels"] != sizes["in_channels"]:
-        found = f"expected {sizes['in_channels']} (in_channels), found {sizes['out_channels']}"
-        raise ValueError(f"out_channels: {one_line(found)}: diffusers' learned variance is another")
     size = sizes["sample_size"]
     height, width = _counts("sample_size", size if isinstance(size, list) else [size, size], 2)
     classes = sizes["num_class_embeds"]
@@ -262,7 +270,7 @@ def _to_sizes(flat: Mapping[str, Any]) -> dict[str, Any]:
         "in_channels": flat["data.channels"],
         "layers_per_block": flat["model.num_res_blocks"],
         "num_class_embeds": rows if flat["model.num_classes"] else None,
-        "out_channels": flat["data.channels"],
+        "out_channels": flat["data.channels"] * _outputs(flat),
         "sample_size": height if width == height else [height, width],
         "up_block_types": [DIFFUSERS_UP[has] for has in reversed(attention)],
     }

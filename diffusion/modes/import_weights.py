@@ -195,7 +195,10 @@ def deduce_keys(
         "data.channels": in_ch,
         "data.image_width": 0,
     }
-    flat |= {"variance": "learned"} if out_ch > in_ch else {}
+    if out_ch > in_ch:  # with a loss that trains it
+        flat["variance"] = "learned"
+        learned_range = stated.get("variance") == "learned_range"
+        flat["loss.name"] = "hybrid" if learned_range else "vlb"
     attended = [i for i, has in enumerate(structure.attention) if has]
     if len(attended) == 1:
         flat["data.image_size"] = ATTENTION_RESOLUTION << attended[0]

@@ -7,15 +7,23 @@ import jax
 import numpy as np
 import pytest
 
+from diffusion import process, schedules
 from diffusion.convert.diffusers_config import (
     DIFFUSERS_FIXED,
     from_diffusers_config,
     to_diffusers_config,
 )
+from diffusion.samplers import ancestral, base
+from diffusion.targets import TARGETS, VARIANCES, make_predict
 from diffusion.unet import UNet
+from tests.conftest import GOLDEN
 from tests.convert.test_diffusers import DIFFUSERS_DEFAULTS, unet_json
 from tests.test_unet import shapes
 
+# Origin: diffusers 0.42.1 on torch 2.13.0, steps of DDPMScheduler(variance_type="learned_range")
+# with its settings, from given x, network outputs (c channels of the target, c of the position) and
+# noise; each on its own.
+LEARNED_RANGE = np.load(GOLDEN / "diffusers_learned_range.npz")
 # What the official scheduler files hold; google/ddpm-cifar10-32.
 SCHEDULER = {
     "_class_name": "DDPMScheduler",
@@ -79,6 +87,7 @@ def flat(**changes):
         {"model_attention_head_dim": 16, "model_downsample_padding": 1, "model_freq_shift": 0},
         {"model_flip_sin_to_cos": True, "sampler_threshold": 0.9, "sampler_threshold_max": 1.5},
         {"process_betas": (0.1, 0.25, 0.5), "process_T": 3},
+        {"variance": "learned_range", "data_channels": 1},
     ],
 )
 def test_round_trip(changes):
@@ -148,7 +157,7 @@ def test_a_wrong_field_is_named(field, value):
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("variance_type", "learned_range"),
+        ("variance_type", "learned"),
         ("beta_schedule", "laplace"),
         ("prediction_type", "flow"),
         ("rescale_betas_zero_snr", True),
@@ -164,6 +173,45 @@ def test_a_wrong_field_of_the_scheduler_is_named(field, value):
     with pytest.raises(ValueError, match=f"^{field}: ") as error:
         from_diffusers_config(unet_json("tiny"), SCHEDULER | {field: value})
     assert len(str(error.value)) < 200
+
+
+def test_the_outputs_are_those_of_the_variance():
+    """Six channels of colours are a learned range's, and nothing else's."""
+    unet, learned = unet_json("tiny"), SCHEDULER | {"variance_type": "learned_range"}
+    found = from_diffusers_config(unet | {"out_channels": 6}, learned)
+    assert (found["variance"], found["data.channels"]) == ("learned_range", 3)
+    other = learned | {"_class_name": "DDIMScheduler"}  # which has no variance
+    for outputs, scheduler in ((6, SCHEDULER), (6, None), (6, other), (3, learned), (9, learned)):
+        with pytest.raises(ValueError, match=f"^out_channels: expected .*, found {outputs}$"):
+            from_diffusers_config(unet | {"out_channels": outputs}, scheduler)
+
+
+@pytest.mark.parametrize("name", ["long", "each"])
+def test_steps_of_a_learned_range(name, monkeypatch):
+    """Of the whole chain, and of 12 long steps.
+
+    Theirs multiplies alphas in float32, so that its first betas, 1e-4, are good to three digits.
+    """
+    scheduler = json.loads(str(LEARNED_RANGE[f"{name}.scheduler_json"]))
+    keys = from_diffusers_config(unet_json("tiny") | {"out_channels": 6}, scheduler)
+    schedule = schedules.SCHEDULES[keys["process.schedule"]]
+    betas = schedule(*(keys[f"process.{key}"] for key in ("T", "beta_start", "beta_end")))
+    p, model = process.from_betas(betas), (TARGETS[keys["target"]], VARIANCES[keys["variance"]])
+    x, output, noise = (LEARNED_RANGE[f"{name}.{key}"] for key in ("x", "output", "noise"))
+    t = LEARNED_RANGE[f"{name}.timesteps"] + 1
+    s = np.maximum(t - (1 if name == "each" else 1000 // len(t)), 0)
+
+    @jax.jit
+    @jax.vmap
+    def step(x, output, noise, s, t):
+        monkeypatch.setattr(process, "sample_noise", lambda *_: noise[None])
+        predict = make_predict(p, lambda *_: output[None], *model)
+        state = ancestral.ancestral(p).step(predict, None, base.init_state(x[None]), t, s)
+        return state.x[0], state.x_0[0]
+
+    for ours, key in zip(step(x, output, noise, s, t), ("prev", "pred_original"), strict=True):
+        theirs = LEARNED_RANGE[f"{name}.{key}_sample"]
+        np.testing.assert_allclose(ours, theirs, atol=5e-4, err_msg=key)
 
 
 def test_only_the_ancestral_scheduler_tells_the_variance():

@@ -20,6 +20,7 @@ from diffusion.runtime.config import fill_defaults, flatten, with_overrides
 from diffusion.runtime.validation import validate
 from diffusion.runtime.workdir import check_owner
 from diffusion.samplers import ancestral, base
+from diffusion.utils import digests
 from diffusion.utils.errors import DDPMError, WorkdirError
 from tests import test_unet
 from tests.convert import test_diffusers, test_tf_checkpoint
@@ -93,6 +94,34 @@ def output(params, config, x, t):
 
 def assert_equal(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_learned_range_of_diffusers_has_a_loss_that_trains_it(tmp_path, saved_states):
+    scheduler = SCHEDULER | {"variance_type": "learned_range"}
+    folder = folder_of_diffusers(tmp_path / "theirs", flat=True, scheduler=scheduler)
+    settings = unet_json("tiny") | {"out_channels": 6}
+    (folder / "config.json").write_text(json.dumps(settings))
+    arrays = listed("tiny", test_diffusers.recipe)
+    for name in ("conv_out.weight", "conv_out.bias"):
+        arrays[name] = np.concatenate([arrays[name], -arrays[name]])
+    safetensors_file.write(folder / WEIGHTS, arrays)
+    import_weights.import_weights(str(folder), tmp_path / "x")
+    config, ((_, state),) = stored_config(tmp_path / "x"), saved_states
+    assert (config.variance, config.loss.name) == ("learned_range", "hybrid")
+    mean, position = np.split(state.ema["conv_out"]["bias"], 2)
+    np.testing.assert_array_equal(position, -mean)
+
+
+def test_an_import_has_the_memory_of_its_timestep_sampler():
+    """Without it the training could not be resumed."""
+    config = with_overrides(config_of("digits", "tiny"), {"train.timesteps": "importance"})
+    exp = experiment.build(config)
+    abstract = experiment.abstract_state(exp)
+    params = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract.params)
+    found = readers.Weights("any", params, params, 3)
+    state = import_weights.make_state(found, exp, "any")
+    assert digests.types(state) == digests.types(abstract)
+    assert not np.any(state.times.counts)
 
 
 def checksum(data):
