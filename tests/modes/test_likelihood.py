@@ -19,9 +19,10 @@ from diffusion.data import augment, loader
 from diffusion.modes import _split_pass
 from diffusion.modes import likelihood as modes_likelihood
 from diffusion.modes._common import Trained, open_checkpoints
+from diffusion.runtime.config import Run, with_overrides
 from diffusion.samplers import analytic
 from diffusion.utils import partial_results
-from diffusion.utils.errors import DataError
+from diffusion.utils.errors import ConfigError, DataError
 from tests import tiny_tfds
 from tests.conftest import ROOT
 from tests.modes.test__trajectories import toy_model
@@ -179,6 +180,15 @@ def test_the_loss_gets_the_levels_of_the_data():
     for levels, bits in loss.items():
         mass = stats.norm.cdf(1 / (levels - 1), scale=1e-3**0.5) * 2 - 1
         np.testing.assert_allclose(bits, -np.log2(mass), rtol=0.02)
+
+
+def test_optimal_variances_of_a_learned_one_are_refused():
+    """Before hours are spent on measuring them."""
+    changes = {"variance": "learned", "loss.name": "vlb", "bpd.estimate": 8}
+    config = with_overrides(config_of("digits", "tiny"), changes)
+    message = r"^bpd\.estimate: expected 0 for a network that has learned .*, found 8$"
+    with pytest.raises(ConfigError, match=message):
+        modes_likelihood.check(Run("bpd", config, None, None), experiment.build(config))
 
 
 def test_bits_per_dimension_add_up_whatever_the_batches_and_devices(trained_copy):

@@ -23,6 +23,8 @@ from tests.runs import TINY, environment, run, run_process
 
 PREPARE = ["--mode=prepare", "--config.data.name=mine"]
 
+LEARNED = ["--config.loss.name=hybrid", "--config.variance=learned_range"]
+
 # What is typed wrong: arguments, exit code, and what the one line must name.
 WRONG = {
     "unknown key": (["--config.train.stepz=3"], 2, ["train.stepz", "train.steps"]),
@@ -42,6 +44,36 @@ WRONG = {
     "times": (["--config.sampler.times=(5.5,)"], 2, ["sampler.times", "ints", "5.5"]),
     "sampler steps": (["--config.sampler.steps=21"], 2, ["sampler", "21", "20"]),
     "simple and learned": (["--config.variance=learned"], 2, ["loss", "variance", "vlb"]),
+    "simple and a range": (["--config.variance=learned_range"], 2, ["loss", "vlb or hybrid"]),
+    "hybrid and fixed": (["--config.loss.name=hybrid"], 2, ["loss", "use learned_range"]),
+    "variance": (["--config.variance=learned_rang"], 2, ["variance", "nearest: learned_range"]),
+    "weighting": (["--config.loss.weighting=minsnr"], 2, ["weighting", "nearest: min_snr"]),
+    "timesteps": (["--config.train.timesteps=important"], 2, ["timesteps", "nearest: importance"]),
+    "weighting of another loss": (
+        ["--config.loss.name=vlb", "--config.loss.weighting=min_snr"],
+        2,
+        ["loss.weighting", "expected 'simple', as the loss vlb", "found 'min_snr'"],
+    ),
+    "option of another loss": (
+        ["--config.loss.vlb_weight=0.1"],
+        2,
+        ["loss.vlb_weight", "expected 0.001, as the loss simple has no", "found 0.1"],
+    ),
+    "option of another weighting": (
+        ["--config.loss.weighting=min_snr", "--config.loss.k=2"],
+        2,
+        ["loss.k", "expected 1.0 for weighting min_snr", "found 2.0"],
+    ),
+    "weights without bound": (
+        ["--config.process.schedule=jsd", "--config.loss.weighting=p2"],
+        2,
+        ["loss.weighting", "alpha_bar_T = 0", "use the target x0 or v"],
+    ),
+    "variance of samples": (
+        [*LEARNED, "--config.sampler.variance=analytic"],
+        2,
+        ["sampler.variance", "expected learned_range", "'analytic'"],
+    ),
     "devices": (["--config.train.batch_size=15"], 2, ["train.batch_size", "15", "12 or 16"]),
     "size": (
         ["--config.data.image_size=9", "--config.model.ch_mult=(1,2)"],
