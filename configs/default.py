@@ -53,13 +53,19 @@ def get_config() -> ConfigDict:
                 "vlb_weight": 0.001,  # of the bound in hybrid
                 "schedule": "linear",  # of continuous: a key of continuous.GAMMAS
             },
+            # Of sample, bpd, figures, frontier and export: ema, raw, or ema:LENGTH (optim.posthoc).
+            "weights": "ema",
             "optim": {
-                "lr": 2e-4,  # learning rate of Adam
+                "name": "adam",  # a key of optimisers.OPTIMISERS
+                "lr": 2e-4,  # learning rate
                 "warmup": 5000,  # steps of linear warm-up
+                "schedule": "constant",  # after it: a key of optimisers.LR_SCHEDULES
+                "weight_decay": 0.0,  # of adamw and muon
                 "clip": 1.0,  # largest norm of the gradient
                 "clip_groups": 1,  # clip this many parts of the batch separately (official: 8)
                 "accumulate": 1,  # take the batch in this many parts, to save memory
                 "ema": 0.9999,  # decay of the averaged weights
+                "posthoc": (),  # relative lengths of more averages, (0.05, 0.1); (): none
             },
             "train": {
                 "batch_size": 128,  # images of a step, on all devices together
@@ -72,6 +78,7 @@ def get_config() -> ConfigDict:
                 "keep": 3,  # newest checkpoints that stay
                 "keep_every": 0,  # multiples of this step stay too; 0: none
                 "keep_best": 0,  # checkpoints with the fewest bits/dim that stay too
+                "snapshots": 16,  # of the averages of optim.posthoc, at evenly spaced steps
                 "sample_every": 20_000,  # preview pictures; 0: none
                 "preview": {
                     "sampler": "dpmpp_2m",  # a key of samplers.SAMPLERS
@@ -150,7 +157,7 @@ def get_config() -> ConfigDict:
                 "num": 50_000,  # samples
                 "batch_size": 250,  # images at a time
                 "seeds": (0,),  # each draws a set of samples; errors are over the sets
-                "weights": ("ema",),  # ema, raw or both
+                "weights": ("ema",),  # any of ema, raw and ema:LENGTH
                 "features": ("available",),  # all; or of inception, classifier, random, pixels
                 "inception": "",  # file of the Inception weights; "": download
                 "references": ("train", "test"),  # splits, statistics (npz) or folders of images

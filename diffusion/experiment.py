@@ -26,6 +26,7 @@ from diffusion import (
     data,
     gradients,
     losses,
+    optimisers,
     samplers,
     schedules,
     targets,
@@ -76,6 +77,7 @@ class Experiment(NamedTuple):
     image_shape: tuple[int, int, int]
     levels: int  # of a pixel value; see data.augment.scale
     mesh: Mesh
+    averages: tuple[float, ...] = ()  # relative lengths of those tracked; see posthoc_ema.py
 
 
 def build(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
@@ -105,13 +107,14 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
             conv=functools.partial(winograd.conv_with_vjp, mesh=mesh),
             norm=group_norm.group_norm_with_vjp,
         ),
-        tx=train_step.make_optimizer(c.optim.lr, c.optim.warmup, c.optim.clip),
+        tx=make_config_optimizer(c),
         timesteps=make_timesteps(process),
         continuous=make_loss is continuous.continuous,
         schedule=c.loss.schedule,
         image_shape=image_shape(c),
         levels=c.data.levels,
         mesh=mesh,
+        averages=tuple(c.optim.posthoc),
     )
     call_for_key(abstract_state, "model", exp)  # sizes that do not divide are found here
     return exp
@@ -144,6 +147,21 @@ def _loss_options(
             wanted = f"expected {defaults[key]!r}, as the loss {name} has no such option"
             raise ConfigError(f"loss.{key}: {wanted}, found {value!r}; leave it out")
     return options
+
+
+def make_lr_schedule(config: ConfigDict) -> optax.Schedule:
+    """Builds step -> learning rate of the update after `step` others. Raises ConfigError."""
+    c = config.optim
+    schedule = lookup(optimisers.LR_SCHEDULES, "optim.schedule", c.schedule)
+    return call_for_key(schedule, "optim.schedule", c.lr, c.warmup, config.train.steps)
+
+
+def make_config_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """Builds the optimiser of config.optim. Raises ConfigError."""
+    c, schedule = config.optim, make_lr_schedule(config)
+    lookup(optimisers.OPTIMISERS, "optim.name", c.name)
+    args = c.name, schedule, c.clip, c.weight_decay
+    return call_for_key(optimisers.make_optimizer, "optim", *args)
 
 
 def _sample_variance(config: ConfigDict, trained: targets.Variance) -> targets.Variance:
@@ -200,7 +218,7 @@ def initial_state(exp: Experiment, seed: int) -> train_step.TrainState:
     if schedule := continuous.GAMMAS[exp.schedule]:
         key = random.fold_in(key, 1)
         params["schedule"] = schedule.init(key, *continuous.gamma_ends(exp.process))
-    return train_step.create_train_state(params, exp.tx, exp.timesteps)
+    return train_step.create_train_state(params, exp.tx, exp.timesteps, len(exp.averages))
 
 
 def abstract_state(exp: Experiment) -> train_step.TrainState:
@@ -245,7 +263,7 @@ def make_update(config: ConfigDict, exp: Experiment, resident: bool) -> Callable
     """
     keys = train_step.training_keys(config.seed)
     grad_fn, ema = make_config_grad_fn(config, exp), config.optim.ema
-    step = train_step.make_train_step(grad_fn, exp.tx, ema, exp.timesteps)
+    step = train_step.make_train_step(grad_fn, exp.tx, ema, exp.timesteps, exp.averages)
     whole, sharded = replicated(exp.mesh), batch_sharded(exp.mesh)
 
     def update(state, *inputs):

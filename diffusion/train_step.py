@@ -1,7 +1,6 @@
-"""Algorithm 1: the training state, the optimizer, the averaged weights and one step of all of them.
+"""Algorithm 1: the training state, the averaged weights and one step of all of them.
 
-Pure functions of arrays. The optimizer and the average behave as the official code's
-(utils.make_optimizer, tpu_utils.make_ema); differences are named where they are.
+Pure functions of arrays. The average behaves as the official code's (tpu_utils.make_ema).
 """
 
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import optax
 from jax import Array, random
 
 from diffusion.gradients import GradFn, Metrics, TrainBatch
+from diffusion.posthoc_ema import update_rate
 from diffusion.timestep_samplers import TimestepSampler, draw_times
 
 Tree = Any
@@ -23,6 +23,7 @@ class TrainState(NamedTuple):
     """Everything that training changes.
 
     step: int32[], the number of updates made. times: the memory of the timestep sampler, if any.
+    averages: a tuple of those of posthoc_ema.py.
     """
 
     step: Array
@@ -30,6 +31,7 @@ class TrainState(NamedTuple):
     ema: Tree
     opt_state: Tree
     times: Tree = ()
+    averages: Tree = ()
 
 
 class TrainingKeys(NamedTuple):
@@ -46,29 +48,15 @@ def training_keys(seed: int) -> TrainingKeys:
 
 
 def create_train_state(
-    params: Tree, tx: optax.GradientTransformation, timesteps: TimestepSampler | None = None
+    params: Tree,
+    tx: optax.GradientTransformation,
+    timesteps: TimestepSampler | None = None,
+    averages: int = 0,
 ) -> TrainState:
-    """Returns the state before the first step; the average starts at the parameters."""
-    ema, times = jax.tree.map(jnp.copy, params), timesteps.init() if timesteps else ()
-    return TrainState(jnp.int32(0), params, ema, tx.init(params), times)
-
-
-def warmup_schedule(lr: float, steps: int) -> optax.Schedule:
-    """Returns lr * min(step / steps, 1): as in the official code the first update has rate 0.
-
-    optax's own warm-up counts down from lr and so loses four digits of the first rates.
-    """
-    return lambda step: lr * jnp.minimum(jnp.float32(step) / steps, 1.0) if steps else lr
-
-
-def make_optimizer(lr: float, warmup_steps: int, clip: float) -> optax.GradientTransformation:
-    """Returns Adam (0.9, 0.999, 1e-8) with warm-up, behind a clip of the gradient's global norm.
-
-    optax adds epsilon to the bias-corrected root, TensorFlow 1 to the uncorrected one. The updates
-    differ only where |gradient| is within a few orders of magnitude of 1e-8.
-    """
-    schedule = warmup_schedule(lr, warmup_steps)
-    return optax.chain(optax.clip_by_global_norm(clip), optax.adam(schedule))
+    """Returns the state before the first step; all averages start at the parameters."""
+    ema, *more = (jax.tree.map(jnp.copy, params) for _ in range(1 + averages))
+    times = timesteps.init() if timesteps else ()
+    return TrainState(jnp.int32(0), params, ema, tx.init(params), times, tuple(more))
 
 
 def drop_labels(key: Array, label: Array, null: int | None, rate: float) -> Array:
@@ -87,12 +75,15 @@ def make_train_step(
     tx: optax.GradientTransformation,
     ema_decay: float,
     timesteps: TimestepSampler | None = None,
+    lengths: tuple[float, ...] = (),
 ) -> Callable[[TrainState, Array, TrainBatch], tuple[TrainState, Metrics]]:
-    """Builds (state, key, batch) -> (state, metrics): one update of parameters and average.
+    """Builds (state, key, batch) -> (state, metrics): one update of parameters and averages.
 
     The metrics are scalars: `loss`, the loss's own, and `grad_norm` before the optimizer's clip.
     The average follows the new parameters with a constant decay, no ramp and no bias correction;
-    the first step copies them. timesteps: None where each loss draws its own times.
+    the first step copies them.
+
+    timesteps: None where each loss draws its own times; lengths: of state.averages, relative.
     """
 
     def train_step(state: TrainState, key: Array, batch: TrainBatch):
@@ -102,8 +93,12 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         rate = jnp.where(state.step == 0, 1.0, 1.0 - ema_decay)
         ema = optax.incremental_update(params, state.ema, rate)
+        averages = tuple(
+            optax.incremental_update(params, average, update_rate(length, state.step + 1))
+            for length, average in zip(lengths, state.averages, strict=True)
+        )
         metrics["grad_norm"] = optax.tree.norm(gradients)
         times = timesteps.update(state.times, batch[2], losses) if timesteps else ()
-        return TrainState(state.step + 1, params, ema, opt_state, times), metrics
+        return TrainState(state.step + 1, params, ema, opt_state, times, averages), metrics
 
     return train_step

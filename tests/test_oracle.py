@@ -41,6 +41,11 @@ INPUTS = {
         "space*",  # their ways to choose times: ours are samplers.GRIDS
     ],
     "weights": ["s?.schedule", "s?.T", "gamma.?", "p2.?.gamma_k", "loss.[!evx]*", "loss.x_start"],
+    "phema": [
+        *("std", "exp", "beta.std", "beta.t_*", "resp.ofs", "resp.len", "resp.std", "corr.?_*"),
+        *("solve.?.in_*", "solve.?.out_*", "e2e.freq", "e2e.theta", "e2e.snap_t", "e2e.snap_std"),
+        *("e2e.out_std", "e2e.out_t", "trad.*"),  # trad: an average by half-life, which is not ours
+    ],
     "schedulers": ["x_T", "noise", "*timesteps"],
     "schedulers_full": [
         *("x_T", "noise", "*timesteps", "*mid_step", "*traj_steps", "*sigmas", "add_noise/*"),
@@ -63,6 +68,7 @@ def test_every_golden_array_is_compared(file):
         test_iddpm,
         test_likelihood,
         test_losses,
+        test_posthoc_ema,
         test_process,
         test_schedules,
         test_targets,

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffusion import data, train_step
-from diffusion.experiment import Experiment
+from diffusion import data
+from diffusion.experiment import Experiment, make_lr_schedule
 from diffusion.modes._nonfinite import NonFiniteHandler
 from diffusion.modes._profile import Profiler
 from diffusion.runtime.config import Run
@@ -37,9 +37,7 @@ class Session:
         c = run.config.train
         self._progress = Progress(c.steps, start, c.batch_size)
         self._watchdog = Watchdog(run.workdir, c.hang_s)
-        self._lr: Callable = train_step.warmup_schedule(
-            run.config.optim.lr, run.config.optim.warmup
-        )
+        self._lr: Callable = make_lr_schedule(run.config)
         self._profiler = Profiler(run, lambda: self.paused("profile"))
         self._split = start, timer.split()  # at the last logged step: when, seconds of each part
         self._step = start

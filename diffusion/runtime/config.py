@@ -40,6 +40,8 @@ YOUNGER = (  # keys that earlier versions lacked
     *("train.timesteps", "loss.weighting", "loss.gamma", "loss.k", "loss.vlb_weight"),
     *("loss.schedule", "process.gamma_min", "process.gamma_max", "model.fourier"),
     *("bpd.continuous",),
+    *("optim.name", "optim.schedule", "optim.weight_decay", "optim.posthoc"),
+    *("train.snapshots", "weights"),
 )
 ABSENT = "absent"
 

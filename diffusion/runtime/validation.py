@@ -30,6 +30,25 @@ ZERO_OR_ONE = (lambda x: x in (0, 1), "0 or 1")
 SOME = (lambda x: len(x) > 0 and all(x), "a tuple that is not empty")
 
 
+LENGTH = (lambda x: 0 < x < 0.28, "a relative length between 0 and 0.28")  # longer is the mean
+LENGTHS = (
+    lambda x: all(isinstance(n, float) and LENGTH[0](n) for n in x) and len({*x}) == len(x),
+    "a tuple of distinct numbers between 0 and 0.28, or () for none",
+)
+
+
+def _is_weights(name: Any) -> bool:
+    """Returns whether the name is ema, raw or ema:LENGTH."""
+    kind, _, length = str(name).partition(":")
+    try:
+        return name in ("ema", "raw") or (kind == "ema" and LENGTH[0](float(length)))
+    except ValueError:
+        return False
+
+
+WEIGHTS = 'ema, raw, or ema:LENGTH such as "ema:0.07", between 0 and 0.28'
+
+
 def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
     return lambda x: x in names, " or ".join(names)
 
@@ -41,6 +60,7 @@ VALIDATORS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("data.channels", "optim.clip_groups", "optim.accumulate"), COUNT),
     **dict.fromkeys(("train.batch_size", "train.log_every", "train.save_every"), COUNT),
     **dict.fromkeys(("train.keep", "train.preview.steps", "train.preview.num"), COUNT),
+    "train.snapshots": COUNT,
     **dict.fromkeys(("sampler.steps", "sampler.order", "sampler.corrections", "sample.num"), COUNT),
     **dict.fromkeys(("bpd.batch_size", "eval.batch_size", "sample.batch_size"), COUNT),
     **dict.fromkeys(("figures.num", "figures.rows", "figures.jump", "figures.repeats"), COUNT),
@@ -75,7 +95,12 @@ VALIDATORS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sampler.threshold": (lambda x: x <= 1, "a fraction in [0, 1], 0 for none"),
     "sampler.threshold_max": (lambda x: x == 0 or x >= 1, "a number of 1 or more, or 0 for none"),
     **dict.fromkeys(("eval.seeds", "frontier.seeds"), SEEDS),
-    "eval.weights": (lambda x: x and {*x} <= {"ema", "raw"}, 'a tuple of "ema", "raw" or both'),
+    "optim.posthoc": LENGTHS,
+    "weights": (_is_weights, WEIGHTS),
+    "eval.weights": (
+        lambda x: len(x) > 0 and all(map(_is_weights, x)) and len({*x}) == len(x),
+        f"a tuple of {WEIGHTS}",
+    ),
 }
 SIGNED = (
     *("process.gamma_min", "process.gamma_max"),
@@ -88,6 +113,7 @@ def _tables() -> dict[str, Iterable[str]]:
     from diffusion import (
         continuous,
         losses,
+        optimisers,
         samplers,
         schedules,
         targets,
@@ -105,6 +131,8 @@ def _tables() -> dict[str, Iterable[str]]:
         "loss.schedule": continuous.GAMMAS,
         "loss.weighting": weightings.WEIGHTINGS,
         "train.timesteps": timestep_samplers.TIMESTEP_SAMPLERS,
+        "optim.name": optimisers.OPTIMISERS,
+        "optim.schedule": optimisers.LR_SCHEDULES,
         "sampler.name": samplers.SAMPLERS,
         "sampler.grid": samplers.GRIDS,
         "train.preview.sampler": samplers.SAMPLERS,
@@ -130,6 +158,10 @@ def validate(config: ConfigDict, devices: int = 1) -> None:
         lookup(table, key, flat[key])
     if (n := len(config.process.betas)) not in (0, T := config.process.T):
         raise ConfigError(f"process.betas: expected process.T = {T} numbers or none, found {n}")
+    for name in () if config.optim.posthoc else (config.weights, *config.eval.weights):
+        if ":" in name:
+            why = "which a training with --config.optim.posthoc=(0.05,0.1) keeps snapshots for"
+            raise ConfigError(f"weights: expected ema or raw, found {name}, {why}")
     _check_batch(config, devices)
     _check_classes(config, flat)
 

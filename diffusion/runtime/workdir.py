@@ -52,6 +52,7 @@ def check_owner(workdir: epath.Path, config: ConfigDict) -> None:
     free = {"model.null_class"} if old["model.null_class"] == -2 else set()
     if not old["train.steps"]:
         free |= {k for k in new if k == "model.dropout" or not k.startswith(NETWORK_KEYS)}
+        free -= {"optim.name", "optim.posthoc"}  # of which the imported state is made
     if changed := differences(old | {key: new[key] for key in free}, new):
         message = f"{workdir}: belongs to another config: {'; '.join(changed)}"
         raise WorkdirError(f"{message}; choose another --workdir, or give the old values")
