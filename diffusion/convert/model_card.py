@@ -96,8 +96,10 @@ def _metrics(content: Mapping[str, Any]) -> Iterator[tuple[str, float, float | N
 
 
 def _bits_per_dim(content: Mapping[str, Any]) -> Iterator[tuple[str, float, float | None]]:
+    weights = content.get("weights", "ema")
+    of = "" if weights == "ema" else f" of {weights} weights"
     for name, score in content["bits_per_dim"].items():
-        yield f"bits/dim, {name}, {content['images']:,} images", score["mean"], score["error"]
+        yield f"bits/dim{of}, {name}, {content['images']:,} images", score["mean"], score["error"]
 
 
 FRONT = """---

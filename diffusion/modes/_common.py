@@ -1,7 +1,7 @@
 """What several modes share: a trained model, folders written whole, lines of the console."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from diffusion import data, experiment
 from diffusion.checkpoint import Checkpoints
 from diffusion.experiment import Experiment
+from diffusion.modes._snapshots import reconstruct
 from diffusion.runtime.config import Run
 from diffusion.train_step import TrainState
 from diffusion.utils import io
@@ -21,7 +22,8 @@ from diffusion.utils.multihost import barrier, is_primary
 class Trained(NamedTuple):
     """A trained model: the weights of a checkpoint and what they belong to.
 
-    params: the averaged weights, or the raw ones, as `weights` ("ema", "raw") says.
+    params: the averaged weights, the raw ones, or others that were put together afterwards, as
+    `weights` ("ema", "raw", "ema:0.07") says.
     """
 
     config: ConfigDict
@@ -31,12 +33,40 @@ class Trained(NamedTuple):
     params: Any
     weights: str = "ema"
 
+    def folder(self, kind: str) -> epath.Path:
+        """Returns where results are kept: workdir/KIND/STEP, or STEP_WEIGHTS if not of "ema"."""
+        name = "" if self.weights == "ema" else f"_{weights_in_files(self.weights)}"
+        return self.workdir / kind / f"{self.step:08d}{name}"
+
+
+def weights_in_files(weights: str) -> str:
+    """Returns the name of weights without its colon, which not every file system has."""
+    return weights.replace(":", "")
+
 
 def load_trained(run: Run, exp: Experiment) -> Trained:
-    """Restores the averaged weights of the newest good checkpoint. Raises WorkdirError."""
-    with contextlib.closing(_trained_checkpoints(run)) as checkpoints:
-        step, ema = checkpoints.restore_ema(experiment.abstract_state(exp).ema)
-    return Trained(run.config, experiment.with_learned_process(exp, ema), run.workdir, step, ema)
+    """Restores the config's `weights` of the newest good checkpoint. Raises WorkdirError."""
+    return load_models(run, exp, [run.config.weights])[0]
+
+
+def load_models(run: Run, exp: Experiment, names: Sequence[str]) -> list[Trained]:
+    """Restores the newest good checkpoint with each of the weights, "ema", "raw" or "ema:LENGTH".
+
+    Raises WorkdirError.
+    """
+    if [*names] == ["ema"]:  # an item of its own, of which no more is read
+        with contextlib.closing(_trained_checkpoints(run)) as checkpoints:
+            step, ema = checkpoints.restore_ema(experiment.abstract_state(exp).ema)
+        weights = {"ema": ema}
+    else:
+        state = load_state(run, exp)
+        weights, step = {"ema": state.ema, "raw": state.params}, int(state.step)
+        if others := [name for name in names if name not in weights]:
+            trees = reconstruct(run.config, run.workdir, exp, state, others)
+            weights |= dict(zip(others, trees, strict=True))
+    exps = [experiment.with_learned_process(exp, weights[name]) for name in names]
+    args = zip(exps, names, strict=True)
+    return [Trained(run.config, e, run.workdir, step, weights[name], name) for e, name in args]
 
 
 def load_state(run: Run, exp: Experiment) -> TrainState:

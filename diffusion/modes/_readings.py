@@ -144,7 +144,7 @@ def make_evaluate(run: Run, exp: Experiment) -> Callable[[Any], dict[str, float]
     distances = _scores.make_quick_distances(trained) if config.eval.quick else None
 
     def evaluate(params):
-        bits = bits_per_dim(params)
+        bits = _split_pass.mean_and_stderr(bits_per_dim(params))
         near = distances(params) if distances else {}
         reading = f"{bits.mean:.3f} +- {bits.error:.3f} on {split}"
         logging.info(f"bits/dim   {reading}{worse_than(bits.mean, bits.error, rows)}")

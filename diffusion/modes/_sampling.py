@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from diffusion import experiment, process
 from diffusion.data import augment
 from diffusion.experiment import Experiment
-from diffusion.modes._common import Trained, load_trained
+from diffusion.modes._common import Trained, load_trained, weights_in_files
 from diffusion.runtime import preemption, workdir
 from diffusion.runtime.config import (
     TRAINING_KEYS,
@@ -43,7 +43,7 @@ MAX_PARTS = 25  # of a chain; after each, progress is reported and a stop reques
 
 
 def load_for_sampling(run: Run, exp: Experiment) -> Trained:
-    """Restores the averaged weights, and measures the variance of sampler.variance=analytic.
+    """Restores the config's weights, and measures the variance of sampler.variance=analytic.
 
     Raises ConfigError for a wrong sampler before anything is read, WorkdirError, DataError.
     """
@@ -252,7 +252,7 @@ def sample_name(setting: dict[str, Any]) -> str:
     steps = len(setting["sampler.times"]) or setting["sampler.steps"]
     label = f"_label{setting['sample.label']}" if setting["sample.label"] >= 0 else ""
     noise = f"_noise{setting['x_T'][:6]}" if "x_T" in setting else ""
-    name = f"{setting['weights']}_seed{setting['sample.seed']}{label}{noise}"
+    name = f"{weights_in_files(setting['weights'])}_seed{setting['sample.seed']}{label}{noise}"
     return f"{name}_{setting['sampler.name']}{steps}_{setting_digest(setting)}"
 
 

@@ -18,7 +18,7 @@ from jax import Array, random
 from diffusion import continuous, data, experiment, process, targets
 from diffusion.data import augment, loader
 from diffusion.experiment import Experiment
-from diffusion.modes._common import Trained, batch_size
+from diffusion.modes._common import Trained, batch_size, weights_in_files
 from diffusion.process import Process
 from diffusion.runtime import preemption
 from diffusion.runtime.config import with_overrides
@@ -279,7 +279,7 @@ def with_analytic(trained: Trained) -> Trained:
     size = batch_size(exp, min(config.bpd.batch_size, CHECK_EVERY), n)
     work = make_pass(trained, "train", n)._replace(size=size, seed=config.seed)
     folder = trained.workdir / "eval" / f"{trained.step:08d}"
-    path = folder / f"analytic_{trained.weights}.npz"
+    path = folder / f"analytic_{weights_in_files(trained.weights)}.npz"
     c = config.sampler
     setting = f"{n} images, {TOLERANCE}, {c.clip and c.clip_range}"
     if kept := partial_results.load(path, setting):
@@ -311,11 +311,11 @@ def compile_continuous(work: SplitPass, trained: Trained, levels: int) -> Callab
     return work.compile(chain, reading)
 
 
-def make_bpd_fn(trained: Trained) -> Callable[[Any], MeanAndStderr]:
-    """Builds params -> the bound of the first bpd.quick images of bpd.split, in bits/dim.
+def make_bpd_fn(trained: Trained) -> Callable[[Any], np.ndarray]:
+    """Builds params -> bounds float[n] of the first bpd.quick images of bpd.split, in bits/dim.
 
-    It evaluates a tenth of the times, is unbiased (samplers.stratified) and always draws the
-    same noise, so that what changes during a training is the model.
+    Each evaluates a tenth of the times, is unbiased (samplers.stratified) and always draws the
+    same noise, so that what changes between two of them is the model.
     """
     config, T = trained.config, trained.exp.process.T
     available = experiment.load_split(config, trained.exp, config.bpd.split).n
@@ -334,6 +334,6 @@ def make_bpd_fn(trained: Trained) -> Callable[[Any], MeanAndStderr]:
             for batch, real in work.batches():
                 bits.append(jax.device_get(read(params, batch))[:real])
                 progress(done := done + real)
-        return mean_and_stderr(np.concatenate(bits))
+        return np.concatenate(bits)
 
     return bits_per_dim

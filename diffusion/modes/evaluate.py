@@ -15,8 +15,8 @@ from etils import epath
 from diffusion import experiment, metrics
 from diffusion.experiment import Experiment
 from diffusion.metrics.extraction import image_set_from_files
-from diffusion.modes import _sampling, _scores, _split_pass
-from diffusion.modes._common import Trained, load_state
+from diffusion.modes import _averages, _sampling, _scores, _split_pass
+from diffusion.modes._common import load_models
 from diffusion.modes._scores import Reference, Scorer, Scores
 from diffusion.plotting.image_grid import image_grid, save_png
 from diffusion.runtime.config import Run
@@ -37,6 +37,9 @@ def run(run: Run) -> None:
     before the DataError that says how to get them.
     """
     exp, inputs = experiment.build(run.config), run.flags.input
+    if "weights" in run.overrides:
+        found = f"found weights={run.config.weights!r}"
+        raise ConfigError(f"eval.weights: expected a tuple for --mode=eval, {found}; give it here")
     if len(inputs) > 2:
         raise ConfigError(f"--input: expected one or two of them, found {len(inputs)}")
     if inputs:
@@ -48,31 +51,34 @@ def run(run: Run) -> None:
 def evaluate_samples(run: Run, exp: Experiment) -> None:
     """Draws and scores samples for each of eval.seeds and eval.weights.
 
-    Writes workdir/eval/STEP/metrics.json, and a copy beside each set of samples.
+    Writes workdir/eval/STEP/metrics.json, and a copy beside each set of samples; average.png where
+    averages of several lengths are among the weights.
     """
     config, c = run.config, run.config.eval
     experiment.make_sampler(config, exp)  # a wrong sampler is found before anything is read
-    models = load_models(run, exp)
+    models = [_split_pass.with_analytic(model) for model in load_models(run, exp, c.weights)]
     step, folder = models[0].step, run.workdir / "eval" / f"{models[0].step:08d}"
     scorer = _scores.make_scorer(config, exp, exp.image_shape)
     announce(scorer, c.num, c.references)
     references = [_scores.load_reference(name, scorer) for name in c.references]
     size = min(c.num, c.batch_size)
-    samplers = [_sampling.compile_sampler(config, model.exp, size) for model in models]
+    # Models share a sampler, unless each has variances of its own.
+    exps = {id(model.exp): model.exp for model in models}
+    samplers = {key: _sampling.compile_sampler(config, e, size) for key, e in exps.items()}
     what = f"{c.num:,} samples of step {step:,}, {_sampling.describe_sampler(config)}"
     logging.info(f"drawing    {what}")
-    sets = len(c.seeds) * len(models)
-    seconds = sets * _sampling.estimate_seconds(samplers[0], models[0].params, c.num)
+    sets, first = len(c.seeds) * len(models), samplers[id(models[0].exp)]
+    seconds = sets * _sampling.estimate_seconds(first, models[0].params, c.num)
     logging.info(f"           {sets} set{'s' * (sets > 1)}, about {human_time(seconds)} in all")
     results, notes, folders = {}, [], [folder]
-    for model, sampler in zip(models, samplers, strict=True):
+    for model in models:
         scores = []
         for seed in c.seeds:
             setting = _sampling.sample_setting(config, step, model.weights, seed)
             path = folder / _sampling.sample_name(setting)
             store = _sampling.SampleStore(path, setting, exp.image_shape)
             logging.info(f"           {store.npz}")
-            _sampling.fill(store, sampler, model.params, c.num)
+            _sampling.fill(store, samplers[id(model.exp)], model.params, c.num)
             images = image_set_from_files(str(store.npz), exp.image_shape[2], c.num)
             scores.append(
                 _scores.score(scorer.read(images, path / "partial.npz"), references, notes)
@@ -83,18 +89,10 @@ def evaluate_samples(run: Run, exp: Experiment) -> None:
         results[model.weights] = over_seeds(scores)
     content = {"step": step, "samples": c.num, "seeds": list(c.seeds), "sampler": config.sampler}
     content |= {"scores": results, "notes": notes}
+    if len(_averages.lengths_of(c.weights)) > 1:
+        args = models, results, scorer, references[0], folder / "average.png", notes
+        content["bits_per_dim"] = _averages.compare_averages(*args)
     report(content, [f / "metrics.json" for f in folders], references, scorer)
-
-
-def load_models(run: Run, exp: Experiment) -> list[Trained]:
-    """Restores the model with each of eval.weights of the last checkpoint. Raises WorkdirError."""
-    state = load_state(run, exp)
-    weights, step = {"ema": state.ema, "raw": state.params}, int(state.step)
-    models = (
-        Trained(run.config, exp, run.workdir, step, weights[name], name)
-        for name in run.config.eval.weights
-    )
-    return [_split_pass.with_analytic(model) for model in models]
 
 
 def evaluate_images(run: Run, exp: Experiment, path: str, *others: str) -> None:

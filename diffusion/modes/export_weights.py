@@ -8,20 +8,27 @@ from ml_collections import ConfigDict
 from diffusion import convert, experiment
 from diffusion.convert import diffusers_config, model_card, safetensors_file
 from diffusion.convert.readers import CONFIG_FILE, DIFFUSERS_FILES, FLAX_FILE
-from diffusion.modes._common import atomic_folder, check_empty, load_state
-from diffusion.runtime.config import Run, flatten
+from diffusion.modes._common import atomic_folder, check_empty, load_state, load_trained
+from diffusion.runtime.config import Run, flatten, with_overrides
 from diffusion.train_step import TrainState
 from diffusion.utils import logging
 from diffusion.utils.errors import ConfigError
 from diffusion.utils.io import save_json, save_text, to_path
 from diffusion.utils.multihost import is_primary
 
+# Snapshots stay behind, and so does what needs them.
+WITHOUT_SNAPSHOTS = {"optim.posthoc": (), "weights": "ema", "eval.weights": ("ema",)}
+
 
 def run(run: Run) -> None:
     """Exports the newest checkpoint to --output. Raises ConfigError, WorkdirError."""
     if run.flags.output is None:
         raise ConfigError("--mode=export: expected --output=FOLDER, found none")
-    state = load_state(run, experiment.build(run.config))
+    exp, weights = experiment.build(run.config), run.config.weights
+    state = load_state(run, exp)
+    if weights != "ema":
+        logging.info(f"exporting  {weights} in place of the averaged weights")
+        state = state._replace(ema=load_trained(run, exp).params)
     export_weights(run.config, run.workdir, state, to_path(run.flags.output))
 
 
@@ -45,7 +52,8 @@ def export_weights(
     step, params, ema = jax.device_get((state.step, state.params, state.ema))
     with atomic_folder(output) as folder:
         if is_primary():
-            for name, content in {**pipeline, CONFIG_FILE: config.to_dict()}.items():
+            portable = with_overrides(config, WITHOUT_SNAPSHOTS if config.optim.posthoc else {})
+            for name, content in {**pipeline, CONFIG_FILE: portable.to_dict()}.items():
                 save_json(folder / name, content)
             if pipeline:
                 path = folder / "unet" / DIFFUSERS_FILES[0]

@@ -64,7 +64,7 @@ def check(config: ConfigDict, exp: Experiment) -> None:
 def draw_figures(trained: Trained) -> None:
     """Writes the figures; how.json notes the setting of each once it is complete."""
     config, step = trained.config, trained.step
-    folder = trained.workdir / "figures" / f"{step:08d}"
+    folder = trained.folder("figures")
     try:
         complete = json.loads((folder / "how.json").read_text())["figures"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -71,7 +71,7 @@ def run(run: Run) -> None:
     reference = load_reference("train", scorer)
     fidelity = make_fidelity(scorer, reference, c.num)
     real = real_entry(run.config, exp, fidelity)
-    folder = run.workdir / "frontier" / f"{trained.step:08d}"
+    folder = trained.folder("frontier")
     setting = entry_setting(trained, scorer, reference)
     done = load_entries(folder / "frontier.json", setting) if is_primary() else {}
     todo = [key for key in samplers if broadcast_from_primary(key not in done)]
@@ -184,7 +184,8 @@ def draw_timed(
 def entry_setting(trained: Trained, scorer: Scorer, reference: Reference) -> dict[str, Any]:
     """Returns what every entry depends on, besides its own keys."""
     config, extractor = trained.config, scorer.extractor
-    setting = _sampling.sample_setting(config, trained.step, "ema", [*config.frontier.seeds])
+    seeds = [*config.frontier.seeds]
+    setting = _sampling.sample_setting(config, trained.step, trained.weights, seeds)
     rest = {key: value for key, value in setting.items() if key not in KEYS}
     device = jax.devices()[0].device_kind  # seconds of different devices are not comparable
     rest |= {"frontier.num": config.frontier.num, "eval.keep": config.eval.keep, "device": device}

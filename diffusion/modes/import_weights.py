@@ -243,7 +243,13 @@ def _has_word(text: str, word: str) -> bool:
 
 
 def make_state(found: readers.Weights, exp: Experiment, source: str) -> TrainState:
-    """Returns the replicated training state of these weights. Raises IntegrityError."""
+    """Returns the replicated training state of these weights.
+
+    Raises ConfigError, IntegrityError.
+    """
+    if exp.averages:
+        why = "as the steps before these weights are not known"
+        raise ConfigError(f"optim.posthoc: expected () for --mode=import, {why}")
     expected = _array_types(experiment.abstract_state(exp).params)
     for name, tree in (("raw", found.params), ("averaged", found.ema)):
         types = _array_types(tree)

@@ -40,11 +40,14 @@ from diffusion.utils.progress import Progress
 
 
 def run(run: Run) -> None:
-    """Writes workdir/eval/STEP/{bpd.json, bpd.png, rate_distortion.csv, rate_distortion.png}."""
+    """Writes workdir/eval/STEP/{bpd.json, bpd.png, rate_distortion.csv, rate_distortion.png}.
+
+    STEP is STEP_WEIGHTS where `weights` is not "ema".
+    """
     exp = experiment.build(run.config)
     check(run, exp)
     trained = load_trained(run, exp)
-    folder = trained.workdir / "eval" / f"{trained.step:08d}"
+    folder = trained.folder("eval")
     work = make_pass(trained, run.config.bpd.split, run.config.bpd.num)
     bound, results = read_all(trained, work, folder)
     rows = load_baselines(run.config, exp, run.config.bpd.split, work.n)
@@ -202,6 +205,7 @@ def write(
     config = trained.config
     content = {
         "step": trained.step,
+        "weights": trained.weights,
         "data": config.data.name or config.data.source,
         "split": config.bpd.split,
         "images": work.n,

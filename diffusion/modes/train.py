@@ -14,6 +14,7 @@ from diffusion.modes._common import describe_data, describe_devices, open_checkp
 from diffusion.modes._nonfinite import compile_update, not_halted
 from diffusion.modes._readings import Readings
 from diffusion.modes._session import Session
+from diffusion.modes._snapshots import Snapshots
 from diffusion.runtime import preemption, workdir
 from diffusion.runtime.config import Run
 from diffusion.sharding import replicated
@@ -30,7 +31,7 @@ def run(run: Run) -> None:
     experiment.make_sampler(config, exp)  # what --mode=sample could not use is refused now
     images = experiment.load_split(config, exp)
     update, make_inputs = experiment.make_input_pipeline(config, exp, images)
-    readings = Readings(run, exp)
+    readings, snapshots = Readings(run, exp), Snapshots(run)
     workdir.open_workdir(run.workdir, config)
     workdir.check_dataset(run.workdir, images)
     workdir.check_disk_space(run.workdir, experiment.abstract_state(exp), c.keep)
@@ -43,6 +44,8 @@ def run(run: Run) -> None:
     logging.info(f"data       {describe_data(config, images)}, {where}")
     logging.info(f"network    {parameters:,} parameters on {describe_devices()}")
     logging.info(f"workdir    {run.workdir}; watch with: tensorboard --logdir={run.workdir}")
+    if exp.averages:
+        logging.info(f"snapshots  {snapshots.describe(state.params)}")
     unfinished = readings.broken_off(start)
     if start >= c.steps and not unfinished:
         logging.info(f"nothing to do: trained for {start:,} steps already; raise train.steps")
@@ -71,9 +74,13 @@ def run(run: Run) -> None:
                 state, halted, metrics = update(state, halted, *batch)
             last, stop = step == c.steps, preemption.should_stop()
             save = last or stop or step % c.save_every == 0
-            session.record(step, metrics, state, wait=save or readings.draws(step))
+            wait = save or snapshots.due(step) or readings.draws(step)
+            session.record(step, metrics, state, wait)
             if session.bad_steps.rolling_back:
                 state, halted = roll_back(session, checkpoints, step), not_halted(exp)
+            if snapshots.due(step):  # before the checkpoint, so that a resumed run lacks none
+                with session.timer("saving"):
+                    snapshots.save(step, state)
             if save:
                 save_state(session, checkpoints, step, state)
             if not stop and not readings.take(session, checkpoints, step, state, step - start):

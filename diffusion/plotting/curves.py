@@ -13,6 +13,7 @@ Point = tuple[float, float, float]  # (cost, score, its standard error)
 
 BLUE, RED, BLACK, GREY, GRID = "#1f5fa8", "#c0392b", "#20242b", "#5a6270", "#e3e6ea"
 TITLE = {"color": BLACK, "fontsize": 12, "fontweight": "bold"}
+NOTE = {"color": GREY, "fontsize": 8}
 REVERSE_STEPS = "reverse steps (T - t)"
 COLOURS = (BLUE, RED, "#2e8b57", "#b8860b", "#7d3c98", "#17818e", "#8d5524", GREY)
 
@@ -184,6 +185,42 @@ def _plot_frontier_panel(axes, panel: FrontierPanel) -> None:
     axes.tick_params(labelsize=8)
     axes.set_xlabel(panel.cost, color=GREY)
     axes.set_title(panel.score, loc="left", **TITLE)
+
+
+class AveragePanel(NamedTuple):
+    """A score of averaged weights.
+
+    readings: {weights: (value, error)}; lengths: {weights: relative length} of some of them, the
+    shortest first; the others are drawn as lines.
+    """
+
+    score: str
+    lower: bool  # whether lower is better
+    readings: Mapping[str, tuple[float, float]]
+    lengths: Mapping[str, float]
+
+
+def plot_averages(png_path: PathLike, panels: Sequence[AveragePanel]) -> None:
+    """Plots scores against the relative length of an average, with error bars; the best ringed."""
+    with _panels(png_path, len(panels), (4.6 * len(panels), 4.2)) as grid:
+        for panel, axes in zip(panels, grid, strict=True):
+            x = list(panel.lengths.values())
+            y, error = np.transpose([panel.readings[name] for name in panel.lengths])
+            axes.errorbar(x, y, error, fmt="o-", color=BLUE, markersize=4, elinewidth=1, capsize=2)
+            best = np.argmin(y if panel.lower else -y)
+            axes.plot(x[best], y[best], "o", markersize=10, fillstyle="none", color=BLACK)
+            others = [name for name in panel.readings if name not in panel.lengths]
+            for name, colour in zip(others, (RED, GREY), strict=False):
+                mean, width = panel.readings[name]
+                axes.axhline(mean, color=colour, linewidth=1.2, linestyle="--", label=name)
+                axes.axhspan(mean - width, mean + width, color=colour, alpha=0.1, linewidth=0)
+            _set_scale(axes.xaxis, log=True, ticks=(1, 2, 5))
+            axes.tick_params(labelsize=8)
+            axes.set_xlabel("relative length of the average", color=GREY)
+            axes.set_title(panel.score, loc="left", **TITLE)
+            axes.set_title(f"{'lower' if panel.lower else 'higher'} is better", loc="right", **NOTE)
+            if others:
+                axes.legend(frameon=False, fontsize=8, labelcolor=BLACK)
 
 
 @contextlib.contextmanager

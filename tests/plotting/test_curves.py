@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from diffusion.plotting.curves import (
+    AveragePanel,
     FrontierPanel,
+    plot_averages,
     plot_code_lengths,
     plot_frontier,
     plot_loss,
@@ -230,6 +232,20 @@ def test_frontier_rings_the_pareto_front(tmp_path, drawn):
         np.testing.assert_allclose(bars[0], [[10, 4.5], [10, 5.5]])
     [floor] = [line for line in drawn[0].lines if line.get_linestyle() == ":"]
     assert set(floor.get_ydata()) == {1.5}
+
+
+def test_averages_are_drawn_over_their_lengths_and_the_best_is_ringed(tmp_path, drawn):
+    readings = {"ema:0.1": (3.0, 0.2), "ema": (2.5, 0.1), "ema:0.05": (2.0, 0.25), "raw": (4.0, 0)}
+    lengths = {"ema:0.05": 0.05, "ema:0.1": 0.1}
+    panels = [AveragePanel(name, name == "fd", readings, lengths) for name in ("fd", "precision")]
+    plot_averages(tmp_path / "a.png", panels)
+    for axes, best in zip(drawn, ([0.05, 2.0], [0.1, 3.0]), strict=True):
+        curves = [line.get_xydata().tolist() for line in axes.lines]
+        assert [[0.05, 2.0], [0.1, 3.0]] in curves and [best] in curves
+        bars = axes.containers[0].lines[2][0].get_segments()
+        np.testing.assert_allclose(bars[0], [[0.05, 1.75], [0.05, 2.25]])
+        levels = {line.get_label(): set(line.get_ydata()) for line in axes.lines}
+        assert levels["ema"] == {2.5} and levels["raw"] == {4.0}
 
 
 def test_code_lengths_are_bars_in_order_of_length(tmp_path, drawn):
