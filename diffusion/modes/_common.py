@@ -15,7 +15,7 @@ from diffusion.modes._snapshots import reconstruct
 from diffusion.runtime.config import Run
 from diffusion.train_step import TrainState
 from diffusion.utils import io
-from diffusion.utils.errors import WorkdirError, error_text
+from diffusion.utils.errors import ConfigError, WorkdirError, error_text
 from diffusion.utils.multihost import barrier, is_primary
 
 
@@ -52,8 +52,12 @@ def load_trained(run: Run, exp: Experiment) -> Trained:
 def load_models(run: Run, exp: Experiment, names: Sequence[str]) -> list[Trained]:
     """Restores the newest good checkpoint with each of the weights, "ema", "raw" or "ema:LENGTH".
 
-    Raises WorkdirError.
+    Raises ConfigError for a length where no snapshots were kept, WorkdirError.
     """
+    others = [name for name in names if name not in ("ema", "raw")]
+    if others and not exp.averages:
+        found = f"found {others[0]}, of which only a training with optim.posthoc keeps snapshots"
+        raise ConfigError(f"weights: expected ema or raw, {found}; use one of these")
     if [*names] == ["ema"]:  # an item of its own, of which no more is read
         with contextlib.closing(_trained_checkpoints(run)) as checkpoints:
             step, ema = checkpoints.restore_ema(experiment.abstract_state(exp).ema)
@@ -61,7 +65,7 @@ def load_models(run: Run, exp: Experiment, names: Sequence[str]) -> list[Trained
     else:
         state = load_state(run, exp)
         weights, step = {"ema": state.ema, "raw": state.params}, int(state.step)
-        if others := [name for name in names if name not in weights]:
+        if others:
             trees = reconstruct(run.config, run.workdir, exp, state, others)
             weights |= dict(zip(others, trees, strict=True))
     exps = [experiment.with_learned_process(exp, weights[name]) for name in names]

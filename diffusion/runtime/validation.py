@@ -158,10 +158,6 @@ def validate(config: ConfigDict, devices: int = 1) -> None:
         lookup(table, key, flat[key])
     if (n := len(config.process.betas)) not in (0, T := config.process.T):
         raise ConfigError(f"process.betas: expected process.T = {T} numbers or none, found {n}")
-    for name in () if config.optim.posthoc else (config.weights, *config.eval.weights):
-        if ":" in name:
-            why = "which a training with --config.optim.posthoc=(0.05,0.1) keeps snapshots for"
-            raise ConfigError(f"weights: expected ema or raw, found {name}, {why}")
     _check_batch(config, devices)
     _check_classes(config, flat)
 

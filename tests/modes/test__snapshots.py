@@ -233,8 +233,6 @@ def test_snapshots_in_a_bucket(bucket):
 
 
 WRONG = {
-    "weights: expected ema or raw, found ema:0.05, .*optim.posthoc": {"weights": "ema:0.05"},
-    "weights: expected ema or raw, found ema:0.1": {"eval.weights": ("ema", "ema:0.1")},
     "weights: expected ema, raw, or ema:LENGTH .* found 'ema:0.5'": {"weights": "ema:0.5"},
     "weights: expected ema, raw, or ema:LENGTH .* found 'ema:'": {"weights": "ema:"},
     "eval.weights: expected a tuple of .* found ": {"eval.weights": ("raw", "raw")},
@@ -248,6 +246,13 @@ WRONG = {
 def test_weights_that_cannot_be_are_refused(match):
     with pytest.raises(ConfigError, match=f"^{match}"):
         validate(with_overrides(config_of("digits"), WRONG[match]))
+
+
+def test_a_length_needs_a_training_that_kept_snapshots(trained):
+    args = "--config.weights=ema:0.05", "--config.eval.weights=('ema','ema:0.05')"
+    for mode, weights in zip(("sample", "eval"), args, strict=True):
+        _, err = run(f"--mode={mode}", f"--workdir={trained[0]}", weights, code=2)
+        assert "weights: expected ema or raw, found ema:0.05, of which only a training" in err
 
 
 def test_eval_takes_its_weights_from_its_own_key(kept):
