@@ -38,8 +38,10 @@ def compare_averages(
 
     Returns what metrics.json notes of the bits/dim. All processes take part.
     """
-    read = _split_pass.make_bpd_fn(models[0])
-    bits = np.stack([read(model.params) for model in models])
+    # Models share a chain, unless each has learned its own.
+    chains = {id(model.exp): model for model in models}
+    read = {key: _split_pass.make_bpd_fn(model) for key, model in chains.items()}
+    bits = np.stack([read[id(model.exp)](model.params) for model in models])
     content = {"split": models[0].config.bpd.split, "images": bits.shape[1]}
     panels = [("bits/dim", True, compared(bits, [model.weights for model in models]))]
     content["weights"] = {k: {"mean": m, "error": e} for k, (m, e) in panels[0][2].items()}
