@@ -40,12 +40,24 @@ def snapshot_path(folder: epath.Path, step: int) -> epath.Path:
     return folder / "snapshots" / f"{step:08d}.npz"
 
 
+def saved_steps(folder: epath.Path) -> list[int]:
+    """Returns the steps of the snapshots in a work directory, in order."""
+    names = (path.stem for path in (folder / "snapshots").glob("*.npz"))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
 class Snapshots:
     """Writes a training's snapshots; process 0 does, and a full disk costs the file alone."""
 
     def __init__(self, run: Run):
         self._workdir, self._lengths = run.workdir, run.config.optim.posthoc
         self._steps = frozenset(snapshot_steps(run.config))
+
+    def forget_after(self, step: int) -> None:
+        """Removes snapshots of later steps: those of a training that did not get to here."""
+        for later in saved_steps(self._workdir) if is_primary() and self._steps else ():
+            if later > step:
+                snapshot_path(self._workdir, later).unlink()
 
     def describe(self, params: Tree) -> str:
         """Returns their number and size, `16 of 2 x 1.2 MB`."""
@@ -102,8 +114,7 @@ def reconstruct(
     """
     at, tracked = int(state.step), {str(length): length for length in exp.averages}
     expected = [step for step in snapshot_steps(config) if step < at]
-    found = [int(p.stem) for p in (folder / "snapshots").glob("*.npz") if p.stem.isdecimal()]
-    steps = sorted(step for step in found if step < at)
+    steps = [step for step in saved_steps(folder) if step < at]
     if expected and not steps:
         what = f"{folder / 'snapshots'}: expected snapshots of the training, found none"
         raise WorkdirError(f"{what}; restore them from a copy, or use the weights ema or raw")

@@ -45,6 +45,7 @@ def run(run: Run) -> None:
     logging.info(f"network    {parameters:,} parameters on {describe_devices()}")
     logging.info(f"workdir    {run.workdir}; watch with: tensorboard --logdir={run.workdir}")
     if exp.averages:
+        snapshots.forget_after(start)
         logging.info(f"snapshots  {snapshots.describe(state.params)}")
     unfinished = readings.broken_off(start)
     if start >= c.steps and not unfinished:

@@ -29,24 +29,21 @@ STEPS = (
 ZERO_OR_ONE = (lambda x: x in (0, 1), "0 or 1")
 SOME = (lambda x: len(x) > 0 and all(x), "a tuple that is not empty")
 
+WEIGHTS = 'ema, raw, or ema:LENGTH such as "ema:0.07", between 0 and 0.28'
 
-LENGTH = (lambda x: 0 < x < 0.28, "a relative length between 0 and 0.28")  # longer is the mean
-LENGTHS = (
-    lambda x: all(isinstance(n, float) and LENGTH[0](n) for n in x) and len({*x}) == len(x),
-    "a tuple of distinct numbers between 0 and 0.28, or () for none",
-)
+
+def _is_length(x: Any) -> bool:
+    """Returns whether x is a relative length of an average; 0.2887 is that of the plain mean."""
+    return isinstance(x, float) and 0 < x < 0.28
 
 
 def _is_weights(name: Any) -> bool:
     """Returns whether the name is ema, raw or ema:LENGTH."""
     kind, _, length = str(name).partition(":")
     try:
-        return name in ("ema", "raw") or (kind == "ema" and LENGTH[0](float(length)))
+        return name in ("ema", "raw") or (kind == "ema" and _is_length(float(length)))
     except ValueError:
         return False
-
-
-WEIGHTS = 'ema, raw, or ema:LENGTH such as "ema:0.07", between 0 and 0.28'
 
 
 def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
@@ -60,8 +57,8 @@ VALIDATORS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("data.channels", "optim.clip_groups", "optim.accumulate"), COUNT),
     **dict.fromkeys(("train.batch_size", "train.log_every", "train.save_every"), COUNT),
     **dict.fromkeys(("train.keep", "train.preview.steps", "train.preview.num"), COUNT),
-    "train.snapshots": COUNT,
     **dict.fromkeys(("sampler.steps", "sampler.order", "sampler.corrections", "sample.num"), COUNT),
+    "train.snapshots": COUNT,
     **dict.fromkeys(("bpd.batch_size", "eval.batch_size", "sample.batch_size"), COUNT),
     **dict.fromkeys(("figures.num", "figures.rows", "figures.jump", "figures.repeats"), COUNT),
     **dict.fromkeys(("sampler.estimate", "bpd.quick", "eval.num", "eval.keep"), TWO),
@@ -95,7 +92,10 @@ VALIDATORS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sampler.threshold": (lambda x: x <= 1, "a fraction in [0, 1], 0 for none"),
     "sampler.threshold_max": (lambda x: x == 0 or x >= 1, "a number of 1 or more, or 0 for none"),
     **dict.fromkeys(("eval.seeds", "frontier.seeds"), SEEDS),
-    "optim.posthoc": LENGTHS,
+    "optim.posthoc": (
+        lambda x: all(map(_is_length, x)) and len({*x}) == len(x),
+        "a tuple of distinct numbers between 0 and 0.28, or () for none",
+    ),
     "weights": (_is_weights, WEIGHTS),
     "eval.weights": (
         lambda x: len(x) > 0 and all(map(_is_weights, x)) and len({*x}) == len(x),

@@ -111,6 +111,7 @@ def test_a_resumed_training_writes_the_same_snapshots_bit_for_bit(kept, workdir)
     for path in ("snapshots/00000008.npz", "checkpoints/8"):
         (shutil.rmtree if "check" in path else type(workdir).unlink)(workdir / path)
     (workdir / "snapshots" / "00000006.npz").write_bytes(b"half")
+    (workdir / "snapshots" / "00000005.npz").write_bytes(b"of a training with other steps")
     out, _ = run(TINY, *FLAGS, f"--workdir={workdir}")
     assert "from step 4" in out
     assert_same(snapshots_of(workdir), snapshots_of(kept[0]))

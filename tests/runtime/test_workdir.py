@@ -50,6 +50,16 @@ def test_keys_that_an_old_config_lacks_have_their_defaults(tmp_path):
         workdir.check_owner(tmp_path, other)
 
 
+def test_imported_weights_keep_the_optimiser_that_their_state_is_of(tmp_path):
+    """All else of a training that is not known may be given later."""
+    config = with_overrides(default.get_config(), {"train.steps": 0})
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    workdir.check_owner(tmp_path, with_overrides(config, {"optim.lr": 0.5, "optim.clip": 9.0}))
+    for change in ({"optim.name": "muon"}, {"optim.posthoc": (0.05, 0.1)}):
+        with pytest.raises(WorkdirError, match=r"another config: optim\.\w+: was .*, now"):
+            workdir.check_owner(tmp_path, with_overrides(config, change))
+
+
 def test_too_little_space_is_an_error_or_a_warning(tmp_path, monkeypatch, capsys):
     state = {"a": jax.ShapeDtypeStruct((250_000,), "float32")}
     usage = type(shutil.disk_usage(tmp_path))
