@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
-from diffusion import experiment, optimisers, train_step
+from diffusion import experiment, gradients, optimisers, train_step
 from diffusion.checkpoint import Checkpoints
 from diffusion.optimisers import LR_SCHEDULES, OPTIMISERS
 from diffusion.runtime.config import with_overrides
@@ -144,7 +144,7 @@ def test_resuming_and_devices_change_nothing(name, tmp_path):
     def loss(apply, key, x_0, *times):
         return apply(x_0, None) ** 2 / 100, {}
 
-    grad_fn = train_step.make_grad_fn(loss, apply, accumulate=2, clip_groups=2, clip=0.5)
+    grad_fn = gradients.make_grad_fn(loss, apply, accumulate=2, clip_groups=2, clip=0.5)
     step = train_step.make_train_step(grad_fn, tx, 0.9, lengths=(0.05, 0.2))
     batches = [random_tree(10 + i, 16) for i in range(4)]
 
