@@ -118,7 +118,7 @@ def test_importance_does_not_change_the_objective_and_lessens_its_noise():
     assert variance < 1e-4 * known.var()
 
 
-@pytest.mark.parametrize("T, b", [(1, 3), (4, 8), (7, 16), (20, 5), (20, 6), (1000, 125)])
+@pytest.mark.parametrize("T, b", [(1, 3), (7, 16), (20, 5), (1000, 128)])
 def test_low_discrepancy(T, b):
     """A time is in each batch floor(b / T) or ceil(b / T) times, b / T in the mean.
 
