@@ -646,6 +646,10 @@ def test_opens_a_work_directory_of_version_1(tmp_path, warned):
         checkpoints.save(8, found._replace(step=jnp.int32(8)))
         checkpoints.wait()
         assert checkpoints.latest() == 8
+    # What came later and is off adds nothing to a checkpoint.
+    manifest = json.loads((tmp_path / "checkpoints/8/manifest/metadata").read_text())
+    parts = {"/".join(name.split("/")[:2]) for name in manifest["arrays"] if name[:3] != "ema"}
+    assert parts == {"state/step", "state/params", "state/opt_state"}
     path = tmp_path / "checkpoints/4/_CHECKPOINT_METADATA"
     path.write_text(path.read_text().replace('"sha256": {', '"sha256": {"ema/x": "0", '))
     shutil.rmtree(tmp_path / "checkpoints/8")
