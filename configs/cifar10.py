@@ -16,8 +16,10 @@ of its own yet. The paper's, FID against the training set:
     :mu_simple           mu      unweighted squared error      unstable
 
 `unstable` is the paper's verdict: it found scores out of range; these run, at your own risk.
-Also `:tiny` (seconds, for tests), `:bfloat16`, `:conditional` (knows the ten classes) and
-`:official_clip` (gradients clipped per eighth of the batch, as on the paper's eight cores).
+Also `:tiny` (seconds, for tests), `:bfloat16`, `:conditional` (knows the ten classes),
+`:official_clip` (gradients clipped per eighth of the batch, as on the paper's eight cores) and
+`:likelihood` (the objective, schedule and features of Kingma et al. 2021, arXiv:2107.00630, with
+this network; not trained yet).
 Variants combine: `:tiny,eps_vlb`.
 """
 
@@ -36,6 +38,7 @@ VARIANTS = {
     "bfloat16": default.BFLOAT16,
     "conditional": {"model.num_classes": 10, "train.label_dropout": 0.1},
     "official_clip": {"optim.clip_groups": 8},
+    "likelihood": default.LIKELIHOOD | {"model.fourier": (6, 7)},
     "tiny": default.TINY,
 }
 

@@ -227,6 +227,14 @@ TINY = {
     "frontier.seeds": (0, 1),
 }
 
+# The bound in continuous time as the objective; ends of the noise and features are the data's.
+LIKELIHOOD = {
+    "loss.name": "continuous",
+    "process.schedule": "logsnr",
+    "variance": "fixed_small",
+    "bpd.continuous": 1000,
+}
+
 BFLOAT16 = {"model.dtype": "bfloat16"}
 
 

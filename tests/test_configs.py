@@ -31,7 +31,8 @@ def each_network_once():
     shapes, trace = {}, experiment.abstract_state
 
     def abstract_state(exp):
-        names = ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "num_classes", "out_ch")
+        names = ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "num_classes")
+        names += ("out_ch", "fourier")
         key = (*(getattr(exp.net, name) for name in names), exp.image_shape)
         if key not in shapes:
             shapes[key] = trace(exp)
