@@ -20,7 +20,6 @@ from jax import Array, random
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from configs.default import get_config
 from diffusion import (
     continuous,
     data,
@@ -37,6 +36,7 @@ from diffusion.data import augment, loader
 from diffusion.data.loader import load_dataset
 from diffusion.kernels import group_norm, winograd
 from diffusion.process import Process, from_betas
+from diffusion.runtime import objective
 from diffusion.runtime.config import call_for_key, lookup
 from diffusion.samplers import guidance, timesteps
 from diffusion.sharding import (
@@ -48,7 +48,6 @@ from diffusion.sharding import (
 )
 from diffusion.timestep_samplers import TIMESTEP_SAMPLERS, TimestepSampler
 from diffusion.utils.errors import ConfigError, DataError
-from diffusion.weightings import output_weights
 
 ANALYTIC = "analytic"  # a sampler.variance that is measured first (modes._common.with_analytic)
 MIN_PIXELS_PER_DEVICE = 16 * 16  # smaller images are over before CPU devices have synchronised
@@ -89,11 +88,9 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
     schedule = lookup(schedules.SCHEDULES, "process.schedule", c.process.schedule)
     target = lookup(targets.TARGETS, "target", c.target)
     variance = lookup(targets.VARIANCES, "variance", c.variance)
-    make_loss = lookup(losses.LOSSES, "loss.name", c.loss.name)
 
     process = call_for_key(from_betas, "process", c.process.betas or _betas(c, schedule))
-    options = _loss_options(c, process, target, make_loss)
-    loss = call_for_key(make_loss, "loss", process, target, variance, **options)
+    loss = objective.build_loss(c, process, target, variance)
     make_timesteps = lookup(TIMESTEP_SAMPLERS, "train.timesteps", c.train.timesteps)
     make_net = functools.partial(unet.UNet, **c.model, out_ch=c.data.channels * variance.outputs)
     exp = Experiment(
@@ -109,7 +106,7 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
         ),
         tx=make_config_optimizer(c),
         timesteps=make_timesteps(process),
-        continuous=make_loss is continuous.continuous,
+        continuous=losses.LOSSES[c.loss.name] is continuous.continuous,
         schedule=c.loss.schedule,
         image_shape=image_shape(c),
         levels=c.data.levels,
@@ -124,29 +121,6 @@ def _betas(config: ConfigDict, schedule: Callable) -> np.ndarray:
     """Returns the schedule's betas between those of its bounds that it has."""
     bounds = list(inspect.signature(schedule).parameters)[1:]
     return call_for_key(schedule, "process", config.process.T, *map(config.process.get, bounds))
-
-
-def _loss_options(
-    config: ConfigDict, p: Process, target: targets.Target, make_loss: Callable
-) -> dict[str, Any]:
-    """Returns the loss's arguments; what of config.loss it does not read must have its default."""
-    known, left = inspect.signature(make_loss).parameters, config.loss.to_dict()
-    name, defaults, options = left.pop("name"), get_config().loss, {}
-    if "levels" in known:
-        options["levels"] = config.data.levels
-    if "weights" in known:
-        names = left.pop("weighting"), left.pop("gamma"), left.pop("k")
-        try:
-            options["weights"] = output_weights(p, target, *names)
-        except ValueError as error:  # it begins with the option's name
-            raise ConfigError(f"loss.{error}") from error
-    for key, value in left.items():
-        if key in known or key not in defaults:  # of the latter the loss itself complains
-            options[key] = value
-        elif value != defaults[key]:
-            wanted = f"expected {defaults[key]!r}, as the loss {name} has no such option"
-            raise ConfigError(f"loss.{key}: {wanted}, found {value!r}; leave it out")
-    return options
 
 
 def make_lr_schedule(config: ConfigDict) -> optax.Schedule:
