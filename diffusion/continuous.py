@@ -19,8 +19,8 @@ from diffusion.likelihood import VLBTerms, meanflat, normal_kl
 from diffusion.process import Process, broadcast_right, example_keys, half_log_snr, q_sample
 from diffusion.targets import TARGETS, VARIANCES, Predict, Target, Variance
 
-Params = Any
-FEATURES = 1024  # of the schedule `network`
+Tree = Any
+HIDDEN = 1024  # of the schedule `network`
 
 
 class GammaSchedule(NamedTuple):
@@ -31,29 +31,29 @@ class GammaSchedule(NamedTuple):
         gamma: (params, u float[...]) -> gamma float[...].
     """
 
-    init: Callable[[Array, float, float], Params]
-    gamma: Callable[[Params, Array], Array]
+    init: Callable[[Array, float, float], Tree]
+    gamma: Callable[[Tree, Array], Array]
 
 
-def _line(params: Params, u: Array) -> Array:
+def _line(params: Tree, u: Array) -> Array:
     return params["b"].reshape(()) + jnp.abs(params["w"].reshape(())) * u
 
 
-def _init_line(key: Array, gamma_min: float, gamma_max: float) -> Params:
+def _init_line(key: Array, gamma_min: float, gamma_max: float) -> Tree:
     return {"w": jnp.full(1, gamma_max - gamma_min), "b": jnp.full(1, gamma_min)}
 
 
-def _init_network(key: Array, gamma_min: float, gamma_max: float) -> Params:
+def _init_network(key: Array, gamma_min: float, gamma_max: float) -> Tree:
     key_in, key_out = random.split(key)
     small = jax.nn.initializers.normal()
     return {
         "l1": {"kernel": jnp.full((1, 1), gamma_max - gamma_min), "bias": jnp.full(1, gamma_min)},
-        "l2": {"kernel": small(key_in, (1, FEATURES)), "bias": jnp.zeros(FEATURES)},
-        "l3": {"kernel": small(key_out, (FEATURES, 1))},
+        "l2": {"kernel": small(key_in, (1, HIDDEN)), "bias": jnp.zeros(HIDDEN)},
+        "l3": {"kernel": small(key_out, (HIDDEN, 1))},
     }
 
 
-def _network(params: Params, u: Array) -> Array:
+def _network(params: Tree, u: Array) -> Array:
     """Adds a monotone network of one hidden layer to a line (Appendix H); not normalised."""
     l1, l2, l3 = (params[name] for name in ("l1", "l2", "l3"))
     u_ = u.reshape(-1, 1)
@@ -76,7 +76,7 @@ def gamma_ends(p: Process) -> tuple[float, float]:
     return float(gamma[1]), float(gamma[-1])
 
 
-def make_gamma_fn(p: Process, name: str) -> Callable[[Params, Array], Array]:
+def make_gamma_fn(p: Process, name: str) -> Callable[[Tree, Array], Array]:
     """Returns (params, u) -> gamma of a key of GAMMAS."""
     low, high = gamma_ends(p)
     schedule = GAMMAS[name]
@@ -89,7 +89,7 @@ def model_time(p: Process, gamma: Any) -> Any:
     return (gamma - low) / (high - low) * (p.T - 1)
 
 
-def learned_process(p: Process, name: str, params: Params) -> Process:
+def learned_process(p: Process, name: str, params: Tree) -> Process:
     """Returns the chain of p.T steps whose gammas the learned schedule has at 0, ..., 1."""
     u = jnp.linspace(0, 1, p.T)
     gamma = np.asarray(make_gamma_fn(p, name)(params, u), np.float64)
@@ -97,7 +97,7 @@ def learned_process(p: Process, name: str, params: Params) -> Process:
     return Process(alpha_bar, np.append(-1.0, model_time(p, gamma)))
 
 
-def decoder_log_likelihood(x: Array, z: Array, gamma_0: Array, values: np.ndarray) -> Array:
+def log_p_of_pixels(x: Array, z: Array, gamma_0: Array, values: np.ndarray) -> Array:
     """Returns log p(x | z_0) in nats, elementwise, for z = z_0 / alpha_0 (arXiv's eq. 8).
 
     p(x | z_0) ~ q(z_0 | x) over the `values` that a pixel can have, float[levels]; no network.
@@ -139,7 +139,7 @@ def continuous_terms(
       steps: of a chain in discrete time, whose next time above u is taken; 0: continuous time.
     """
     low, high = gamma(jnp.zeros((), u.dtype)), gamma(jnp.ones((), u.dtype))
-    decoder = -meanflat(decoder_log_likelihood(x, x + jnp.exp(0.5 * low) * eps_0, low, values))
+    decoder = -meanflat(log_p_of_pixels(x, x + jnp.exp(0.5 * low) * eps_0, low, values))
     if steps:
         u = jnp.ceil(u * steps) / steps
         gamma_u = gamma(u)
@@ -204,7 +204,9 @@ def continuous(
     return loss
 
 
-def vlb_terms(p: Process, predict: Predict, key: Array, x_0: Array, levels: int = 256) -> VLBTerms:
+def terms_in_discrete_time(
+    p: Process, predict: Predict, key: Array, x_0: Array, levels: int = 256
+) -> VLBTerms:
     """Returns likelihood.vlb_terms of a model in continuous time on p, whose decoder is its own."""
     terms = likelihood.vlb_terms(p, predict, key, x_0, levels)
     decoder = _decoder_nats(example_keys(key, x_0.shape[0]), x_0, gamma_ends(p)[0], levels)
@@ -215,7 +217,7 @@ def _decoder_nats(keys: Array, x: Array, gamma_0: float, levels: int) -> Array:
     """Draws -log p(x | z_0) in nats per dimension [b]."""
     low = jnp.asarray(gamma_0, x.dtype)
     z_0 = x + jnp.exp(0.5 * low) * process.sample_noise(keys, jnp.int32(0), x)
-    return -meanflat(decoder_log_likelihood(x, z_0, low, pixel_values(levels)))
+    return -meanflat(log_p_of_pixels(x, z_0, low, pixel_values(levels)))
 
 
 def cells(p: Process, n: int) -> Process:

@@ -61,8 +61,17 @@ def sigmoid(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndar
     return beta_start + weight * (beta_end - beta_start)
 
 
-def logsnr(T: int, gamma_min: float = -13.3, gamma_max: float = 5.0) -> np.ndarray:
-    """Spaces gamma_t = log((1 - alpha_bar_t) / alpha_bar_t) evenly (arXiv:2107.00630, App. H)."""
+def even_log_snr(
+    T: int,
+    beta_start: float = 1e-4,
+    beta_end: float = 0.02,
+    gamma_min: float = -13.3,
+    gamma_max: float = 5.0,
+) -> np.ndarray:
+    """Spaces gamma_t = log((1 - alpha_bar_t) / alpha_bar_t) evenly and ignores the first bounds.
+
+    Source: arXiv:2107.00630, Appendix H.
+    """
     alpha_bar = 1 / (1 + np.exp(np.linspace(gamma_min, gamma_max, T, dtype=np.float64)))
     return 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
 
@@ -76,5 +85,5 @@ SCHEDULES = {
     "jsd": jsd,
     "cosine": cosine,
     "sigmoid": sigmoid,
-    "logsnr": logsnr,
+    "logsnr": even_log_snr,
 }

@@ -87,7 +87,8 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, key: Array, batch: TrainBatch):
-        batch = *batch, *draw_times(timesteps, key, len(batch[0]), state.times)
+        if timesteps:
+            batch = *batch, *draw_times(timesteps, key, len(batch[0]), state.times)
         gradients, metrics, losses = grad_fn(state.params, key, batch)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

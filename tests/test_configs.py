@@ -137,6 +137,8 @@ def test_the_settings_are_the_papers(name, lr, batch, steps, dropout, flip, vari
         "beta_start": 1e-4,
         "beta_end": 0.02,
         "betas": (),
+        "gamma_min": -13.3,  # which no schedule of the paper reads
+        "gamma_max": 5.0,
     }
 
 

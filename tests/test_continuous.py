@@ -17,7 +17,7 @@ from tests.oracle import Gaussian, official
 
 # github.com/google-research/vdm, commit dc27b98: model_vdm.py. Its pixels lie elsewhere than ours.
 VALUES = 2 * (np.arange(256) + 0.5) / 256 - 1
-LINE = process.from_betas(schedules.logsnr(1000))
+LINE = process.from_betas(schedules.even_log_snr(1000))
 NAMES = {
     "fixed": "linear",
     "learnable_scalar": "learned_line",
@@ -85,7 +85,7 @@ def decoder_table(z, gamma_0):
     """Returns log p(value | z) of all VALUES, [..., 256]."""
     values = jnp.broadcast_to(jnp.asarray(VALUES, z.dtype), (*z.shape, 256))
     z = jnp.broadcast_to(z[..., None], values.shape)
-    return continuous.decoder_log_likelihood(values, z, gamma_0, VALUES)
+    return continuous.log_p_of_pixels(values, z, gamma_0, VALUES)
 
 
 @official("vdm", "dec.*.logprob*", "dec.*.table*", "gen.samples")
@@ -95,7 +95,7 @@ def test_decoder(given, array, close):
     for i in range(3):
         gamma_0 = array(f"dec.{i}.gamma_0").reshape(())
         z = x + jnp.exp(gamma_0 / 2) * array("eps_0")
-        pixels = continuous.decoder_log_likelihood(x, z, gamma_0, VALUES)
+        pixels = continuous.log_p_of_pixels(x, z, gamma_0, VALUES)
         close(f"dec.{i}.logprob_pixel", pixels, 3e-4)
         close(f"dec.{i}.logprob", pixels.sum((1, 2, 3)), 3e-4)
         close(f"dec.{i}.table_of_first_pixel", decoder_table(z[0, 0, 0], gamma_0), 3e-4)
@@ -187,9 +187,9 @@ def test_the_bound_of_the_exact_network_is_the_information(x64):
     """The mean of the diffusion term is I(x; z_0) - I(x; z_1) for Gaussian data."""
     known, low, high = Gaussian(0.1, 0.3), *continuous.gamma_ends(LINE)
     rng = np.random.RandomState(0)
-    x = jnp.asarray(known.mean + np.sqrt(known.var) * rng.randn(4096, 4, 4, 1))
-    cells = continuous.cells(LINE, 400)
-    predict = known.predict(cells._replace(model_t=np.arange(-1.0, 400)), variance="fixed_small")
+    x = jnp.asarray(known.mean + np.sqrt(known.var) * rng.randn(1024, 4, 4, 1))
+    cells = continuous.cells(LINE, 200)
+    predict = known.predict(cells._replace(model_t=np.arange(-1.0, 200)), variance="fixed_small")
     bits = continuous.continuous_vlb(cells, predict, random.key(0), x, ends=(low, high))
     wanted = 0.5 * np.log2((1 + known.var * np.exp(-low)) / (1 + known.var * np.exp(-high)))
     found, error = bits[:, 1].mean(), bits[:, 1].std() / np.sqrt(len(x))
@@ -212,10 +212,13 @@ def perfect(known, p):
 @pytest.mark.parametrize("timesteps", ["uniform", "low_discrepancy"])
 def test_the_loss_is_an_unbiased_estimate_of_the_bound(schedule, timesteps, x64):
     """The same value for every schedule between the same ends, and for every way to draw times."""
-    known, p = Gaussian(0.1, 0.3), process.from_betas(schedules.logsnr(50, -6.0, 4.0))
+    known, p = (
+        Gaussian(0.1, 0.3),
+        process.from_betas(schedules.even_log_snr(50, gamma_min=-6.0, gamma_max=4.0)),
+    )
     rng = np.random.RandomState(1)
     values = continuous.pixel_values(17)
-    x = known.mean + np.sqrt(known.var) * rng.randn(4096, 4, 4, 1)
+    x = known.mean + np.sqrt(known.var) * rng.randn(2048, 4, 4, 1)
     loss = losses.LOSSES["continuous"](p, *EPS_SMALL, levels=17, schedule=schedule)
     make = continuous.GAMMAS[schedule]
     params = {"schedule": make.init(random.key(0), -6.0, 4.0)} if make else {}
@@ -228,16 +231,16 @@ def test_the_loss_is_an_unbiased_estimate_of_the_bound(schedule, timesteps, x64)
     t = sampler.draw(random.key(5), len(x), ())[:1] if sampler else ()
     found, _ = loss(Network(perfect(known, p), params), random.key(3), jnp.asarray(x), *t)
     z = x + np.exp(0.5 * low) * rng.randn(*x.shape)
-    decoder = -continuous.decoder_log_likelihood(x, jnp.asarray(z), low, values).mean()
+    decoder = -continuous.log_p_of_pixels(x, jnp.asarray(z), low, values).mean()
     prior = float(continuous.prior_nats(jnp.asarray(x), jnp.asarray(high)).mean())
     wanted = 0.5 * np.log((1 + known.var * np.exp(-low)) / (1 + known.var * np.exp(-high)))
     wanted = (wanted + decoder + prior) / np.log(2)
     error = found.std() / np.sqrt(len(x))
-    assert error < 0.06 * abs(wanted) and abs(found.mean() - wanted) < 4 * error
+    assert error < 0.08 * abs(wanted) and abs(found.mean() - wanted) < 4 * error
 
 
 def test_a_learned_chain_is_the_line_before_training():
-    p = process.from_betas(schedules.logsnr(30))
+    p = process.from_betas(schedules.even_log_snr(30))
     params = continuous.GAMMAS["learned_line"].init(random.key(0), *continuous.gamma_ends(p))
     q = continuous.learned_process(p, "learned_line", params)
     np.testing.assert_allclose(
@@ -251,7 +254,7 @@ def test_the_decoder_is_a_distribution(x64):
     values = continuous.pixel_values(17)
     for gamma_0 in (-9.0, -4.0, 1.0):
         x, z_of_x = np.broadcast_arrays(values, z)
-        table = continuous.decoder_log_likelihood(*map(jnp.asarray, (x, z_of_x)), gamma_0, values)
+        table = continuous.log_p_of_pixels(*map(jnp.asarray, (x, z_of_x)), gamma_0, values)
         np.testing.assert_allclose(np.exp(table).sum(1), 1, rtol=1e-12)
 
 

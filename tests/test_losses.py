@@ -18,7 +18,7 @@ from tests.test_likelihood import four_points, information
 
 LINEAR = process.from_betas(schedules.linear(1000))
 SHORT = process.from_betas(schedules.linear(4, 0.02, 0.4))
-EVEN = process.from_betas(schedules.logsnr(4, -5.0, 3.0))
+EVEN = process.from_betas(schedules.even_log_snr(4, gamma_min=-5.0, gamma_max=3.0))
 RANGE = VARIANCES["learned_range"]
 LEVELS = jnp.arange(256, dtype=jnp.float32) / 127.5 - 1
 

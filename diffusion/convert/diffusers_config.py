@@ -252,8 +252,8 @@ def _to_scheduler(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _to_sizes(flat: Mapping[str, Any]) -> dict[str, Any]:
-    if flat["model.fourier"]:
-        found = f"found {flat['model.fourier']}"
+    if fourier := flat.get("model.fourier"):
+        found = f"found {fourier}"
         raise ValueError(f"model.fourier: expected (), as diffusers has no such features, {found}")
     ch, mult = flat["model.ch"], flat["model.ch_mult"]
     if ch % 32 or mult[0] != 1:

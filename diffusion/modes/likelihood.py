@@ -129,7 +129,9 @@ def read_bound(
 ) -> Bound:
     """Returns the bound of the images of a pass, taken apart; shows progress, resumes from path."""
     # The decoder is that of the training.
-    read = work.compile(chain, continuous.vlb_terms if work.exp.continuous else vlb_terms)
+    read = work.compile(
+        chain, continuous.terms_in_discrete_time if work.exp.continuous else vlb_terms
+    )
 
     def run(batch):
         terms = VLBTerms(*jax.device_get(read(params, batch)))

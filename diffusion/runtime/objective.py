@@ -18,7 +18,8 @@ def build_loss(config: ConfigDict, p: Process, target: Target, variance: Varianc
 
     Raises ConfigError.
     """
-    left, defaults = config.loss.to_dict(), get_config().loss
+    defaults = get_config().loss.to_dict()
+    left = defaults | config.loss.to_dict()
     name = left.pop("name")
     make = lookup(LOSSES, "loss.name", name)
     known, options = inspect.signature(make).parameters, {}

@@ -216,7 +216,7 @@ def test_sampling_imports_no_other_mode(trained, tmp_path):
     args = ("--mode=sample", f"--workdir={workdir}", "--config.sample.num=2")
     imported = modules_after(*args, "--config.sample.seed=7")
     modes = {m for m in imported if m.startswith("diffusion.modes.")}
-    shared = {"_common", "_sampling"}
+    shared = {"_common", "_sampling", "_snapshots"}
     assert modes == {f"diffusion.modes.{m}" for m in ("sample", *shared)}
     assert not {"tensorboard", "sklearn", "scipy.optimize"} & imported
 
