@@ -20,7 +20,7 @@ from diffusion.process import Process, broadcast_right, example_keys, half_log_s
 from diffusion.targets import TARGETS, VARIANCES, Predict, Target, Variance
 
 Tree = Any
-HIDDEN = 1024  # of the schedule `network`
+SCHEDULE_FEATURES = 1024  # of the schedule `network`
 
 
 class GammaSchedule(NamedTuple):
@@ -48,8 +48,11 @@ def _init_network(key: Array, gamma_min: float, gamma_max: float) -> Tree:
     small = jax.nn.initializers.normal()
     return {
         "l1": {"kernel": jnp.full((1, 1), gamma_max - gamma_min), "bias": jnp.full(1, gamma_min)},
-        "l2": {"kernel": small(key_in, (1, HIDDEN)), "bias": jnp.zeros(HIDDEN)},
-        "l3": {"kernel": small(key_out, (HIDDEN, 1))},
+        "l2": {
+            "kernel": small(key_in, (1, SCHEDULE_FEATURES)),
+            "bias": jnp.zeros(SCHEDULE_FEATURES),
+        },
+        "l3": {"kernel": small(key_out, (SCHEDULE_FEATURES, 1))},
     }
 
 
