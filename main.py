@@ -40,6 +40,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_string("workdir", None, "of all files; default runs/NAME", flag_values=f)
     flags.DEFINE_enum("mode", "train", [*MODES], "what to do; train resumes", flag_values=f)
     flags.DEFINE_multi_string("input", [], "import weights, eval images, sample x_T", flag_values=f)
+    flags.DEFINE_string("init_from", None, "train: begin with its weights", flag_values=f)
     flags.DEFINE_string("output", None, "export: the folder to write", flag_values=f)
     flags.DEFINE_string("replay", None, "check: a file of crash/ to replay", flag_values=f)
     flags.DEFINE_bool("dry_run", False, "prepare: look, but write nothing", flag_values=f)

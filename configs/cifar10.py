@@ -29,12 +29,27 @@ from configs import default
 
 CHANGES = {}  # the default is this experiment
 
+# Geng et al. 2024 (arXiv:2406.14548), with Adam.
+TUNING = {
+    **default.CONSISTENCY,
+    "loss.stage": 8,
+    "loss.stage_steps": 10_000,
+    "model.dropout": 0.2,
+    "optim.lr": 1e-4,
+    "optim.warmup": 0,
+    "optim.ema": 0.9993,
+    "train.steps": 100_000,
+}
+
 VARIANTS = {
     "eps_vlb": {"loss.name": "vlb"},
     "eps_vlb_learned": {"loss.name": "vlb", "variance": "learned"},
     "mu_vlb": {"target": "mu", "loss.name": "vlb"},
     "mu_vlb_learned": {"target": "mu", "loss.name": "vlb", "variance": "learned"},
     "mu_simple": {"target": "mu"},
+    "edm": default.EDM,
+    "ect": {**TUNING, "target": "v"},
+    "edm_ect": {**default.EDM, **TUNING},
     "bfloat16": default.BFLOAT16,
     "conditional": {"model.num_classes": 10, "train.label_dropout": 0.1},
     "official_clip": {"optim.clip_groups": 8},

@@ -52,6 +52,12 @@ def get_config() -> ConfigDict:
                 "k": 1.0,  # of p2
                 "vlb_weight": 0.001,  # of the bound in hybrid
                 "schedule": "linear",  # of continuous: a key of continuous.GAMMAS
+                # Of consistency, see consistency.consistency_loss:
+                "stage": 7,  # levels that are compared are about 2^-stage apart
+                "stage_steps": 0,  # begin with stage 0 and stay at each for so long; 0: no
+                "c": 0.0,  # 0: length of the difference; large: its square
+                "log_mean": -1.1,  # of the logarithms of the noise levels drawn
+                "log_std": 2.0,  # and their standard deviation
             },
             # Of sample, bpd, figures, frontier and export: ema, raw, or ema:LENGTH (optim.posthoc).
             "weights": "ema",
@@ -72,6 +78,7 @@ def get_config() -> ConfigDict:
                 "steps": 800_000,  # 0: not known, of imported weights
                 # Of the examples of a batch: a key of timestep_samplers.TIMESTEP_SAMPLERS.
                 "timesteps": "uniform",
+                "init_weights": "ema",  # those that --init_from begins with, as `weights`
                 "label_dropout": 0.0,  # share of the labels hidden, for classifier-free guidance
                 "log_every": 100,  # steps between two readings of the loss
                 "save_every": 5_000,  # steps between two checkpoints
@@ -82,6 +89,7 @@ def get_config() -> ConfigDict:
                 "sample_every": 20_000,  # preview pictures; 0: none
                 "preview": {
                     "sampler": "dpmpp_2m",  # a key of samplers.SAMPLERS
+                    "grid": "logsnr",  # a key of samplers.GRIDS; uniform after pure noise
                     "steps": 20,  # of that sampler
                     "num": 64,  # samples in a picture
                 },
@@ -233,6 +241,32 @@ LIKELIHOOD = {
     "process.schedule": "logsnr",
     "variance": "fixed_small",
     "bpd.continuous": 1000,
+}
+
+# The design of Karras et al. 2022 (arXiv:2206.00364), on the network and optimizer of the config.
+EDM = {
+    "target": "edm",
+    "process.schedule": "edm",
+    "train.timesteps": "lognormal",
+    "sampler.name": "heun",
+    "sampler.grid": "karras",
+    "sampler.steps": 18,
+}
+
+# A consistency function in place of a denoiser: what draws with it, and no bits/dim.
+CONSISTENCY = {
+    "loss.name": "consistency",
+    "train.timesteps": "uniform",  # the loss draws its own
+    "train.eval_every": 0,
+    "train.preview.sampler": "consistency",
+    "train.preview.grid": "angle",
+    "train.preview.steps": 2,
+    "sampler.name": "consistency",
+    "sampler.grid": "angle",
+    "sampler.steps": 2,
+    "frontier.samplers": ("consistency",),
+    "frontier.grids": ("angle",),
+    "frontier.steps": (1, 2, 4, 8),
 }
 
 BFLOAT16 = {"model.dtype": "bfloat16"}

@@ -45,8 +45,23 @@ CHANGES = {
     "frontier.num": 200,
 }
 
+TUNING = {
+    **default.CONSISTENCY,
+    "loss.stage": 6,
+    "loss.stage_steps": 500,
+    "loss.c": 0.05,
+    "loss.log_mean": 0.0,
+    "loss.log_std": 1.6,
+    "optim.lr": 1e-3,
+    "optim.ema": 0.998,
+    "train.steps": 5000,
+}
+
 VARIANTS = {
     "tiny": default.TINY,
+    "edm": default.EDM,
+    "ect": {**TUNING, "target": "v"},
+    "edm_ect": {**default.EDM, **TUNING},
     "conditional": {"model.num_classes": 10, "train.label_dropout": 0.1},
     "likelihood": default.LIKELIHOOD | {"process.gamma_min": -7.0, "model.fourier": (1, 2, 3)},
 }

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax, random
 
+from diffusion.consistency import consistency_loss
 from diffusion.continuous import continuous
 from diffusion.likelihood import meanflat, prior_bits, vlb_term
 from diffusion.process import Process, gather, q_sample
@@ -49,7 +50,7 @@ def simple(p: Process, target: Target, variance: Variance, weights: TimeWeights 
 
     def loss(apply: Apply, key: Array, x_0: Array, t: Array | None = None):
         t, eps, x_t = draw_x_t(p, key, x_0, t)
-        output = apply(x_t, gather(p.model_t, t))
+        output = apply(target.scale_input(p, x_t, t), gather(p.model_t, t))
         error = meanflat((output - target.from_x0(p, x_0, eps, x_t, t)) ** 2)
         return _weigh(error, weights, t), {}
 
@@ -90,7 +91,7 @@ def hybrid(
 
     def loss(apply: Apply, key: Array, x_0: Array, t: Array | None = None):
         t, eps, x_t = draw_x_t(p, key, x_0, t)
-        output = apply(x_t, gather(p.model_t, t))
+        output = apply(target.scale_input(p, x_t, t), gather(p.model_t, t))
         mean, extra = jnp.split(output, 2, axis=-1)
         error = meanflat((mean - target.from_x0(p, x_0, eps, x_t, t)) ** 2)
         frozen = jnp.concatenate([lax.stop_gradient(mean), extra], axis=-1)
@@ -102,4 +103,10 @@ def hybrid(
     return loss
 
 
-LOSSES = {"simple": simple, "vlb": vlb, "hybrid": hybrid, "continuous": continuous}
+LOSSES = {
+    "simple": simple,
+    "vlb": vlb,
+    "hybrid": hybrid,
+    "continuous": continuous,
+    "consistency": consistency_loss,
+}

@@ -19,6 +19,7 @@ from scipy.interpolate import CubicSpline, PchipInterpolator
 
 from diffusion.likelihood import meanflat
 from diffusion.process import Process, broadcast_right, example_keys, gather
+from diffusion.targets import DATA_STD
 
 EpsFn = Callable[[Array, Array], Array]  # (x_t [b, ...], real t [b]) -> eps [b, ...]
 
@@ -47,12 +48,18 @@ def evaluate_spline(cubics: np.ndarray, t):
     return ((a * u + b) * u + c) * u + d, (3 * a * u + 2 * b) * u + c
 
 
-# eps from the network's output, with alpha = sqrt(alpha_bar) and sigma = sqrt(1 - alpha_bar). The
-# target mu is missing, because between the trained times there is no x_{t-1}.
+def _edm_to_eps(network, x, alpha, sigma):
+    scale = jax.lax.rsqrt(sigma**2 + (DATA_STD * alpha) ** 2)
+    return sigma * scale**2 * x - alpha * DATA_STD * scale * network(scale * x)
+
+
+# eps from the network x -> output, with alpha = sqrt(alpha_bar) and sigma = sqrt(1 - alpha_bar).
+# The target mu is missing, because between the trained times there is no x_{t-1}.
 TO_EPS = {
-    "eps": lambda output, x, alpha, sigma: output,
-    "x0": lambda output, x, alpha, sigma: (x - alpha * output) / sigma,
-    "v": lambda output, x, alpha, sigma: sigma * x + alpha * output,
+    "eps": lambda network, x, alpha, sigma: network(x),
+    "x0": lambda network, x, alpha, sigma: (x - alpha * network(x)) / sigma,
+    "v": lambda network, x, alpha, sigma: sigma * x + alpha * network(x),
+    "edm": _edm_to_eps,
 }
 
 
@@ -67,7 +74,7 @@ def eps_fn(p: Process, apply: Callable[[Array, Array], Array], target: str) -> E
         log_a, _ = evaluate_spline(cubics, t)
         alpha = broadcast_right(jnp.exp(0.5 * log_a), x)
         sigma = broadcast_right(jnp.sqrt(-jnp.expm1(log_a)), x)
-        return to_eps(apply(x, t - 1)[..., : x.shape[-1]], x, alpha, sigma)
+        return to_eps(lambda x: apply(x, t - 1)[..., : x.shape[-1]], x, alpha, sigma)
 
     return eps
 

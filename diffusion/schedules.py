@@ -76,6 +76,16 @@ def even_log_snr(
     return 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
 
 
+def edm(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
+    """Spaces sigma^(1/7) evenly from 0.002 to 80, where sigma^2 = 1 / alpha_bar - 1.
+
+    Ignores both bounds. Karras et al. 2022 (arXiv:2206.00364), eq. 5 and Table 1.
+    """
+    sigma = np.linspace(0.002 ** (1 / 7), 80 ** (1 / 7), T, dtype=np.float64) ** 7
+    alpha_bar = 1 / (1 + sigma**2)
+    return 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+
+
 SCHEDULES = {
     "linear": linear,
     "quad": quad,
@@ -86,4 +96,5 @@ SCHEDULES = {
     "cosine": cosine,
     "sigmoid": sigmoid,
     "logsnr": even_log_snr,
+    "edm": edm,
 }

@@ -33,12 +33,14 @@ class Target(NamedTuple):
         is_mean: whether the output is the mean of p_theta(x_{t-1} | x_t) itself.
         x0_scale: p -> |dx_0 / d output| at t = 0..T, float64[T+1], by which errors of x_0 become
             those of the output; entry 0 is not read.
+        scale_input: (p, x_t, t) -> what the network is given instead of x_t.
     """
 
     from_x0: Callable[[Process, Array, Array, Array, Array], Array]
     to_x0: Callable[[Process, Array, Array, Array], Array]
     is_mean: bool = False
     x0_scale: Callable[[Process], np.ndarray] | None = None
+    scale_input: Callable[[Process, Array, Array], Array] = lambda p, x_t, t: x_t
 
 
 def _eps_to_x0(p, eps, x_t, t):
@@ -55,6 +57,14 @@ def _mu_to_x0(p, mu, x_t, t):
 def _mu_x0_scale(p):
     steps = np.arange(1, p.T + 1)
     return np.append(1.0, 1 / posterior(p, steps - 1, steps).weight_0)
+
+
+DATA_STD = 0.5  # of the images, as the target `edm` supposes
+
+
+def _edm_input_scale(p):
+    """Returns the numbers that give x_t unit variance, if DATA_STD is right; float64[T+1]."""
+    return 1 / np.sqrt(1 - p.alpha_bar + DATA_STD**2 * p.alpha_bar)
 
 
 TARGETS = {
@@ -75,6 +85,20 @@ TARGETS = {
         lambda p, x_0, eps, x_t, t: q_sample(p, eps, t, -x_0),
         lambda p, v, x_t, t: q_sample(p, x_t, t, -v),
         x0_scale=lambda p: np.sqrt(1 - p.alpha_bar),
+    ),
+    # Karras et al. 2022 (arXiv:2206.00364), Table 1, of y = x_t / sqrt(alpha_bar): F in
+    # x_0 = c_skip y + c_out F. It is -v for data of standard deviation 1.
+    "edm": Target(
+        lambda p, x_0, eps, x_t, t: (
+            scale_by(np.sqrt(1 - p.alpha_bar) / DATA_STD * _edm_input_scale(p), t, x_0)
+            - scale_by(np.sqrt(p.alpha_bar) * DATA_STD * _edm_input_scale(p), t, eps)
+        ),
+        lambda p, F, x_t, t: (
+            scale_by(np.sqrt(p.alpha_bar) * (DATA_STD * _edm_input_scale(p)) ** 2, t, x_t)
+            + scale_by(np.sqrt(1 - p.alpha_bar) * DATA_STD * _edm_input_scale(p), t, F)
+        ),
+        x0_scale=lambda p: np.sqrt(1 - p.alpha_bar) * DATA_STD * _edm_input_scale(p),
+        scale_input=lambda p, x_t, t: scale_by(_edm_input_scale(p), t, x_t),
     ),
 }
 
@@ -199,7 +223,7 @@ def make_predict(
 
     def predict(x_t: Array, t: Array) -> Prediction:
         t = jnp.broadcast_to(jnp.asarray(t), x_t.shape[:1])
-        output = apply(x_t, gather(p.model_t, t))
+        output = apply(target.scale_input(p, x_t, t), gather(p.model_t, t))
         expected = (*x_t.shape[:-1], x_t.shape[-1] * variance.outputs)
         if output.shape != expected:
             raise ValueError(f"network output: expected {expected}, found {output.shape}")

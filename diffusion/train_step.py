@@ -89,7 +89,7 @@ def make_train_step(
     def train_step(state: TrainState, key: Array, batch: TrainBatch):
         if timesteps:
             batch = *batch, *draw_times(timesteps, key, len(batch[0]), state.times)
-        gradients, metrics, losses = grad_fn(state.params, key, batch)
+        gradients, metrics, losses = grad_fn(state.params, key, batch, state.step)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         rate = jnp.where(state.step == 0, 1.0, 1.0 - ema_decay)

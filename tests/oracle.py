@@ -187,6 +187,11 @@ class Gaussian(NamedTuple):
             "eps": (-np.sqrt(a / (1 - a)) * intercept, (1 - np.sqrt(a) * slope) / np.sqrt(1 - a)),
             "v": (-intercept / np.sqrt(1 - a), (np.sqrt(a) - slope) / np.sqrt(1 - a)),
         }
+        # Karras et al. 2022 (arXiv:2206.00364), Table 1; the network is given c_in x_t / sqrt(a).
+        level, s = np.sqrt((1 - a) / a), 0.5
+        c_in, c_skip = (level**2 + s**2) ** -0.5, s**2 / (level**2 + s**2)
+        c_out = level * s * c_in
+        lines["edm"] = intercept / c_out, (slope * np.sqrt(a) - c_skip) / c_out / c_in
         # Any other target is linear in x_0 and eps too, so its mean is the target of their means.
         means = *lines.get(target, lines["x0"]), *lines["eps"]
         log_var = np.log(step[2]) if learned else 0 * t
@@ -210,6 +215,21 @@ class Gaussian(NamedTuple):
             return jnp.concatenate([output, jnp.broadcast_to(log_var, x.shape)], -1)
 
         return apply
+
+    def consistency_predict(self, p):
+        """The map along the ODE to its end, which is linear: x_T's quantiles become x_0's."""
+        mean, var = (np.asarray(v) for v in self.marginal(p, np.arange(p.T + 1)))
+
+        def predict(x, t):
+            t = jnp.broadcast_to(jnp.asarray(t), x.shape[:1])
+            shift, scale = (
+                jnp.asarray(table, x.dtype)[t].reshape(-1, *(1,) * (x.ndim - 1))
+                for table in (mean, np.sqrt(self.var / var))
+            )
+            x_0, nothing = self.mean + scale * (x - shift), jnp.zeros_like(shift)
+            return targets.Prediction(x_0, targets.eps_from_x0(p, x_0, x, t), nothing, nothing)
+
+        return predict
 
     def predict(self, p, target="eps", variance="learned"):
         """The perfect model, not clipped."""

@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import random
 
-from diffusion import gradients
+from diffusion import gradients, train_step
 from tests.test_train_step import dot, linear_loss, start_params
 
 
@@ -38,6 +39,21 @@ def test_accumulation_and_clip_groups_together():
     groups *= np.minimum(1, 0.5 / np.linalg.norm(groups, axis=1, keepdims=True))
     expected = groups.mean(axis=0)
     np.testing.assert_allclose(np.append(found["0"], found["1"]), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2, "clip_groups": 3}])
+def test_a_loss_knows_how_many_updates_were_made(options):
+    def loss(network, key, x):
+        values, _ = linear_loss(network, key, x)
+        return values, {"step": jnp.broadcast_to(network.step.astype(jnp.float32), values.shape)}
+
+    tx = optax.sgd(0.1)
+    state = train_step.create_train_state(start_params(), tx)
+    grad_fn = gradients.make_grad_fn(loss, dot, **options)
+    step = jax.jit(train_step.make_train_step(grad_fn, tx, 0.9))
+    for made in range(3):
+        state, metrics = step(state, random.key(0), (random_batch(12), None))
+        assert float(metrics["step"]) == made
 
 
 def test_mean_of_clipped_leaves_zero_gradients_alone():

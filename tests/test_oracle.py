@@ -32,6 +32,11 @@ INPUTS = {
         *("dgll.k", "dgll.x", "dgll.means", "dgll.log_scales"),
         *("T20.init", "T20.step_noise", "T20.q_noise", "T20.x_start"),
     ],
+    "ect": [
+        *("k", "images", "eps", "rnd_normal", "P_mean", "P_std", "t", "t.f64", "theta"),
+        *("r.t", "r.stage", "r.adj", "r.q", "r.k", "r.b", "r.ratio"),
+        *("case.adj", "case.q", "case.stage", "case.c"),
+    ],
     "iddpm": [
         *("toy.params", "k", "x_start", "noise", "p_noise", "c?.schedule", "c?.T", "c?.t"),
         *("sched.?.T", "spaced.schedule", "spaced.T", "spaced.spec", "spaced.?.t*"),
@@ -64,6 +69,7 @@ INPUTS = {
 @pytest.mark.parametrize("file", INPUTS)
 def test_every_golden_array_is_compared(file):
     from tests import (  # noqa: F401 (each registers what it compares)
+        test_consistency,
         test_continuous,
         test_iddpm,
         test_likelihood,
@@ -90,5 +96,6 @@ def test_perfect_networks_are_means_of_the_target(target, x64):
     x_t = random.normal(random.key(0), (20, 2, 2, 1))
     x_0, eps = (known.network(SHORT, name, learned=False)(x_t, t - 1) for name in ("x0", "eps"))
     wanted = TARGETS[target].from_x0(SHORT, x_0, eps, x_t, t)
-    ours = known.network(SHORT, target, learned=False)(x_t, t - 1)
+    given = TARGETS[target].scale_input(SHORT, x_t, t)
+    ours = known.network(SHORT, target, learned=False)(given, t - 1)
     np.testing.assert_allclose(ours, wanted, rtol=1e-9, atol=1e-12)  # float64

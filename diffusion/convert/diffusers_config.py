@@ -122,6 +122,9 @@ def to_diffusers_config(flat: Mapping[str, Any]) -> dict[str, dict]:
 
     Raises ValueError naming the key whose value has no form in diffusers, such as target "mu".
     """
+    if flat.get("loss.name") == "consistency":
+        wanted = "expected a denoiser, as diffusers' pipeline takes the network for one"
+        raise ValueError(f"loss.name: {wanted}, found consistency")
     version = {"_diffusers_version": DIFFUSERS_VERSION}
     unet = {field: ours for field, (ours, _) in DIFFUSERS_FIXED.items()} | _to_sizes(flat)
     unet |= {field: flat[f"model.{field}"] for field in DIFFUSERS_MODEL}

@@ -117,7 +117,8 @@ def replay_step(
     x_0 = augment.augment(image, flips, step - 1, c.data.flip, exp.levels)
     batch = x_0, experiment.training_labels(c, exp, key, label)
     batch += draw_times(exp.timesteps, key, len(x_0), times)
-    gradients, metrics, _ = jax.jit(experiment.make_config_grad_fn(c, exp))(params, key, batch)
+    grad_fn = jax.jit(experiment.make_config_grad_fn(c, exp))
+    gradients, metrics, _ = grad_fn(params, key, batch, np.int32(step - 1))
     name = nonfinite.first_non_finite(gradients)
     found = {k: float(v) for k, v in metrics.items()}
     return found, f"the gradient of {name}" if name else None, nonfinite.norms(gradients)

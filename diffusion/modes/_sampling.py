@@ -195,7 +195,8 @@ def estimate_seconds(sampler: CompiledSampler, params: Any, n: int) -> float:
 def preview_config(config: ConfigDict, exp: Experiment) -> ConfigDict:
     """Returns the config with the quick sampler of train.preview."""
     c, p = config.train.preview, exp.process
-    grid = "logsnr" if p.alpha_bar[-1] > 0 else "uniform"  # log SNR of pure noise is -inf
+    noise = p.alpha_bar[-1] == 0  # of which the log SNR is -inf
+    grid = "uniform" if noise and c.grid in ("logsnr", "karras") else c.grid
     keys = {"name": c.sampler, "steps": min(c.steps, p.T), "grid": grid, "times": ()}
     return with_overrides(config, {f"sampler.{key}": value for key, value in keys.items()})
 

@@ -11,6 +11,7 @@ import numpy as np
 from diffusion import experiment, nonfinite
 from diffusion.checkpoint import Checkpoints
 from diffusion.modes._common import describe_data, describe_devices, open_checkpoints
+from diffusion.modes._initial_weights import load_initial_state, save_initial_state
 from diffusion.modes._nonfinite import compile_update, not_halted
 from diffusion.modes._readings import Readings
 from diffusion.modes._session import Session
@@ -32,11 +33,14 @@ def run(run: Run) -> None:
     images = experiment.load_split(config, exp)
     update, make_inputs = experiment.make_input_pipeline(config, exp, images)
     readings, snapshots = Readings(run, exp), Snapshots(run)
+    begun = load_initial_state(run, exp)
     workdir.open_workdir(run.workdir, config)
     workdir.check_dataset(run.workdir, images)
     workdir.check_disk_space(run.workdir, experiment.abstract_state(exp), c.keep)
     keep = {"keep": c.keep, "keep_every": c.keep_every or None, "keep_best": c.keep_best}
     checkpoints = open_checkpoints(run.workdir, **keep)
+    if begun:
+        save_initial_state(run, checkpoints, begun)
     state = restore_or_init(run, exp, checkpoints)
     start = int(state.step)
     parameters = sum(a.size for a in jax.tree.leaves(state.params))

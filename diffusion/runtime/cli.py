@@ -35,6 +35,7 @@ from diffusion.utils.errors import (
 READING_MODES = ("sample", "eval", "bpd", "figures", "frontier", "export")
 FLAG_MODES = {  # what a flag is for; typed elsewhere it would do nothing
     "input": ("eval", "import", "sample"),
+    "init_from": ("train",),
     "output": ("export",),
     "replay": ("check", "replay"),
     "dry_run": ("prepare",),

@@ -30,7 +30,8 @@ NETWORK_KEYS = (
 )
 TRAINING_KEYS = (
     *(*NETWORK_KEYS, "seed", "loss.", "optim.", "train.batch_size", "train.label_dropout"),
-    *("train.timesteps", "data.source", "data.name", "data.flip", "data.levels"),
+    *("train.init_weights", "train.timesteps"),
+    *("data.source", "data.name", "data.flip", "data.levels"),
 )
 MOVED = {"train.num_samples": "train.preview.num"}  # keys of earlier versions
 YOUNGER = (  # keys that earlier versions lacked
@@ -39,9 +40,10 @@ YOUNGER = (  # keys that earlier versions lacked
     *("sampler.clip_range", "sampler.threshold_max", "data.levels", "train.profile"),
     *("train.timesteps", "loss.weighting", "loss.gamma", "loss.k", "loss.vlb_weight"),
     *("loss.schedule", "process.gamma_min", "process.gamma_max", "model.fourier"),
-    *("bpd.continuous",),
+    *("bpd.continuous", "train.init_weights", "train.preview.grid"),
     *("optim.name", "optim.schedule", "optim.weight_decay", "optim.posthoc"),
     *("train.snapshots", "weights"),
+    *("loss.stage", "loss.stage_steps", "loss.c", "loss.log_mean", "loss.log_std"),
 )
 ABSENT = "absent"
 

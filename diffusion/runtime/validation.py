@@ -96,14 +96,14 @@ VALIDATORS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: all(map(_is_length, x)) and len({*x}) == len(x),
         "a tuple of distinct numbers between 0 and 0.28, or () for none",
     ),
-    "weights": (_is_weights, WEIGHTS),
+    **dict.fromkeys(("weights", "train.init_weights"), (_is_weights, WEIGHTS)),
     "eval.weights": (
         lambda x: len(x) > 0 and all(map(_is_weights, x)) and len({*x}) == len(x),
         f"a tuple of {WEIGHTS}",
     ),
 }
 SIGNED = (
-    *("process.gamma_min", "process.gamma_max"),
+    *("process.gamma_min", "process.gamma_max", "loss.log_mean"),
     *("model.null_class", "sampler.guidance", "sample.label"),
 )
 
@@ -136,6 +136,7 @@ def _tables() -> dict[str, Iterable[str]]:
         "sampler.name": samplers.SAMPLERS,
         "sampler.grid": samplers.GRIDS,
         "train.preview.sampler": samplers.SAMPLERS,
+        "train.preview.grid": samplers.GRIDS,
         "data.source": {**SOURCES, **ORIGINS, "": None},
     }
 
@@ -158,6 +159,12 @@ def validate(config: ConfigDict, devices: int = 1) -> None:
         lookup(table, key, flat[key])
     if (n := len(config.process.betas)) not in (0, T := config.process.T):
         raise ConfigError(f"process.betas: expected process.T = {T} numbers or none, found {n}")
+    if config.loss.name == "consistency" and config.train.timesteps != "uniform":
+        why = "as the loss consistency draws noise levels of its own"
+        found = config.train.timesteps
+        raise ConfigError(
+            f"train.timesteps: expected uniform, {why}, found {found}; see loss.log_mean"
+        )
     _check_batch(config, devices)
     _check_classes(config, flat)
 

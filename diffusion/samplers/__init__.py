@@ -3,7 +3,14 @@
 `SAMPLERS[name](p, **options)` builds a Sampler for `sample`; `GRIDS[name](p, steps)` its times.
 """
 
-from diffusion.samplers import analytic, ancestral, dpm_solver, heun_langevin, timesteps
+from diffusion.samplers import (
+    analytic,
+    ancestral,
+    consistency,
+    dpm_solver,
+    heun_langevin,
+    timesteps,
+)
 from diffusion.samplers.base import Sampler, SamplerState, advance, sample, trajectory
 
 __all__ = ["GRIDS", "SAMPLERS", "Sampler", "SamplerState", "advance", "sample", "trajectory"]
@@ -18,6 +25,7 @@ SAMPLERS = {
     "unipc": dpm_solver.unipc,
     "heun": heun_langevin.heun,
     "predictor_corrector": heun_langevin.predictor_corrector,
+    "consistency": consistency.consistency,
 }
 
 GRIDS = {
@@ -25,4 +33,5 @@ GRIDS = {
     "quadratic": timesteps.quadratic,
     "logsnr": timesteps.logsnr,
     "karras": timesteps.karras,
+    "angle": timesteps.angle,
 }

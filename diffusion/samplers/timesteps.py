@@ -57,6 +57,17 @@ def karras(p: Process, steps: int, rho: float = 7.0) -> np.ndarray:
     return _evenly_in(p, steps, np.exp(-half_log_snr(p)[1:] / rho))
 
 
+def angle(p: Process, steps: int) -> np.ndarray:
+    """Spaces the times evenly in arctan(sigma / alpha), the angle of the target v.
+
+    It has few times near 0 and T: the middle of two steps is where image and noise are equal.
+    """
+    _check(p.T, steps)
+    values = np.arccos(np.sqrt(p.alpha_bar))
+    angles = np.linspace(values[-1], 0, steps + 1)
+    return _round(p.T, np.interp(angles, values, np.arange(p.T + 1)))
+
+
 def explicit(p: Process, ts) -> np.ndarray:
     """Makes a grid of distinct ints in 1..T that fall, or rise; appends 0 where it is missing."""
     found = np.asarray(ts).ravel()

@@ -223,6 +223,8 @@ def test_only_the_ancestral_scheduler_tells_the_variance():
     "key, changes",
     [
         ("target", {"target": "mu"}),
+        ("target", {"target": "edm"}),
+        ("loss.name", {"loss_name": "consistency"}),
         ("variance", {"variance": "learned"}),
         ("process.schedule", {"process_schedule": "jsd"}),
         ("model.ch", {"model_ch": 16}),
