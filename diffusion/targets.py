@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from diffusion import edm
 from diffusion.process import (
     Process,
     beta_between,
@@ -59,14 +60,6 @@ def _mu_x0_scale(p):
     return np.append(1.0, 1 / posterior(p, steps - 1, steps).weight_0)
 
 
-DATA_STD = 0.5  # of the images, as the target `edm` supposes
-
-
-def _edm_input_scale(p):
-    """Returns the numbers that give x_t unit variance, if DATA_STD is right; float64[T+1]."""
-    return 1 / np.sqrt(1 - p.alpha_bar + DATA_STD**2 * p.alpha_bar)
-
-
 TARGETS = {
     "eps": Target(
         lambda p, x_0, eps, x_t, t: eps, _eps_to_x0, x0_scale=lambda p: np.exp(-half_log_snr(p))
@@ -86,20 +79,7 @@ TARGETS = {
         lambda p, v, x_t, t: q_sample(p, x_t, t, -v),
         x0_scale=lambda p: np.sqrt(1 - p.alpha_bar),
     ),
-    # Karras et al. 2022 (arXiv:2206.00364), Table 1, of y = x_t / sqrt(alpha_bar): F in
-    # x_0 = c_skip y + c_out F. It is -v for data of standard deviation 1.
-    "edm": Target(
-        lambda p, x_0, eps, x_t, t: (
-            scale_by(np.sqrt(1 - p.alpha_bar) / DATA_STD * _edm_input_scale(p), t, x_0)
-            - scale_by(np.sqrt(p.alpha_bar) * DATA_STD * _edm_input_scale(p), t, eps)
-        ),
-        lambda p, F, x_t, t: (
-            scale_by(np.sqrt(p.alpha_bar) * (DATA_STD * _edm_input_scale(p)) ** 2, t, x_t)
-            + scale_by(np.sqrt(1 - p.alpha_bar) * DATA_STD * _edm_input_scale(p), t, F)
-        ),
-        x0_scale=lambda p: np.sqrt(1 - p.alpha_bar) * DATA_STD * _edm_input_scale(p),
-        scale_input=lambda p, x_t, t: scale_by(_edm_input_scale(p), t, x_t),
-    ),
+    "edm": Target(edm.from_x0, edm.to_x0, x0_scale=edm.x0_scale, scale_input=edm.scale_input),
 }
 
 
