@@ -17,9 +17,9 @@ from jax.tree_util import Partial
 from scipy.integrate import solve_ivp
 from scipy.interpolate import CubicSpline, PchipInterpolator
 
+from diffusion.edm import DATA_STD
 from diffusion.likelihood import meanflat
 from diffusion.process import Process, broadcast_right, example_keys, gather
-from diffusion.targets import DATA_STD
 
 EpsFn = Callable[[Array, Array], Array]  # (x_t [b, ...], real t [b]) -> eps [b, ...]
 

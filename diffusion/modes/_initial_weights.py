@@ -25,7 +25,8 @@ from diffusion.utils.errors import ConfigError, WorkdirError
 from diffusion.utils.multihost import is_primary
 
 RECORD = "init.json"  # in a work directory: whose weights its training began with
-FREE = ("model.dropout", "model.dtype", "model.remat")  # network keys that weights do not know
+# Network keys that weights do not know.
+NOT_IN_WEIGHTS = ("model.dropout", "model.dtype", "model.remat")
 
 
 def load_initial_state(run: Run, exp: Experiment) -> TrainState | None:
@@ -50,7 +51,7 @@ def load_initial_state(run: Run, exp: Experiment) -> TrainState | None:
         raise WorkdirError(f"{key}={name}: {what}; train it first, or name another")
     old, new = flatten(fill_defaults(stored)), flatten(run.config)
     # Stages of a consistency tuning begin with denoising, which learns another target quickly.
-    free = (*FREE, "target:") if run.config.loss.stage_steps else FREE
+    free = (*NOT_IN_WEIGHTS, "target:") if run.config.loss.stage_steps else NOT_IN_WEIGHTS
     if changed := [d for d in differences(old, new, NETWORK_KEYS) if not d.startswith(free)]:
         what = "expected weights of this network, process and target"
         raise ConfigError(f"{key}={name}: {what}, found {'; '.join(changed)}; give its values")
