@@ -98,7 +98,7 @@ def track(theta, lengths, at):
     """
     tx = optax.sgd(1.0)
     step = train_step.make_train_step(
-        lambda params, key, batch: (jax.tree.map(jnp.subtract, params, batch), {}, None),
+        lambda params, key, batch, step: (jax.tree.map(jnp.subtract, params, batch), {}, None),
         tx,
         0.999,
         lengths=lengths,
