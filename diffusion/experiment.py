@@ -77,6 +77,8 @@ class Experiment(NamedTuple):
     levels: int  # of a pixel value; see data.augment.scale
     mesh: Mesh
     averages: tuple[float, ...] = ()  # relative lengths of those tracked; see posthoc_ema.py
+    # A training's shapes, dtypes and shardings: replicated on every device.
+    abstract_state: train_step.TrainState | None = None
 
 
 def build(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
@@ -113,8 +115,8 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
         mesh=mesh,
         averages=tuple(c.optim.posthoc),
     )
-    call_for_key(abstract_state, "model", exp)  # sizes that do not divide are found here
-    return exp
+    # Sizes that do not divide are found here.
+    return exp._replace(abstract_state=call_for_key(_abstract_state, "model", exp))
 
 
 def _betas(config: ConfigDict, schedule: Callable) -> np.ndarray:
@@ -195,8 +197,7 @@ def initial_state(exp: Experiment, seed: int) -> train_step.TrainState:
     return train_step.create_train_state(params, exp.tx, exp.timesteps, len(exp.averages))
 
 
-def abstract_state(exp: Experiment) -> train_step.TrainState:
-    """Returns the shapes, dtypes and shardings of a state: replicated on every device."""
+def _abstract_state(exp: Experiment) -> train_step.TrainState:
     state = jax.eval_shape(lambda: initial_state(exp, 0))
     sharding = replicated(exp.mesh)
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), state)

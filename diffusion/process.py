@@ -66,7 +66,8 @@ def at_levels(p: Process, alpha_bar: np.ndarray) -> Process:
 
 def gather(table: np.ndarray, t) -> Array | np.ndarray:
     """Returns table[t]: float64 for a host t, the device's float type for a device or traced t."""
-    return jnp.asarray(table)[t] if isinstance(t, Array) else table[t]
+    # Indexing allows for negative t, and is traced for five times as long.
+    return jnp.take(jnp.asarray(table), t, 0, mode="clip") if isinstance(t, Array) else table[t]
 
 
 def broadcast_right(c, x: Array) -> Array:

@@ -121,7 +121,7 @@ def latest_state(workdir, variant="tiny"):
 
     exp = experiment.build(config_of("digits", variant))
     with contextlib.closing(checkpoint.Checkpoints(workdir / "checkpoints")) as checkpoints:
-        state = checkpoints.restore(experiment.abstract_state(exp))
+        state = checkpoints.restore(exp.abstract_state)
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
 

@@ -637,7 +637,7 @@ def test_opens_a_work_directory_of_version_1(tmp_path, warned):
     with tarfile.open(GOLDEN / "workdir_before.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     config = fill_defaults(json.loads((tmp_path / "config.json").read_text()))
-    state = experiment.abstract_state(experiment.build(config))
+    state = experiment.build(config).abstract_state
     with contextlib.closing(Checkpoints(tmp_path / "checkpoints")) as checkpoints:
         found = checkpoints.restore(state)
         assert (checkpoints.latest(), int(found.step), warned) == (4, 4, [])

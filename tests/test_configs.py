@@ -28,7 +28,7 @@ def config_of(name, variant=""):
 @pytest.fixture(scope="module", autouse=True)
 def each_network_once():
     """Traces a network once for all of the configs and variants that share it."""
-    shapes, trace = {}, experiment.abstract_state
+    shapes, trace = {}, experiment._abstract_state
 
     def abstract_state(exp):
         names = ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "num_classes")
@@ -39,13 +39,13 @@ def each_network_once():
         return shapes[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "abstract_state", abstract_state)
+        patch.setattr(experiment, "_abstract_state", abstract_state)
         yield
 
 
 def parameters(name, variant=""):
     exp = experiment.build(config_of(name, variant))
-    return sum(math.prod(a.shape) for a in jax.tree.leaves(experiment.abstract_state(exp).params))
+    return sum(math.prod(a.shape) for a in jax.tree.leaves(exp.abstract_state.params))
 
 
 @pytest.mark.parametrize(

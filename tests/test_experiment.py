@@ -80,7 +80,7 @@ def test_a_training_by_importance_goes_on_bit_for_bit(config, trained_by_importa
     with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
         checkpoints.save(3, middle)
         checkpoints.wait()
-        state = checkpoints.restore(experiment.abstract_state(exp))
+        state = checkpoints.restore(exp.abstract_state)
     *_, (resumed, _) = train(config, exp, state)
     jax.tree.map(np.testing.assert_array_equal, resumed, last)
 

@@ -106,7 +106,7 @@ def test_muon_s_updates_are_nearly_orthogonal_and_have_adam_s_size():
 def test_muon_s_matrices_of_the_network():
     """Every kernel between the first and the last layer, from all inputs to the outputs."""
     exp = experiment.build(config_of("digits", "tiny,conditional"))
-    params = experiment.abstract_state(exp).params
+    params = exp.abstract_state.params
     found = optimisers.muon_dimensions(params)
     is_leaf = lambda x: x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)  # noqa: E731
     leaves = jax.tree_util.tree_leaves_with_path(found, is_leaf=is_leaf)

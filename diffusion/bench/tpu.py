@@ -51,7 +51,7 @@ def lower_steps(config: ConfigDict, exp: experiment.Experiment) -> tuple[Any, An
     def array(shape, dtype, sharding=everywhere):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    state, n = experiment.abstract_state(exp), round_up(config.sample.batch_size, exp)
+    state, n = exp.abstract_state, round_up(config.sample.batch_size, exp)
     size, pixels = config.train.batch_size, math.prod(exp.image_shape)
     if resident := NUM_IMAGES * pixels <= config.data.on_device_gib * 2**30:
         images = array((NUM_IMAGES, pixels), jnp.uint8)

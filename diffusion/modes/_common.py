@@ -60,7 +60,7 @@ def load_models(run: Run, exp: Experiment, names: Sequence[str]) -> list[Trained
         raise ConfigError(f"weights: expected ema or raw, {found}; use one of these")
     if [*names] == ["ema"]:  # an item of its own, of which no more is read
         with contextlib.closing(_trained_checkpoints(run)) as checkpoints:
-            step, ema = checkpoints.restore_ema(experiment.abstract_state(exp).ema)
+            step, ema = checkpoints.restore_ema(exp.abstract_state.ema)
         weights = {"ema": ema}
     else:
         state = load_state(run, exp)
@@ -76,7 +76,7 @@ def load_models(run: Run, exp: Experiment, names: Sequence[str]) -> list[Trained
 def load_state(run: Run, exp: Experiment) -> TrainState:
     """Restores the newest good checkpoint. Raises WorkdirError."""
     with contextlib.closing(_trained_checkpoints(run)) as checkpoints:
-        return checkpoints.restore(experiment.abstract_state(exp))
+        return checkpoints.restore(exp.abstract_state)
 
 
 def _trained_checkpoints(run: Run) -> Checkpoints:

@@ -61,7 +61,7 @@ def load_initial_state(run: Run, exp: Experiment) -> TrainState | None:
     logging.info(f"weights    {model.weights}, step {model.step:,} of {name}")
     if changed := differences(old, new, TRAINING_KEYS):
         logging.info(f"differs    {'; '.join(changed)}")
-    trees = model.params, experiment.abstract_state(exp).params
+    trees = model.params, exp.abstract_state.params
     found, expected = map(digests.types, trees)
     if other := digests.differing(found, expected):
         what = f"{other} is {found.get(other, 'missing')}, expected {expected.get(other, 'none')}"

@@ -125,7 +125,7 @@ def replay_step(
 
 
 def _load(exp: Experiment, path: epath.Path):
-    state = experiment.abstract_state(exp)
+    state = exp.abstract_state
     shapes = {"params": state.params, "times": state.times}
     try:
         with np.load(path) as file:

@@ -54,7 +54,7 @@ def run(run: Run) -> None:
     logging.info(f"devices    {describe_devices()}, JAX {jax.__version__}")
     images = experiment.load_split(config, exp)
     sample = check_data(run, images)
-    abstract = experiment.abstract_state(exp)
+    abstract = exp.abstract_state
     check_pod(run, exp, images, sum(a.size for a in jax.tree.leaves(abstract.params)))
     with temporary_folder(run.workdir) as folder:
         workdir.check_disk_space(folder, abstract, config.train.keep)

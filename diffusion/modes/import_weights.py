@@ -250,7 +250,7 @@ def make_state(found: readers.Weights, exp: Experiment, source: str) -> TrainSta
     if exp.averages:
         why = "as the steps before these weights are not known"
         raise ConfigError(f"optim.posthoc: expected () for --mode=import, {why}")
-    expected = _array_types(experiment.abstract_state(exp).params)
+    expected = _array_types(exp.abstract_state.params)
     for name, tree in (("raw", found.params), ("averaged", found.ema)):
         types = _array_types(tree)
         if wrong := [n for n in sorted(expected | types) if expected.get(n) != types.get(n)]:

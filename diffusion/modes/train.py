@@ -36,7 +36,7 @@ def run(run: Run) -> None:
     begun = load_initial_state(run, exp)
     workdir.open_workdir(run.workdir, config)
     workdir.check_dataset(run.workdir, images)
-    workdir.check_disk_space(run.workdir, experiment.abstract_state(exp), c.keep)
+    workdir.check_disk_space(run.workdir, exp.abstract_state, c.keep)
     keep = {"keep": c.keep, "keep_every": c.keep_every or None, "keep_best": c.keep_best}
     checkpoints = open_checkpoints(run.workdir, **keep)
     if begun:
@@ -107,7 +107,7 @@ def restore_or_init(run: Run, exp: experiment.Experiment, checkpoints: Checkpoin
     """Returns the newest good checkpoint's state; where there is none at all, the initial one."""
     if checkpoints.latest() is None:
         return experiment.make_initial_state(run.config, exp)
-    return checkpoints.restore(experiment.abstract_state(exp))
+    return checkpoints.restore(exp.abstract_state)
 
 
 def roll_back(session: Session, checkpoints: Checkpoints, step: int) -> TrainState:

@@ -128,7 +128,7 @@ def test_only_gradients_travel_between_devices(optax_promotes):
     exp = experiment.build(config)
     text = speed.training_step(config, exp)[0].as_text()
     ((kind, size),) = hlo.collectives(text).items()
-    parameters = sum(a.size for a in jax.tree.leaves(experiment.abstract_state(exp).params))
+    parameters = sum(a.size for a in jax.tree.leaves(exp.abstract_state.params))
     assert kind == "all-reduce" and 4 * parameters <= size <= 4 * (parameters + 64)
     assert "pred[] all-reduce" not in text  # of a loop that the devices go through together
 

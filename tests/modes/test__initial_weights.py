@@ -23,7 +23,7 @@ CONFIG = config_of("digits", "tiny")
 def state_of(workdir):
     """Returns the newest checkpoint's state, of NumPy arrays."""
     with contextlib.closing(open_checkpoints(workdir, read_only=True)) as checkpoints:
-        abstract = experiment.abstract_state(experiment.build(CONFIG))
+        abstract = experiment.build(CONFIG).abstract_state
         return digests.on_host(checkpoints.restore(abstract))
 
 

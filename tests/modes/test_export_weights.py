@@ -39,7 +39,7 @@ def random_state(config, step=6):
     def some(tree):
         return jax.tree.map(lambda a: jnp.asarray(random.randn(*a.shape), a.dtype), tree)
 
-    abstract = experiment.abstract_state(exp).params
+    abstract = exp.abstract_state.params
     params, ema = some(abstract), some(abstract)
     return train_step.TrainState(jnp.int32(step), params, ema, exp.tx.init(params))
 

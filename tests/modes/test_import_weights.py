@@ -56,7 +56,7 @@ def import_and_restore(source, workdir, config=None, **options):
     assert not list(workdir.parent.glob(".*.unfinished"))
     made = stored_config(workdir)
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", read_only=True)
-    state = checkpoints.restore(experiment.abstract_state(experiment.build(made)))
+    state = checkpoints.restore(experiment.build(made).abstract_state)
     checkpoints.close()
     return made, state
 
@@ -116,7 +116,7 @@ def test_an_import_has_the_memory_of_its_timestep_sampler():
     """Without it the training could not be resumed."""
     config = with_overrides(config_of("digits", "tiny"), {"train.timesteps": "importance"})
     exp = experiment.build(config)
-    abstract = experiment.abstract_state(exp)
+    abstract = exp.abstract_state
     params = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract.params)
     found = readers.Weights("any", params, params, 3)
     state = import_weights.make_state(found, exp, "any")

@@ -372,7 +372,7 @@ from diffusion import checkpoint, experiment
 from diffusion.nonfinite import first_non_finite
 from diffusion.utils import digests
 x = experiment.build(cifar10.get_config())
-state = experiment.abstract_state(x)
+state = x.abstract_state
 state = jax.jit(lambda: jax.tree.map(lambda a: jax.numpy.ones(a.shape, a.dtype), state))()
 state = jax.block_until_ready(state)._replace(step=jax.numpy.int32(4))
 first_non_finite(state)
