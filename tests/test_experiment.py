@@ -42,7 +42,8 @@ def build(config, devices=4):
     mesh = jax.make_mesh(
         (devices,), ("data",), devices=jax.devices()[:devices], axis_types=(AxisType.Auto,)
     )
-    return experiment.build(config, mesh)._replace(net=Affine(), train_net=Affine())
+    exp = experiment.build(config, mesh)._replace(net=Affine(), train_net=Affine())
+    return exp._replace(abstract_state=experiment._abstract_state(exp))
 
 
 def train(config, exp, state=None):

@@ -134,11 +134,10 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(tmp_path):
     assert sum(ours[step] != theirs[step] for step in ours) <= 1
 
 
-@pytest.mark.parametrize("with_signal", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_saves_and_goes_on(tmp_path, with_signal):
+def test_stopped_saves_and_goes_on(tmp_path):
     args = (TINY, f"--workdir={tmp_path}", NO_PREVIEW)
     process = start(*args, "--config.train.steps=100000", "--config.train.save_every=100000")
-    out, err = stop_after(process, r"step ", with_signal)
+    out, err = stop_after(process, r"step ", signal.SIGTERM)
     assert process.returncode == 75, out + err
     assert err == ""
     step = int(re.search(r"stopped +at step ([\d,]+), saved", out)[1].replace(",", ""))
