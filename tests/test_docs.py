@@ -61,8 +61,7 @@ def test_the_commands_were_found():
 
 
 @pytest.mark.parametrize("command", MAIN)
-def test_a_command_is_one_that_the_program_takes(command, monkeypatch):
-    monkeypatch.setattr(object_store, "connect", lambda scheme: None)  # it looks for credentials
+def test_a_command_is_one_that_the_program_takes(command):
     run_ = config.resolve(main.define_flags(), ["main.py", *arguments(command)], lambda _: None)
     cli.check_flags(run_)
     validation.validate(run_.config)

@@ -4,6 +4,8 @@ import errno
 import json
 import sys
 
+import fsspec
+import google.auth
 import numpy as np
 import pytest
 
@@ -95,6 +97,26 @@ def test_paths_that_are_mistyped_or_lack_their_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ConfigError, match=r"gs://: .* pip install gcsfs google-cloud-storage"):
         io.to_path("gs://b/run")
+
+
+@pytest.mark.parametrize("known, token", [(True, "google_default"), (False, "anon")])
+def test_credentials_are_google_s_defaults_or_none(known, token, monkeypatch):
+    """Which is found out without a search for a server that other machines do not have."""
+
+    def default():
+        if not known:
+            raise google.auth.exceptions.DefaultCredentialsError("none")
+
+    made = []
+    monkeypatch.setattr(google.auth, "default", default)
+    monkeypatch.setattr(fsspec.config, "conf", {})
+    monkeypatch.setattr(fsspec, "filesystem", lambda scheme: made.append(fsspec.config.conf))
+    object_store.connect.__wrapped__("gs")
+    assert made[0]["gs"]["token"] == token and "token" not in made[0]["gcs"]
+    fsspec.config.conf["gcs"]["token"] = "cloud"  # as FSSPEC_GCS_TOKEN does
+    del fsspec.config.conf["gs"]["token"]
+    object_store.connect.__wrapped__("gs")
+    assert "token" not in fsspec.config.conf["gs"]
 
 
 def test_names_with_characters_of_patterns_are_refused_in_a_bucket(bucket):
