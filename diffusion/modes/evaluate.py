@@ -96,7 +96,10 @@ def evaluate_samples(run: Run, exp: Experiment) -> None:
 
 
 def evaluate_images(run: Run, exp: Experiment, path: str, *others: str) -> None:
-    """Scores the images at `path` against those of the other, or against eval.references."""
+    """Scores the images at `path` against those at `others`, or else at eval.references.
+
+    The scores are printed and written to metrics.json. Raises ConfigError, DataError.
+    """
     local, names = local_copy(path), others or run.config.eval.references
     images = _scores.open_images(run.config, str(local))
     scorer = _scores.make_scorer(run.config, exp, images.shape)

@@ -64,12 +64,18 @@ def _gcs_token() -> str:
     """Returns gcsfs's name of Google's default credentials, or of none where there are none.
 
     gcsfs's own search goes on to ask a server of Google's machines, elsewhere for 16 seconds.
+    Raises ConfigError where GOOGLE_APPLICATION_CREDENTIALS names a file that is no credentials.
     """
-    import google.auth
+    import google.auth.exceptions
 
     try:
         google.auth.default()
-    except google.auth.exceptions.DefaultCredentialsError:
+    except google.auth.exceptions.GoogleAuthError as error:
+        if named := os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
+            wanted = f"expected a file of credentials, found {named}: {one_line(error)}"
+            raise ConfigError(
+                f"GOOGLE_APPLICATION_CREDENTIALS: {wanted}; unset it, or name another"
+            ) from error
         return "anon"
     return "google_default"
 

@@ -19,6 +19,7 @@ from diffusion import experiment
 from diffusion.modes import _profile, _readings, _sampling
 from diffusion.runtime import preemption
 from diffusion.runtime.config import Run, with_overrides
+from diffusion.utils import io
 from tests.runs import (
     TINY,
     assert_same,
@@ -135,14 +136,17 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(tmp_path):
 
 
 def test_stopped_saves_and_goes_on(tmp_path):
-    args = (TINY, f"--workdir={tmp_path}", NO_PREVIEW)
-    process = start(*args, "--config.train.steps=100000", "--config.train.save_every=100000")
-    out, err = stop_after(process, r"step ", signal.SIGTERM)
-    assert process.returncode == 75, out + err
-    assert err == ""
-    step = int(re.search(r"stopped +at step ([\d,]+), saved", out)[1].replace(",", ""))
-    out, _ = run(*args, f"--config.train.steps={step + 2}", "--config.train.save_every=100000")
-    assert f"from step {step:,}" in out
+    """By Ctrl-C; and what goes on from there, by SIGTERM."""
+    args = (TINY, f"--workdir={tmp_path}", NO_PREVIEW, "--config.train.steps=100000")
+    before = "0"
+    for with_signal in (signal.SIGINT, signal.SIGTERM):
+        process = start(*args, "--config.train.save_every=100000")
+        out, err = stop_after(process, r"step ", with_signal)
+        assert process.returncode == 75 and err == "", out + err
+        assert re.search(rf"from step {before}$", out, re.M), out
+        step = re.search(r"stopped +at step ([\d,]+), saved", out)[1]
+        assert int(step.replace(",", "")) > int(before.replace(",", ""))
+        before = step
 
 
 @pytest.mark.parametrize("reading", ["sample_every", "eval_every"])
@@ -223,16 +227,19 @@ STREAMED = ("--config.data.on_device_gib=0", "--config.data.workers=1")
 
 
 @pytest.fixture(scope="module")
-def by_devices(tmp_path_factory, trained):
-    """The same run on one device, on four, and from step 4 on by two processes of two devices each.
+def by_devices(tmp_path_factory, trained, bucket):
+    """The same run on one device, on four, and on two processes of two devices each.
 
-    The last reads its data in the other way; it draws a preview and reads bits/dim and distances
-    at the end.
+    The last works in a bucket and stops half-way; copied to a local disk it goes on, and reads its
+    data in the other way; it draws a preview and reads bits/dim and distances at the end.
     """
     folder = tmp_path_factory.mktemp("devices")
     run_process(TINY, NO_PREVIEW, f"--workdir={folder / '1'}", JAX_NUM_CPU_DEVICES=1)
-    unused = shutil.ignore_patterns("8", "samples", "plugins")
-    shutil.copytree(trained[0], folder / "2x2", ignore=unused)
+    said = run_two_processes(
+        TINY, NO_PREVIEW, f"--workdir={bucket / '2x2'}", "--config.train.steps=4"
+    )
+    assert "on every device" in said
+    shutil.copytree(io.local_copy(bucket / "2x2"), folder / "2x2")
     two = (TINY, f"--workdir={folder / '2x2'}", *STREAMED, *FEW_STEPS)
     two = (*two, "--config.train.profile=(6,2)")
     said = run_two_processes(*two, "--config.train.eval_every=8")

@@ -98,7 +98,7 @@ EXACT = {
 
 
 @pytest.mark.parametrize("case", EXACT)
-@pytest.mark.parametrize("ts", [ALL, [20, 7, 6, 1, 0]], ids=["all", "some"])
+@pytest.mark.parametrize("ts", [ALL, [20, 13, 12, 4, 1, 0], [20, 7, 0]], ids=["all", "some", "two"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_ancestral_keeps_every_marginal(target, ts, case, x64, monkeypatch):
     """With the perfect denoiser and its optimal variance."""

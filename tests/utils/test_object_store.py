@@ -108,6 +108,7 @@ def test_credentials_are_google_s_defaults_or_none(known, token, monkeypatch):
             raise google.auth.exceptions.DefaultCredentialsError("none")
 
     made = []
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
     monkeypatch.setattr(google.auth, "default", default)
     monkeypatch.setattr(fsspec.config, "conf", {})
     monkeypatch.setattr(fsspec, "filesystem", lambda scheme: made.append(fsspec.config.conf))
@@ -117,6 +118,13 @@ def test_credentials_are_google_s_defaults_or_none(known, token, monkeypatch):
     del fsspec.config.conf["gs"]["token"]
     object_store.connect.__wrapped__("gs")
     assert "token" not in fsspec.config.conf["gs"]
+
+
+def test_credentials_that_cannot_be_read_are_an_error(tmp_path, monkeypatch):
+    (tmp_path / "key.json").write_text("no JSON")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
+    with pytest.raises(ConfigError, match=r"expected a file of credentials, found .*key\.json: "):
+        object_store._gcs_token()
 
 
 def test_names_with_characters_of_patterns_are_refused_in_a_bucket(bucket):
