@@ -24,6 +24,8 @@ MODES = {  # a module's run(run: Run), imported when it is asked for
     "figures": "diffusion.modes.figures",
     "frontier": "diffusion.modes.frontier",
     "bpd": "diffusion.modes.likelihood",
+    "compress": "diffusion.modes.compress",
+    "decompress": "diffusion.modes.decompress",
     "prepare": "diffusion.modes.prepare",
     "import": "diffusion.modes.import_weights",
     "export": "diffusion.modes.export_weights",
@@ -39,9 +41,9 @@ def define_flags() -> flags.FlagValues:
     f = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "of all files; default runs/NAME", flag_values=f)
     flags.DEFINE_enum("mode", "train", [*MODES], "what to do; train resumes", flag_values=f)
-    flags.DEFINE_multi_string("input", [], "import weights, eval images, sample x_T", flag_values=f)
+    flags.DEFINE_multi_string("input", [], "the files that a mode reads", flag_values=f)
     flags.DEFINE_string("init_from", None, "train: begin with its weights", flag_values=f)
-    flags.DEFINE_string("output", None, "export: the folder to write", flag_values=f)
+    flags.DEFINE_string("output", None, "export, decompress: folder; compress: file", flag_values=f)
     flags.DEFINE_string("replay", None, "check: a file of crash/ to replay", flag_values=f)
     flags.DEFINE_bool("dry_run", False, "prepare: look, but write nothing", flag_values=f)
     flags.DEFINE_enum("part", "all", PARTS, "bench: of what", flag_values=f)

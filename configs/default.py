@@ -161,6 +161,19 @@ def get_config() -> ConfigDict:
                 "continuous": 0,  # noise levels for the bound in continuous time; 0: none
                 "ode": 0,  # images for the probability-flow ODE; 0: none
             },
+            "codec": {
+                "kind": "progressive",  # decodes at any prefix; or archive, nearer to the bound
+                "group": 16,  # images that are coded, and decoded, together
+                "batch_size": 16,  # images of a call of the network
+                "steps": 50,  # at most
+                "candidates": 17,  # log2 of the most of them for a chunk
+                "padding": 5,  # bits by which they are more than what a chunk is to hold
+                "seed": 0,  # of the randomness that encoder and decoder share
+                # Of --mode=decompress, for a progressive file:
+                "steps_decoded": 0,  # at most so many segments; 0: all
+                "bytes": 0,  # of at most so many bytes; 0: all
+                "decode": "x_0",  # of a prefix: the predicted x_0, or ode
+            },
             "eval": {
                 "num": 50_000,  # samples
                 "batch_size": 250,  # images at a time
@@ -220,6 +233,10 @@ TINY = {
     "sample.batch_size": 4,
     "bpd.batch_size": 4,
     "bpd.quick": 8,
+    "codec.group": 4,
+    "codec.batch_size": 4,
+    "codec.steps": 6,
+    "codec.candidates": 10,
     "eval.num": 6,
     "eval.batch_size": 4,
     "eval.features": ("random", "pixels"),

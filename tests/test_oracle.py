@@ -45,6 +45,7 @@ INPUTS = {
         *("lsm.batch", "lsm.sample_idx"),
         "space*",  # their ways to choose times: ours are samplers.GRIDS
     ],
+    "codec": [],
     "weights": ["s?.schedule", "s?.T", "gamma.?", "p2.?.gamma_k", "loss.[!evx]*", "loss.x_start"],
     "phema": [
         *("std", "exp", "beta.std", "beta.t_*", "resp.ofs", "resp.len", "resp.std", "corr.?_*"),
@@ -81,6 +82,7 @@ def test_every_golden_array_is_compared(file):
         test_timestep_samplers,
         test_weightings,
     )
+    from tests.codec import test_codec, test_entropy  # noqa: F401
     from tests.samplers import test_ancestral, test_schedulers  # noqa: F401
 
     rest = set(oracle.arrays(file)) - oracle.COMPARED[file]

@@ -121,3 +121,40 @@ def mosaic_bits(images: np.ndarray, form: str) -> float:
     """Returns the size of the file of a mosaic of images uint8[n, h, w, c], in bits/dim."""
     pixels = mosaic(images)
     return 8 * len(encode(pixels, form)) / pixels.size
+
+
+LOSSY = {  # other formats' qualities, and what Pillow calls them
+    "JPEG": [{"quality": q} for q in (5, 10, 20, 40, 60, 80, 95)],
+    "WebP": [{"quality": q, "method": 6} for q in (0, 5, 20, 40, 60, 80, 95)],
+    "AVIF": [{"quality": q} for q in (5, 20, 35, 50, 65, 80, 95)],
+    "JPEG2000": [{"quality_mode": "dB", "quality_layers": [q]} for q in (20, 24, 28, 32, 36, 40)],
+}
+
+
+def lossy_curves(images: np.ndarray) -> dict[str, list[tuple[float, float]]]:
+    """Returns {format: [(bits/dim, root mean squared error on 0..255), ...]} of a mosaic.
+
+    The size of a file of an empty mosaic is subtracted: for small images headers would be most of
+    it. Formats that this Pillow lacks are left out.
+    """
+    from PIL import Image, features
+
+    pixels = mosaic(images)
+    grey = pixels.shape[2] == 1
+    both = [Image.fromarray(a[..., 0] if grey else a) for a in (pixels, np.zeros_like(pixels))]
+    missing = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WebP": "webp"}
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for form, qualities in LOSSY.items():
+        if form in missing and not features.check(missing[form]):
+            continue
+        for options in qualities:
+            files = [io.BytesIO(), io.BytesIO()]
+            for image, file in zip(both, files, strict=True):
+                image.save(file, form, **options)
+            sizes = [len(file.getvalue()) for file in files]
+            with Image.open(files[0]) as decoded:
+                back = np.asarray(decoded.convert(both[0].mode)).reshape(pixels.shape)
+            rmse = float(np.sqrt(np.mean((back.astype(np.float64) - pixels) ** 2)))
+            bits = 8 * max(sizes[0] - sizes[1], 0) / pixels.size
+            curves.setdefault(form, []).append((bits, rmse))
+    return curves

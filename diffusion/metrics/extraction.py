@@ -81,7 +81,11 @@ def image_set_from_array(name: str, images: np.ndarray) -> ImageSet:
 
 
 def image_set_from_files(
-    path: str, channels: int = 0, max_images: int = 0, form: ImageSpec | None = None
+    path: str,
+    channels: int = 0,
+    max_images: int = 0,
+    form: ImageSpec | None = None,
+    least: int = 2,
 ) -> ImageSet:
     """Returns the images of a folder, zip, tar or npz, as they are or brought to a form.
 
@@ -89,8 +93,9 @@ def image_set_from_files(
       channels: 1, 3, or 0 for those of the first image.
       max_images: 0 for all.
       form: what every image is cropped and resized to, as by --mode=prepare; None: nothing is done.
+      least: images that there must be.
 
-    Raises DataError for fewer than two images; while reading, for an image that is damaged or, if
+    Raises DataError for fewer images; while reading, for an image that is damaged or, if
     there is no form, of another size.
     """
     if not io.to_path(path).exists():
@@ -98,8 +103,8 @@ def image_set_from_files(
     source = open_source("folder", archive=path)
     first = next(iter(source.items()), None)
     n = min(max_images or source.count, source.count)
-    if first is None or n < 2:
-        raise DataError(f"{path}: expected two images or more, found {n}")
+    if first is None or n < least:
+        raise DataError(f"{path}: expected {least} or more images, found {n}")
     original = _decode(path, first, ImageSpec(1, 1, 3), any_size=True)
     is_file = isinstance(first.content, bytes)
     is_grey = original.mode[0] in "L1I" if is_file else first.content[0, 0].size == 1

@@ -267,34 +267,42 @@ def measure_optimal_variance(
 def with_analytic(trained: Trained) -> Trained:
     """Returns the model with the variance that sampler.variance names for its samples.
 
-    "analytic" (Bao et al. 2022, arXiv:2201.06503) is measured on at most sampler.estimate training
-    images, once for each checkpoint, and kept in workdir/eval/STEP/analytic_WEIGHTS.npz. Its noise
-    follows from the training's seed. Raises DataError.
+    "analytic" is that of `kept_variances`. Raises DataError.
     """
-    config, exp = trained.config, trained.exp
-    if config.sampler.variance != experiment.ANALYTIC:
+    if trained.config.sampler.variance != experiment.ANALYTIC:
         return trained
+    optimum = kept_variances(trained)
+    variance = analytic.analytic_variance(optimum.x0_variance, optimum.decoder)
+    return trained._replace(exp=trained.exp._replace(sample_variance=variance))
+
+
+def kept_variances(trained: Trained) -> analytic.OptimalVariance:
+    """Returns the optimal variances of Bao et al. 2022 (arXiv:2201.06503), measured if need be.
+
+    They are measured on at most sampler.estimate training images, once for each checkpoint, and
+    kept in workdir/eval/STEP/analytic_WEIGHTS.npz. Their noise follows from the training's seed.
+    Raises DataError.
+    """
+    config, exp, c = trained.config, trained.exp, trained.config.sampler
     images = experiment.load_split(config, exp)
-    n = min(config.sampler.estimate, images.n)
+    n = min(c.estimate, images.n)
     size = batch_size(exp, min(config.bpd.batch_size, CHECK_EVERY), n)
     work = make_pass(trained, "train", n)._replace(size=size, seed=config.seed)
     folder = trained.workdir / "eval" / f"{trained.step:08d}"
     path = folder / f"analytic_{weights_in_files(trained.weights)}.npz"
-    c = config.sampler
     setting = f"{n} images, {TOLERANCE}, {c.clip and c.clip_range}"
     if kept := partial_results.load(path, setting):
         optimum = analytic.OptimalVariance(*map(kept.get, analytic.OptimalVariance._fields))
         measured = MeasuredVariance(optimum, int(kept["images"]), float(kept["error"]))
         logging.info(f"keeping    optimal variances {measured}")
-    else:
-        partial, chain = path.with_name(f"{path.stem}_partial.npz"), trained_chain(trained)
-        measured = measure_optimal_variance(work, chain, trained.params, partial, TOLERANCE)
-        if is_primary():
-            more = {"images": measured.images, "error": measured.error}
-            partial_results.save(path, setting, **more, **measured.optimum._asdict())
-            partial.unlink(missing_ok=True)
-    variance = analytic.analytic_variance(measured.optimum.x0_variance, measured.optimum.decoder)
-    return trained._replace(exp=exp._replace(sample_variance=variance))
+        return optimum
+    partial, chain = path.with_name(f"{path.stem}_partial.npz"), trained_chain(trained)
+    measured = measure_optimal_variance(work, chain, trained.params, partial, TOLERANCE)
+    if is_primary():
+        more = {"images": measured.images, "error": measured.error}
+        partial_results.save(path, setting, **more, **measured.optimum._asdict())
+        partial.unlink(missing_ok=True)
+    return measured.optimum
 
 
 def compile_continuous(work: SplitPass, trained: Trained, levels: int) -> Callable:

@@ -55,7 +55,6 @@ def run(run: Run) -> None:
     if start >= c.steps and not unfinished:
         logging.info(f"nothing to do: trained for {start:,} steps already; raise train.steps")
         return
-
     readings.prepare()
     inputs, halted = make_inputs(start), not_halted(exp)
     batch = next(inputs)
@@ -97,9 +96,8 @@ def run(run: Run) -> None:
     logging.info(f"time       {timer.describe(step - start)}")
     if stop:
         raise preemption.Stopped(f"at step {step:,}, saved")
-    logging.info(
-        f"done       look at {run.workdir}/samples and {run.workdir}/figures; more samples:"
-    )
+    look = f"{run.workdir}/samples and {run.workdir}/figures"
+    logging.info(f"done       look at {look}; more samples:")
     logging.info(f"           python main.py --mode=sample --workdir={run.workdir}")
 
 

@@ -115,6 +115,23 @@ def plot_rate_distortion(png_path: PathLike, rate: np.ndarray, rmse: np.ndarray)
     _plot_panels(png_path, [rmse_over_steps, rate_over_steps, rmse_over_rate])
 
 
+def plot_codecs(png_path: PathLike, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Plots the distortion of codecs against their rate, a line each (Figure 5 with real bits).
+
+    curves: name -> (bits/dim, root mean squared error on 0..255) of its files, by rate.
+    """
+    with _panels(png_path, 1, (7, 4.6)) as (axes,):
+        for i, (name, points) in enumerate(curves.items()):
+            rates, errors = zip(*points, strict=True)
+            style = {"color": COLOURS[i % len(COLOURS)], "linewidth": 2 if i < 2 else 1.2}
+            axes.plot(rates, errors, "o-" if i < 2 else "o--", label=name, markersize=3, **style)
+        axes.set_xlim(0, None)
+        axes.set_ylim(0, None)
+        axes.set_title("distortion (RMSE)", loc="left", **TITLE)
+        axes.set_xlabel("rate (bits/dim)", color=GREY)
+        axes.legend(frameon=False, fontsize=8, labelcolor=BLACK)
+
+
 def plot_quality(png_path: PathLike, steps: np.ndarray, series: Mapping[str, np.ndarray]) -> None:
     """Plots metrics of the predicted x_0 over the reverse process, a panel each (Figure 10).
 

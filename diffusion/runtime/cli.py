@@ -32,11 +32,14 @@ from diffusion.utils.errors import (
     one_line,
 )
 
-READING_MODES = ("sample", "eval", "bpd", "figures", "frontier", "export")
+READING_MODES = (
+    *("sample", "eval", "bpd", "figures", "frontier", "export"),
+    *("compress", "decompress"),
+)
 FLAG_MODES = {  # what a flag is for; typed elsewhere it would do nothing
-    "input": ("eval", "import", "sample"),
+    "input": ("eval", "import", "sample", "compress", "decompress"),
     "init_from": ("train",),
-    "output": ("export",),
+    "output": ("export", "compress", "decompress"),
     "replay": ("check", "replay"),
     "dry_run": ("prepare",),
     "part": ("bench",),

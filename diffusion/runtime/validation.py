@@ -52,7 +52,7 @@ def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
 
 # key -> (test, what the test wants), beyond the type of the default and "finite, 0 or more".
 VALIDATORS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("seed", "bpd.seed", "figures.seed", "sample.seed"), SEED),
+    **dict.fromkeys(("seed", "bpd.seed", "codec.seed", "figures.seed", "sample.seed"), SEED),
     **dict.fromkeys(("model.ch", "model.num_res_blocks", "data.image_size", "process.T"), COUNT),
     **dict.fromkeys(("data.channels", "optim.clip_groups", "optim.accumulate"), COUNT),
     **dict.fromkeys(("train.batch_size", "train.log_every", "train.save_every"), COUNT),
@@ -60,6 +60,10 @@ VALIDATORS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("sampler.steps", "sampler.order", "sampler.corrections", "sample.num"), COUNT),
     "train.snapshots": COUNT,
     **dict.fromkeys(("bpd.batch_size", "eval.batch_size", "sample.batch_size"), COUNT),
+    **dict.fromkeys(("codec.group", "codec.batch_size", "codec.steps"), COUNT),
+    "codec.candidates": (lambda x: 4 <= x <= 22, "an int in 4..22"),
+    "codec.kind": _one_of("progressive", "archive"),
+    "codec.decode": _one_of("x_0", "ode"),
     **dict.fromkeys(("figures.num", "figures.rows", "figures.jump", "figures.repeats"), COUNT),
     **dict.fromkeys(("sampler.estimate", "bpd.quick", "eval.num", "eval.keep"), TWO),
     "figures.scored": TWO,

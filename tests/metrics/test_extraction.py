@@ -120,7 +120,7 @@ UNUSABLE = {
     "sizes": (save_mixed_sizes, "one size, 6x5 like the first, found 4x5 (small.png)"),
     "floats": (save_floats, "float32[3, 6, 5, 3]"),
     "damaged": (save_damaged, "broken.png"),
-    "one": (lambda path: save_folder(path, IMAGES[:1]), "two images or more, found 1"),
+    "one": (lambda path: save_folder(path, IMAGES[:1]), "2 or more images, found 1"),
     "empty": (lambda path: path.mkdir(), "expected images"),
     "absent": (lambda path: None, "no file or folder"),
 }

@@ -184,7 +184,7 @@ WRONG = {  # {what is wrong: (command line, exit code, words of the message)}
         3,
         "expected a split 'val'",
     ),
-    "one image": (["--input=one.npz"], 3, "two images or more, found 1"),
+    "one image": (["--input=one.npz"], 3, "2 or more images, found 1"),
 }
 
 

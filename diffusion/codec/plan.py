@@ -1,0 +1,185 @@
+"""Which steps a file takes, with which variances, and how many bits each is expected to hold.
+
+A plan is part of the file: all that the decoder needs to know besides the model.
+"""
+
+import bisect
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import google_crc32c
+import numpy as np
+
+from diffusion.process import Process, posterior
+from diffusion.samplers.analytic import OptimalVariance, step_costs
+from diffusion.samplers.timesteps import least_cost
+
+# What a chunk costs beyond what it holds, of which 2 to 3 bits are the index. Between 4 and 7 files
+# have the same size within 0.5 %; more bits mean fewer steps and a larger share of x_0.
+INDEX_BITS = 7.0
+Denoise = Callable[[np.ndarray, int], np.ndarray]  # x_t float32[n, h, w, c], t -> x_0
+CRC_BYTES = 4
+STEP_BITS = 75  # of a step's numbers in the header, its length and its checksum
+CODES = 256  # numbers on scales of an eighth of an octave, one byte each
+BITS = [round(2 ** (code / 8)) for code in range(CODES)]
+
+
+class Plan(NamedTuple):
+    """Steps ts[i] -> ts[i + 1], then x_0 from ts[-1].
+
+    Attributes:
+        ts: int[n+1], falling from T to 1 or more.
+        variances: int[n], codes of Var[x_0 | x_t] at ts[:-1], which gives p's variances.
+        decoder: the variance of p(x_0 | x_t) at ts[-1].
+        bits: int[n], places in BITS of what a group is expected to need at each step.
+        max_size: log2 of the most candidates of a chunk.
+        padding: bits by which a list of candidates is longer than what its chunk holds.
+    """
+
+    ts: tuple[int, ...]
+    variances: tuple[int, ...]
+    decoder: float
+    bits: tuple[int, ...]
+    max_size: int
+    padding: int
+
+
+def variance_code(variance: float) -> int:
+    """Returns the nearest code of a variance: 2^(2 - code / 8)."""
+    return int(np.clip(np.round(8 * (2 - np.log2(max(variance, 1e-12)))), 0, CODES - 1))
+
+
+class Codec(NamedTuple):
+    """What encoder and decoder of groups of images share.
+
+    Attributes:
+        process: the chain of the training.
+        denoise: predicts x_0, bit for bit the same from the same x_t.
+        plan: the steps.
+        shape: (height, width, channels) of an image.
+        levels: values that a pixel can have, see data.augment.scale.
+        group: images that are coded together.
+        seed: of the shared randomness.
+    """
+
+    process: Process
+    denoise: Denoise
+    plan: Plan
+    shape: tuple[int, int, int]
+    levels: int
+    group: int
+    seed: int
+
+
+def levels_to_x0(index: np.ndarray, levels: int) -> np.ndarray:
+    """Returns x_0 float32 of pixels int[...] of 0..levels - 1, as data.augment.scale has it."""
+    return index.astype(np.float32) * np.float32(2 / (levels - 1)) - np.float32(1)
+
+
+def checksum(index: np.ndarray) -> bytes:
+    """Returns the CRC-32C of pixels as 16-bit numbers, 4 bytes."""
+    return google_crc32c.value(index.astype("<u2").tobytes()).to_bytes(CRC_BYTES, "little")
+
+
+def kl_bits(shift: np.ndarray, ratio: float) -> float:
+    """Returns KL(N(shift, ratio^2) || N(0, 1)) in bits, over all dimensions."""
+    squares = np.sum(shift.astype(np.float64) ** 2) + shift.size * (ratio**2 - 1)
+    return float(0.5 * squares / np.log(2) - shift.size * np.log2(ratio))
+
+
+def from_pure_noise(p: Process) -> Process:
+    """Returns p with alpha_bar_T = 0: files begin with noise that tells nothing of x_0."""
+    return p._replace(alpha_bar=np.append(p.alpha_bar[:-1], 0.0))
+
+
+def chunk_sizes(bits: int, max_size: int, padding: int) -> list[int]:
+    """Returns log2 of the numbers of candidates of the chunks that hold so many bits together.
+
+    As few chunks as have at most 2^max_size candidates, of equal size up to one bit (DiffC's code).
+    """
+    chunks = -(-bits // (max_size - padding))
+    return [bits // chunks + (i < bits % chunks) + padding for i in range(chunks)]
+
+
+def file_bits(bits: np.ndarray, max_size: int, padding: int) -> np.ndarray:
+    """Returns about how many bits of a file steps of so many ideal bits take."""
+    chunks = np.maximum(np.ceil(bits / (max_size - padding)), 1)
+    return bits + chunks * INDEX_BITS
+
+
+def make_plan(
+    p: Process, optimum: OptimalVariance, dims: int, steps: int, max_size: int, padding: int
+) -> Plan:
+    """Returns the plan of at most `steps` steps whose complete progressive files are the shortest.
+
+    Args:
+        p: the chain of the training.
+        optimum: measured on p.
+        dims: of a group.
+        steps: at most.
+        max_size, padding: of the chunks, see Plan.
+
+    Raises ValueError for numbers that do not fit together.
+    """
+    if not 0 <= padding < max_size:
+        raise ValueError(f"padding: expected 0 to {max_size - 1}, found {padding}")
+    ideal = step_costs(from_pure_noise(p), optimum) * dims
+    costs, possible = ideal.copy(), np.isfinite(ideal[1:])
+    costs[1:][possible] = file_bits(ideal[1:][possible], max_size, padding) + STEP_BITS
+    grids = [least_cost(costs, n) for n in range(1, min(steps + 1, p.T) + 1)]
+    ts = min(grids, key=lambda ts: costs[ts[1:], ts[:-1]].sum())[:-1]
+    return _plan(ts, optimum, ideal, max_size, padding)
+
+
+def make_archive_plan(p: Process, optimum: OptimalVariance, steps: int) -> Plan:
+    """Returns the plan of so many steps, T - 1 at most, with the least bound."""
+    costs = step_costs(p, optimum)
+    return _plan(least_cost(costs, min(steps + 1, p.T))[:-1], optimum, costs, 2, 0)
+
+
+def _plan(ts, optimum, bits, max_size, padding) -> Plan:
+    return Plan(
+        tuple(ts.tolist()),
+        tuple(map(variance_code, optimum.x0_variance[ts[:-1]])),
+        bfloat16(optimum.decoder[ts[-1]]),
+        tuple(map(bits_code, bits[ts[1:], ts[:-1]])),
+        max_size,
+        padding,
+    )
+
+
+def bfloat16(x: float) -> float:
+    """Returns x with 8 significant bits, rounded down."""
+    return float((np.float32(x).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32))
+
+
+def bits_code(bits: float) -> int:
+    """Returns the first place in BITS of so many bits or more, the last one for more than all."""
+    return min(bisect.bisect_left(BITS, bits), CODES - 1)
+
+
+class Gaussians(NamedTuple):
+    """q(x_s | x_t, x_0) and p(x_s | x_t) of a step: means weight_0 x_0 + weight_t x_t, float32."""
+
+    weight_0: np.float32
+    weight_t: np.float32
+    std_q: np.float32
+    std_p: np.float32
+
+    def mean(self, x_0: np.ndarray, x_t: np.ndarray) -> np.ndarray:
+        """Returns the mean given x_0, float32 [b, ...]."""
+        return self.weight_0 * x_0 + self.weight_t * x_t
+
+
+def gaussians(p: Process, plan: Plan, i: int) -> Gaussians:
+    """Returns the distributions of step i of a plan on p."""
+    c = posterior(p, plan.ts[i + 1], plan.ts[i])
+    x0_variance = 2 ** (2 - plan.variances[i] / 8)
+    std_p = math.sqrt(c.variance + c.weight_0**2 * x0_variance)
+    return Gaussians(*map(np.float32, (c.weight_0, c.weight_t, math.sqrt(c.variance), std_p)))
+
+
+def expected_code(plan: Plan, i: int, images: int, group: int) -> int:
+    """Returns the place in BITS of what `images` of a group of `group` need at step i."""
+    return bits_code(-(-BITS[plan.bits[i]] * images // group))

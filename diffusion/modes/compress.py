@@ -1,0 +1,226 @@
+"""--mode=compress: images as a file that the model decodes, at any prefix or to the last bit."""
+
+import itertools
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jax import random
+from ml_collections import ConfigDict
+
+from diffusion import experiment
+from diffusion.codec import bits_back, container, plan, progressive
+from diffusion.codec.container import BITS_BACK, PROGRESSIVE, Header
+from diffusion.codec.plan import Codec
+from diffusion.codec.progressive import Encoded, dimensions
+from diffusion.metrics import baselines, extraction
+from diffusion.metrics.extraction import ImageSet
+from diffusion.modes import _codec
+from diffusion.modes._codec import Model
+from diffusion.modes._split_pass import kept_variances
+from diffusion.plotting import curves
+from diffusion.runtime import preemption
+from diffusion.runtime.config import Run, call_for_key, lookup
+from diffusion.utils import io, logging, partial_results
+from diffusion.utils.errors import ConfigError, DataError, WorkdirError
+from diffusion.utils.progress import Progress
+
+CURVES = ("bits", "rmse"), ("ideal", "ideal_rmse")
+IDEAL_IMAGES = 512  # at most so many are read for the bound
+FILE_KINDS = {"progressive": PROGRESSIVE, "archive": BITS_BACK}
+
+
+def run(run: Run) -> None:
+    """Encodes the images of --input, a split or files, into the file --output.
+
+    Prints what every step takes beside its term of the bound, and what other formats take; these
+    go to workdir/eval/STEP/codec.json too. Raises ConfigError, DataError, WorkdirError.
+    """
+    c, inputs, output = run.config.codec, run.flags.input, run.flags.output
+    if len(inputs) != 1 or not output:
+        found = f"found {len(inputs)} and {'one' if output else 'none'}"
+        raise ConfigError(f"--mode=compress: expected one --input and one --output, {found}")
+    kind, path = lookup(FILE_KINDS, "codec.kind", c.kind), io.to_path(output)
+    if path.exists():
+        raise WorkdirError(f"--output={output}: expected a new file, found one; choose another")
+    model = _codec.load_model(run)
+    trained, exp = model.trained, model.trained.exp
+    images = open_input(run.config, exp, inputs[0])
+    header = plan_file(run.config, model, images, kind)
+    codec = _codec.make_codec(model, header)
+    header = header._replace(probe=_codec.probe(codec, header.batch))
+    what = f"{images.n:,} images of {images.name}, {header.group:,} in a group"
+    logging.info(f"encoding   {what}, {len(header.plan.bits) + 1} evaluations of the network")
+    partial = path.with_name(f"{path.name}.partial.npz")
+    if kind == BITS_BACK:
+        report = encode_archive(header, codec, images, path)
+    else:
+        report = encode_file(header, codec, images, path, partial)
+    partial.unlink(missing_ok=True)
+    report |= other_formats(images, header)
+    folder = trained.folder("eval")
+    io.save_json(folder / "codec.json", {"file": output, "input": inputs[0]} | report)
+    pictures = ""
+    if kind == PROGRESSIVE:
+        sent, bound = ([(p[x], p[y]) for p in report["points"]] for x, y in CURVES)
+        lines = {"this file": sent, "the bound": bound} | report["lossy"]
+        curves.plot_codecs(folder / "codec.png", lines)
+        pictures = ", codec.png"
+    size = len(io.read_bytes(path))
+    logging.info(f"done       {path} ({size:,} bytes), {folder}/codec.json{pictures}")
+
+
+def plan_file(config: ConfigDict, model: Model, images: ImageSet, kind: int) -> Header:
+    """Returns the header of a file of these images, still without the probe. Raises ConfigError."""
+    c, exp = config.codec, model.trained.exp
+    group, batch = min(c.group, images.n), min(c.batch_size, images.n)
+    process, optimum = exp.process, kept_variances(model.trained)
+    if kind == BITS_BACK:
+        made = plan.make_archive_plan(process, optimum, c.steps)
+    else:
+        sizes = group * math.prod(images.shape), c.steps, c.candidates, c.padding
+        made = call_for_key(plan.make_plan, "codec.padding", process, optimum, *sizes)
+    about = (kind, images.n, *images.shape, exp.levels, group, batch, c.seed)
+    return Header(*about, made, model.weights, model.config, b"")
+
+
+def open_input(config: ConfigDict, exp: experiment.Experiment, name: str) -> ImageSet:
+    """Opens a split of the config's data, "train" or "test", or files. Raises DataError."""
+    if name in ("train", "test"):
+        images = experiment.load_split(config, exp, name)
+        return extraction.image_set_from_split(images, name)
+    images = extraction.image_set_from_files(name, exp.image_shape[2], least=1)
+    if images.shape != exp.image_shape:
+        wanted, found = ("x".join(map(str, shape)) for shape in (exp.image_shape, images.shape))
+        raise DataError(f"--input={name}: expected images of {wanted}, found {found}; resize them")
+    return images
+
+
+def read_blocks(images: ImageSet, size: int, levels: int, first: int = 0) -> Iterator[np.ndarray]:
+    """Yields the images int[n, h, w, c] of 0..levels - 1, `size` at a time.
+
+    Raises DataError for pixels that are not on the levels.
+    """
+    for i, batch in enumerate(images.batches(size, slice(None), first), first):
+        pixels = batch[: images.n - i * size]
+        index = baselines.to_levels(pixels, levels)
+        if not np.array_equal(_codec.to_pixels(index, levels), pixels):
+            wanted = f"expected the {levels} levels of data.levels, evenly spaced over 0..255"
+            raise DataError(f"--input: {wanted}, found other values; use a model of 256 levels")
+        yield index.astype(np.int64)
+
+
+def encode_progressive(
+    header: Header, codec: Codec, images: ImageSet, partial: epath.Path
+) -> Encoded:
+    """Returns the segments of all groups; shows progress, resumes from `partial`."""
+    setting = container.header_bytes(header).hex()
+    todo, parts = [*_codec.blocks(header)], []
+    if stored := partial_results.load(partial, setting):
+        parts = _unpack(stored)
+    size, done, saved = todo[0].images, len(parts), time.monotonic()
+    key = random.key(header.seed)
+    with Progress(header.images, min(done * size, header.images), unit="image") as progress:
+        blocks = read_blocks(images, size, header.levels, done)
+        for block, index in zip(todo[done:], blocks, strict=True):
+            preemption.raise_if_requested()
+            each = random.fold_in(key, block.first_group)
+            parts.append(progressive.encode_groups(codec, index, block.first_group, each))
+            progress(block.first_image + block.images)
+            if time.monotonic() - saved > partial_results.SAVE_EVERY_S:
+                partial_results.save(partial, setting, **_pack(parts))
+                saved = time.monotonic()
+    steps = zip(*(part.segments for part in parts), strict=True)
+    segments = [[*itertools.chain(*each)] for each in steps]
+    return Encoded(segments, sum(part.mse for part in parts))
+
+
+def _pack(parts: Sequence[Encoded]) -> dict[str, np.ndarray]:
+    """Returns encoded blocks as arrays."""
+    flat = [content for part in parts for step in part.segments for content in step]
+    return {
+        "bytes": np.frombuffer(b"".join(flat), np.uint8),
+        "lengths": np.array([*map(len, flat)]),
+        "groups": np.array([len(part.segments[0]) for part in parts]),
+        "mse": np.stack([part.mse for part in parts]),
+    }
+
+
+def _unpack(stored: Mapping[str, np.ndarray]) -> list[Encoded]:
+    cuts = np.cumsum(stored["lengths"])[:-1]
+    flat = iter([part.tobytes() for part in np.split(stored["bytes"], cuts)])
+    parts = []
+    for groups, mse in zip(stored["groups"], stored["mse"], strict=True):
+        parts.append(Encoded([[next(flat) for _ in range(groups)] for _ in mse], mse))
+    return parts
+
+
+def encode_file(
+    header: Header, codec: Codec, images: ImageSet, path: epath.Path, partial: epath.Path
+) -> dict[str, Any]:
+    """Writes a progressive file; returns and prints what each step takes."""
+    encoded = encode_progressive(header, codec, images, partial)
+    parts = [container.header_bytes(header), *map(container.segment_bytes, encoded.segments)]
+    io.save_bytes(path, b"".join(parts))
+    some = next(read_blocks(images, min(IDEAL_IMAGES, images.n), header.levels))
+    bound = progressive.ideal(codec, some, header.seed)
+    bits = 8 * np.cumsum([len(part) for part in parts]) / (header.images * dimensions(codec))
+    coded = 8 * np.array([sum(map(len, segment)) for segment in encoded.segments])
+    coded = np.append(0, np.cumsum(coded) / (header.images * dimensions(codec)))
+    ideal = np.append(0, np.cumsum(bound.bits) / some.size)
+    rmse, ideal_rmse = (
+        np.append(127.5 * np.sqrt(mse / dims), 0.0)
+        for mse, dims in ((encoded.mse, header.images * dimensions(codec)), (bound.mse, some.size))
+    )
+    of = f" (ideal: of {len(some):,} images)" if len(some) < header.images else ""
+    logging.info(f"           after t   bits/dim   coded   ideal  ratio   rmse   ideal{of}")
+    points = []
+    for i, t in enumerate([*header.plan.ts, 0]):
+        row = {"t": t, "bits": bits[i], "coded": coded[i], "ideal": ideal[i]}
+        points.append(row | {"rmse": rmse[i], "ideal_rmse": ideal_rmse[i]})
+        if i:
+            sizes = f"{bits[i]:11.4f}{coded[i]:8.4f}{ideal[i]:8.4f}{bits[i] / ideal[i]:7.3f}"
+            logging.info(f"{t or 'x_0':>18}{sizes}{rmse[i]:7.2f}{ideal_rmse[i]:8.2f}")
+    return {"kind": "progressive", "header_bytes": len(parts[0]), "points": points}
+
+
+def encode_archive(
+    header: Header, codec: Codec, images: ImageSet, path: epath.Path
+) -> dict[str, Any]:
+    """Writes a bits-back archive; returns and prints what it takes. An interrupted one is lost."""
+    with Progress(header.images, unit="image") as progress:
+
+        def batches():
+            done = 0
+            for index in read_blocks(images, header.batch, header.levels):
+                preemption.raise_if_requested()
+                yield index
+                progress(done := done + len(index))
+
+        found = bits_back.encode_batches(codec, batches(), header.batch)
+    body = found.words.astype("<u4").tobytes()
+    start = container.header_bytes(header)
+    io.save_bytes(path, start + container.segment_bytes([body]))
+    dims = header.images * math.prod(header.shape)
+    whole, initial = 32 * len(found.words), 32 * found.initial
+    rows = {"file": 8 * len(start) + whole, "initial": initial, "ideal": found.ideal}
+    rows = {name: bits / dims for name, bits in rows.items()}
+    ratio = (whole - initial) / found.ideal
+    logging.info(
+        f"archive    {rows['file']:.4f} bits/dim, of which {rows['initial']:.4f} it began with; "
+        f"the rest is {ratio:.4f} times the ideal {rows['ideal']:.4f}"
+    )
+    return {"kind": "archive", "header_bytes": len(start), "ratio": ratio} | rows
+
+
+def other_formats(images: ImageSet, header: Header) -> dict[str, Any]:
+    """Returns and prints what the first images take in other formats, side by side in one file."""
+    n = min(images.n, max(1, baselines.MOSAIC_BYTES // math.prod(images.shape)))
+    pixels = next(images.batches(n, slice(None), 0))
+    lossless = {form: baselines.mosaic_bits(pixels, form) for form in ("PNG", "WebP")}
+    listed = ", ".join(f"{form} {bits:.4f}" for form, bits in lossless.items())
+    logging.info(f"lossless   {listed} bits/dim ({n:,} images side by side in one file)")
+    return {"lossless": lossless, "lossy": baselines.lossy_curves(pixels)}
