@@ -33,7 +33,7 @@ MODES = {  # a module's run(run: Run), imported when it is asked for
     "check": "diffusion.modes.check",
     "replay": "diffusion.modes.replay",  # --mode=check --replay=FILE
 }
-PARTS = ("all", "train", "sample", "likelihood", "features", "data", "profile", "tpu")
+PARTS = ("all", "train", "sample", "likelihood", "codec", "features", "data", "profile", "tpu")
 
 
 def define_flags() -> flags.FlagValues:

@@ -119,7 +119,6 @@ def encode_groups(codec: Codec, index: np.ndarray, first_group: int, key: Array)
         x = _arrived(codec, i, x, predicted, groups, indices)
     predicted = codec.denoise(x, codec.plan.ts[-1])
     mse[steps] = np.sum((predicted - x_0) ** 2, dtype=np.float64)
-    last = []
     pairs = zip(np.split(index, cuts), np.split(predicted, cuts), strict=True)
     last = [_write_pixels(codec, part, mean) for part, mean in pairs]
     return Encoded([*segments, last], mse)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import jax
 
 from diffusion import experiment
-from diffusion.bench import profile, speed, tpu
+from diffusion.bench import codec, profile, speed, tpu
 from diffusion.bench.timing import Measured
 from diffusion.modes._common import describe_devices
 from diffusion.runtime.config import Run
@@ -17,6 +17,7 @@ PARTS = {  # in the order of --part=all; "tpu", which needs a compiler of its ow
     "train": speed.train_part,
     "sample": speed.sample_part,
     "likelihood": speed.likelihood_part,
+    "codec": codec.codec_part,
     "features": speed.features_part,
     "data": speed.data_part,
     "profile": profile.profile_part,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax import random
@@ -16,12 +17,15 @@ from diffusion.codec import bits_back, container, plan, progressive
 from diffusion.codec.container import BITS_BACK, PROGRESSIVE, Header
 from diffusion.codec.plan import Codec
 from diffusion.codec.progressive import Encoded, dimensions
+from diffusion.data import augment
 from diffusion.metrics import baselines, extraction
 from diffusion.metrics.extraction import ImageSet
 from diffusion.modes import _codec
 from diffusion.modes._codec import Model
 from diffusion.modes._split_pass import kept_variances
 from diffusion.plotting import curves
+from diffusion.plotting.image_grid import save_png
+from diffusion.plotting.labelled_grid import labelled_grid
 from diffusion.runtime import preemption
 from diffusion.runtime.config import Run, call_for_key, lookup
 from diffusion.utils import io, logging, partial_results
@@ -29,6 +33,7 @@ from diffusion.utils.errors import ConfigError, DataError, WorkdirError
 from diffusion.utils.progress import Progress
 
 CURVES = ("bits", "rmse"), ("ideal", "ideal_rmse")
+RATES, SHOWN = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0), 8  # bits/dim and images of codec_images.png
 IDEAL_IMAGES = 512  # at most so many are read for the bound
 FILE_KINDS = {"progressive": PROGRESSIVE, "archive": BITS_BACK}
 
@@ -55,20 +60,21 @@ def run(run: Run) -> None:
     what = f"{images.n:,} images of {images.name}, {header.group:,} in a group"
     logging.info(f"encoding   {what}, {len(header.plan.bits) + 1} evaluations of the network")
     partial = path.with_name(f"{path.name}.partial.npz")
+    folder, pictures = trained.folder("eval"), ""
     if kind == BITS_BACK:
         report = encode_archive(header, codec, images, path)
     else:
-        report = encode_file(header, codec, images, path, partial)
+        encoded = encode_progressive(header, codec, images, partial)
+        report = write_file(header, codec, images, encoded, path)
+        save_png(folder / "codec_images.png", prefixes(header, codec, images, encoded, report))
     partial.unlink(missing_ok=True)
     report |= other_formats(images, header)
-    folder = trained.folder("eval")
     io.save_json(folder / "codec.json", {"file": output, "input": inputs[0]} | report)
-    pictures = ""
     if kind == PROGRESSIVE:
         sent, bound = ([(p[x], p[y]) for p in report["points"]] for x, y in CURVES)
         lines = {"this file": sent, "the bound": bound} | report["lossy"]
         curves.plot_codecs(folder / "codec.png", lines)
-        pictures = ", codec.png"
+        pictures = ", codec.png, codec_images.png"
     size = len(io.read_bytes(path))
     logging.info(f"done       {path} ({size:,} bytes), {folder}/codec.json{pictures}")
 
@@ -158,11 +164,10 @@ def _unpack(stored: Mapping[str, np.ndarray]) -> list[Encoded]:
     return parts
 
 
-def encode_file(
-    header: Header, codec: Codec, images: ImageSet, path: epath.Path, partial: epath.Path
+def write_file(
+    header: Header, codec: Codec, images: ImageSet, encoded: Encoded, path: epath.Path
 ) -> dict[str, Any]:
     """Writes a progressive file; returns and prints what each step takes."""
-    encoded = encode_progressive(header, codec, images, partial)
     parts = [container.header_bytes(header), *map(container.segment_bytes, encoded.segments)]
     io.save_bytes(path, b"".join(parts))
     some = next(read_blocks(images, min(IDEAL_IMAGES, images.n), header.levels))
@@ -185,6 +190,29 @@ def encode_file(
             sizes = f"{bits[i]:11.4f}{coded[i]:8.4f}{ideal[i]:8.4f}{bits[i] / ideal[i]:7.3f}"
             logging.info(f"{t or 'x_0':>18}{sizes}{rmse[i]:7.2f}{ideal_rmse[i]:8.2f}")
     return {"kind": "progressive", "header_bytes": len(parts[0]), "points": points}
+
+
+def prefixes(
+    header: Header, codec: Codec, images: ImageSet, encoded: Encoded, report: Mapping[str, Any]
+) -> np.ndarray:
+    """Returns a picture of the first images at several rates, uint8[H, W, 3]."""
+    block = next(_codec.blocks(header))
+    segments = [segment[: block.groups] for segment in encoded.segments]
+    bits = [point["bits"] for point in report["points"]]
+    found = (max((k for k, b in enumerate(bits) if b <= rate), default=0) for rate in RATES)
+    steps = [k for k in dict.fromkeys(found) if 0 < k < len(bits) - 1]
+    columns = []
+    for k in steps:
+        decoded = progressive.decode_groups(codec, segments[:k], 0, block.images)
+        x_0 = jnp.asarray(decoded.x_0[:SHOWN])
+        columns.append(np.asarray(augment.unscale(x_0, header.levels)))
+    columns.append(next(images.batches(block.images, slice(None), 0))[:SHOWN])
+    size = report["points"][-1]["bits"]
+    labels = [*(f"{bits[k]:.2f} bits/dim" for k in steps), f"{size:.2f}, lossless"]
+    note = f"{header.images:,} images in one file, and what its first bytes say of {SHOWN} of them"
+    return labelled_grid(
+        np.stack(columns, 1), labels, title="A file at some of its lengths", note=note
+    )
 
 
 def encode_archive(

@@ -158,7 +158,7 @@ def test_peaks_are_plausible():
         assert 1e14 < peak.flops < 1e16 and 5e11 < peak.bytes < 1e13
 
 
-@pytest.mark.parametrize("part", ["train", "sample", "likelihood", "profile"])
+@pytest.mark.parametrize("part", ["train", "sample", "likelihood", "codec", "profile"])
 def test_part_prints_and_saves_finite_measurements(part, tmp_path):
     out, err = run(TINY, "--mode=bench", f"--part={part}", f"--workdir={tmp_path}")
     content = json.loads((tmp_path / "bench" / f"{part}.json").read_text())
