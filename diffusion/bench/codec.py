@@ -16,7 +16,7 @@ from diffusion.codec.plan import Codec, Plan
 from diffusion.experiment import Experiment
 
 IMAGE_VARIANCE = 0.25  # of the Gaussian pixels that are coded
-STEPS = 20
+CODED_STEPS = 20
 
 
 def codec_part(config: ConfigDict, exp: Experiment) -> Iterator[Measured]:
@@ -66,10 +66,10 @@ def codec_part(config: ConfigDict, exp: Experiment) -> Iterator[Measured]:
 
 
 def gaussian_plan(exp: Experiment, dims: int, max_size: int, padding: int) -> Plan:
-    """Returns the plan of STEPS steps to one bit/dim of independent Gaussian pixels."""
+    """Returns the plan of CODED_STEPS steps to one bit/dim of independent Gaussian pixels."""
     a = exp.process.alpha_bar[1:]
     known = 0.5 * np.log2(1 + IMAGE_VARIANCE * a / (1 - a))  # bits/dim that x_t tells, t = 1..T
-    wanted = np.linspace(known[-1], min(1.0, known[0]), STEPS + 1)
+    wanted = np.linspace(known[-1], min(1.0, known[0]), CODED_STEPS + 1)
     falling = np.interp(wanted, known[::-1], np.arange(len(a), 0, -1))
     ts = np.unique(falling.round().astype(int))[::-1]
     bits = dims * np.diff(known[ts - 1])
