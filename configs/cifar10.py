@@ -19,7 +19,7 @@ of its own yet. The paper's, FID against the training set:
 Also `:tiny` (seconds, for tests), `:bfloat16`, `:conditional` (knows the ten classes),
 `:official_clip` (gradients clipped per eighth of the batch, as on the paper's eight cores) and
 `:likelihood` (the objective, schedule and features of Kingma et al. 2021, arXiv:2107.00630, with
-this network; not trained yet). A small network on other photographs, 1,200 steps of 16 images: the
+this network; not trained yet). On these images after JPEG a small network, 1,200 steps of 16: the
 objective and schedule took 3.64 +- 0.03 bits/dim for the default's 4.04 +- 0.04, and 3.77 +- 0.03
 with the Fourier features, which pay off after longer trainings if at all (docs/likelihood.md).
 Variants combine: `:tiny,eps_vlb`.
