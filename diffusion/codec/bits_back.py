@@ -148,7 +148,10 @@ class Archive(NamedTuple):
 
 
 def encode_batches(codec: Codec, batches: Iterable[np.ndarray], batch: int) -> Archive:
-    """Encodes batches of at most `batch` images int[n, h, w, c] of 0..levels - 1."""
+    """Encodes batches of at most `batch` images int[n, h, w, c] of 0..levels - 1.
+
+    Raises RuntimeError where the bits that it begins with do not suffice.
+    """
     words, steps = initial_words(codec, batch), len(codec.plan.bits)
     stack, lowest, ideal = _Stack(words, True), len(words), 0.0
     grids = _grids(codec)
@@ -169,7 +172,9 @@ def encode_batches(codec: Codec, batches: Iterable[np.ndarray], batch: int) -> A
         stack.push(x, _prior_law(grids, x.shape), np.arange(x.size))
         alpha_bar = codec.process.alpha_bar[codec.plan.ts[0]]
         ideal += kl_bits(np.sqrt(alpha_bar) * x_0, np.sqrt(1 - alpha_bar))
-    unused = max(lowest - 2, 0)
+    unused = lowest - 2
+    if unused <= 0:  # nothing would decode such an archive
+        raise RuntimeError(f"the archive needs more than {len(words)} words to begin with")
     return Archive(stack.coder.get_compressed()[unused:], len(words) - unused, ideal)
 
 

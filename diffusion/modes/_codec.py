@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import AxisType, Mesh
 
 from diffusion import experiment
@@ -56,6 +57,11 @@ def _digest(content: object) -> bytes:
     return hashlib.sha256(json.dumps(content, default=list).encode()).digest()[:DIGEST]
 
 
+def no_class(exp: experiment.Experiment, n: int) -> Array:
+    """Returns n labels int32 that mean "no class", or class 0 where no label means that."""
+    return jnp.full(n, exp.net.null_label or 0, jnp.int32)
+
+
 def make_denoise(model: Model, batch: int) -> Denoise:
     """Compiles the network for calls of `batch` images: (x_t float32[n, h, w, c], t) -> x_0.
 
@@ -68,7 +74,7 @@ def make_denoise(model: Model, batch: int) -> Denoise:
     def program(i):
         one = experiment.build(trained.config, mesh_of(devices[i]))
         chain = trained_chain(trained._replace(exp=one._replace(process=trained.exp.process)))
-        label = jnp.full(batch, one.net.null_label or 0, jnp.int32)
+        label = no_class(one, batch)
         params = jax.device_put(host, devices[i])
         run = jax.jit(lambda params, x, t: chain.predictor(params, label)(x, t).x_0)
         return lambda x, t: run(params, jax.device_put(x, devices[i]), t)

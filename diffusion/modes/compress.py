@@ -124,20 +124,26 @@ def encode_progressive(
 ) -> Encoded:
     """Returns the segments of all groups; shows progress, resumes from `partial`."""
     setting = container.header_bytes(header).hex()
-    todo, parts = [*_codec.blocks(header)], []
-    if stored := partial_results.load(partial, setting):
-        parts = _unpack(stored)
-    size, done, saved = todo[0].images, len(parts), time.monotonic()
-    key = random.key(header.seed)
-    with Progress(header.images, min(done * size, header.images), unit="image") as progress:
-        blocks = read_blocks(images, size, header.levels, done)
-        for block, index in zip(todo[done:], blocks, strict=True):
+    todo, parts, sums = [*_codec.blocks(header)], [], []
+    stored = partial_results.load(partial, setting)
+    before = (
+        {} if stored is None else dict(zip(stored["sums"].tolist(), _unpack(stored), strict=True))
+    )
+    saved, key = time.monotonic(), random.key(header.seed)
+    with Progress(header.images, unit="image") as progress:
+        blocks = read_blocks(images, todo[0].images, header.levels)
+        for block, index in zip(todo, blocks, strict=True):
+            # Files of other images have the same header: what is kept must be of these.
+            sums.append(f"{block.first_image} {plan.checksum(index).hex()}")
+            if sums[-1] in before:
+                parts.append(before[sums[-1]])
+                continue
             preemption.raise_if_requested()
             each = random.fold_in(key, block.first_group)
             parts.append(progressive.encode_groups(codec, index, block.first_group, each))
             progress(block.first_image + block.images)
             if time.monotonic() - saved > partial_results.SAVE_EVERY_S:
-                partial_results.save(partial, setting, **_pack(parts))
+                partial_results.save(partial, setting, sums=np.array(sums), **_pack(parts))
                 saved = time.monotonic()
     steps = zip(*(part.segments for part in parts), strict=True)
     segments = [[*itertools.chain(*each)] for each in steps]

@@ -1,5 +1,6 @@
 """--mode=decompress: the images of a file of --mode=compress, exact or as far as they are known."""
 
+import hashlib
 import json
 
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ def decode_file(run: Run, content: bytes, folder: epath.Path) -> None:
         return decode_archive(header, codec, reader, folder)
     segments = read_segments(header, reader, groups, c.steps_decoded)
     exact = len(segments) > len(header.plan.bits)
-    unfinished = {"file": container.header_bytes(header).hex(), "steps": len(segments)}
+    unfinished = {"sha256": hashlib.sha256(content).hexdigest(), "steps": len(segments)}
     unfinished |= {"decode": c.decode}
     done = _prepare(folder, unfinished)
     finish = lookup(DECODERS, "codec.decode", c.decode)
@@ -96,8 +97,9 @@ def check_model(header: Header, model: Model) -> None:
             advice = "name its work directory, and its weights with --config.weights"
             raise IntegrityError(f"made with {name} {wanted.hex()}, found {found.hex()}; {advice}")
     exp = model.trained.exp
-    if (header.shape, header.levels) != (exp.image_shape, exp.levels):
-        raise IntegrityError(f"header: images of {header.shape} do not fit the model")
+    fits = (header.shape, header.levels) == (exp.image_shape, exp.levels)
+    if not fits or header.plan.ts[0] > exp.process.T:
+        raise IntegrityError(f"header: images of {header.shape} or its times do not fit the model")
 
 
 def read_segments(header: Header, reader: Reader, groups: int, most: int) -> list[list[bytes]]:
@@ -176,7 +178,8 @@ def by_ode(model: Model, header: Header, decoded: Decoded) -> np.ndarray:
     exp, trained = model.trained.exp, model.trained
     ts = np.array([*(t for t in header.plan.ts if t <= decoded.t), 0], np.int32)
     sampler = ancestral.ddim(exp.process)
-    predict = trained_chain(trained).predictor(trained.params, jnp.zeros(len(decoded.x), jnp.int32))
+    label = _codec.no_class(exp, len(decoded.x))
+    predict = trained_chain(trained).predictor(trained.params, label)
     x_0 = base.sample(sampler, predict, random.key(0), jnp.asarray(decoded.x), ts)
     return np.asarray(augment.unscale(x_0, header.levels))
 

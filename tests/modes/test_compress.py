@@ -177,8 +177,46 @@ def test_a_stopped_decoding_goes_on(trained, images, compressed, tmp_path, monke
     np.testing.assert_array_equal(read(tmp_path / "out"), images[1])
 
 
-def test_devices_do_not_change_a_file(trained, images, compressed, tmp_path, monkeypatch):
-    """Written on four devices; read on one."""
+def test_devices_do_not_change_a_file(trained, images, tmp_path, monkeypatch):
+    """Written with a call of the network on each of three devices; read on one."""
+    path, args = tmp_path / "a.ddpm", [f"--workdir={trained[0]}", f"--input={images[0]}"]
+    free_steps(monkeypatch)
+    run("--mode=compress", *args, f"--output={path}", "--config.codec.group=10")
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-    decompress(trained, compressed[0], tmp_path / "out")
+    decompress(trained, path, tmp_path / "out")
     np.testing.assert_array_equal(read(tmp_path / "out"), images[1])
+
+
+def test_work_on_other_images_is_not_gone_on_with(
+    trained, images, compressed, tmp_path, monkeypatch
+):
+    """Both files have the same header: what a stopped run has left must not be mixed in."""
+    others = tmp_path / "others"
+    others.mkdir()
+    for i, image in enumerate(images[1][::-1]):
+        Image.fromarray(image).save(others / f"{i}.png")
+    args = [f"--workdir={trained[0]}", f"--output={tmp_path / 'b.ddpm'}"]
+    free_steps(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(partial_results, "SAVE_EVERY_S", 0)
+        stop_at(patch, 2)
+        run("--mode=compress", *args, f"--input={images[0]}", code=75)
+    run("--mode=compress", *args, f"--input={others}")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        decompress(trained, compressed[0], tmp_path / "out", code=75)
+    decompress(trained, tmp_path / "b.ddpm", tmp_path / "out", code=4)  # the folder is another's
+    decompress(trained, tmp_path / "b.ddpm", tmp_path / "new")
+    np.testing.assert_array_equal(read(tmp_path / "new"), images[1][::-1])
+
+
+def stop_at(patch, n):
+    """Stops the run where it asks for the n-th time whether to."""
+    asked = []
+
+    def ask():
+        asked.append(None)
+        if len(asked) == n:
+            raise preemption.Stopped("here")
+
+    patch.setattr(preemption, "raise_if_requested", ask)
