@@ -167,7 +167,7 @@ def get_config() -> ConfigDict:
                 "batch_size": 16,  # images of a call of the network
                 "steps": 50,  # at most
                 "candidates": 17,  # log2 of the most of them for a chunk
-                "padding": 5,  # bits by which they are more than what a chunk is to hold
+                "padding": 4,  # bits by which they are more than what a chunk is to hold
                 "seed": 0,  # of the randomness that encoder and decoder share
                 # Of --mode=decompress, for a progressive file:
                 "steps_decoded": 0,  # at most so many segments; 0: all

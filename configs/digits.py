@@ -39,7 +39,7 @@ CHANGES = {
     "sample.num": 100,
     "sample.batch_size": 100,
     "bpd.quick": 100,
-    "codec.candidates": 18,
+    "codec.candidates": 21,
     "codec.group": 512,
     "codec.batch_size": 64,
     "eval.num": 1000,

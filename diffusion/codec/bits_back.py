@@ -152,7 +152,7 @@ def encode_batches(codec: Codec, batches: Iterable[np.ndarray], batch: int) -> A
 
     Raises RuntimeError where the bits that it begins with do not suffice.
     """
-    words, steps = initial_words(codec, batch), len(codec.plan.bits)
+    words, steps = initial_words(codec, batch), len(codec.plan.variances)
     stack, lowest, ideal = _Stack(words, True), len(words), 0.0
     grids = _grids(codec)
     for index in batches:
@@ -182,7 +182,7 @@ def decode_batches(
     codec: Codec, words: np.ndarray, images: int, batch: int
 ) -> Iterator[np.ndarray]:
     """Yields the batches int[n, h, w, c], the last one first. Raises IntegrityError."""
-    stack, steps, grids = _Stack(words, False), len(codec.plan.bits), _grids(codec)
+    stack, steps, grids = _Stack(words, False), len(codec.plan.variances), _grids(codec)
     sizes = [min(batch, images - first) for first in range(0, images, batch)]
     for n in reversed(sizes):
         shape = (n, *codec.shape)

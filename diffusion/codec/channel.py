@@ -21,13 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax, random
-from scipy.special import ndtri
+from scipy.special import ndtr, ndtri
 
 TABLE_BITS, TABLE_CRC = 16, 0xEE8F8A03
 POOL, DEAL, NOISE = range(3)  # what a stream of random words is for
 PER_WORDS = 4  # normal numbers of one call of threefry
 BLOCK_NUMBERS = 2**21  # of the pool in memory at a time
 EXACT = 2**12  # candidates whose arrivals are drawn
+LEAST_TAU = 0.1
 CHUNKS = 1024  # chunks whose scores are in memory at a time
 ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)
 
@@ -130,8 +131,8 @@ def chosen(
 ) -> np.ndarray:
     """Chooses a candidate of each chunk, int64[chunks of all groups].
 
-    Its z has about the law N(shift, ratio^2 I); exactly that for endless lists of candidates, which
-    should be some bits longer than KL(q || p).
+    Its z has the mean of N(shift, ratio^2 I), and the longer the lists of candidates are, the
+    nearer it is to that law.
 
     Args:
         seed: of the candidates.
@@ -144,12 +145,14 @@ def chosen(
     """
     widths = np.concatenate([(d.dims >= 0).sum(1) for d in deals])
     wide = _round_up(int(widths.max()), PER_WORDS)
-    linear = np.zeros((len(widths), wide), np.float32)
+    linear, tau = np.zeros((len(widths), wide), np.float32), np.zeros(len(widths), np.float32)
     row = 0
     for dealt, shift in zip(deals, shifts, strict=True):
         rows, columns = dealt.dims.shape
-        linear[row : row + rows, :columns] = dealt.signs * shift[dealt.dims] / ratio**2
-        row += rows
+        part = slice(row, row := row + rows)
+        linear[part, :columns] = dealt.signs * shift[dealt.dims] / ratio**2
+        length = round(math.sqrt(np.sum(shift.astype(np.float64) ** 2) / rows), 1)
+        tau[part] = [temperature(length, int(size)) for size in sizes[part]]
     curvature = np.float32(0.5 * (1 / ratio**2 - 1))
     stream, table = np.array([seed, step * 4 + POOL], np.uint32), jnp.asarray(normal_table())
     block = min(1 << int(math.log2(BLOCK_NUMBERS / wide)), 1 << int(max(sizes)), EXACT)
@@ -158,14 +161,44 @@ def chosen(
         rows = min(CHUNKS, len(widths) - first)
         pad = (0, _round_up(rows, 1) - rows)
         part = slice(first, first + rows)
+        kinds, which = np.unique(widths[part], return_inverse=True)
+        inside = np.arange(wide) < kinds[:, None]
         args = (
             np.pad(linear[part], (pad, (0, 0))),
-            np.pad(widths[part], pad).astype(np.int32),
+            np.pad(inside * curvature, ((0, _round_up(len(kinds), 1) - len(kinds)), (0, 0))),
+            np.pad(which, pad).astype(np.int32),
             np.pad((1 << sizes[part]) - 1, pad).astype(np.int32),
+            np.pad(tau[part], pad),
         )
-        found = _choose(stream, random.fold_in(key, first), *args, curvature, table, block)
+        found = _choose(stream, random.fold_in(key, first), *args, table, block)
         parts.append(np.asarray(found)[:rows].astype(np.int64))
     return np.concatenate(parts)
+
+
+@functools.cache
+def temperature(shift: float, size: int) -> float:
+    """Returns the tau with which z has the mean `shift`, a length, of 2^size candidates.
+
+    The best of endless lists has it at tau = 1; lists that end fall short of it, and a lower tau
+    makes up for that by larger indices. The law of the best is that of a Poisson process of points
+    (T, z), in the one direction of the shift.
+    """
+    shift = max(shift, 0.1)
+    log_t, z = np.arange(-6, size * math.log(2), 0.05), np.arange(-5, shift + 5, 0.05)[:, None]
+    intensity = np.exp(log_t) * 0.05
+
+    def mean(tau):
+        value = np.linspace(shift * z[0, 0] - tau * log_t[-1], shift * z[-1, 0] + 6 * tau, 500)
+        better = ndtr(-(value[:, None] + tau * log_t) / shift) @ intensity
+        none_is = np.exp(-np.interp(shift * z - tau * log_t, value, better))
+        mass = np.exp(-0.5 * z**2) * intensity * none_is
+        return np.sum(z * mass) / np.sum(mass)
+
+    low, high = LEAST_TAU, 1.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean(middle) > shift else (low, middle)
+    return low
 
 
 def _round_up(n: int, least: int) -> int:
@@ -178,14 +211,18 @@ def _round_up(n: int, least: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames="block")
-def _choose(stream, key, linear, widths, limits, curvature, table, block):
-    """Returns arg min over k of log T_k - log(q / p)(z_k) for arrivals T_k of a Poisson process.
+def _choose(stream, key, linear, quadratic, kind, limits, tau, table, block):
+    """Returns arg min over k of tau log T_k - log(q / p)(z_k), T_k arrivals of a Poisson process.
 
-    log(q / p)(z) = linear z - curvature |z|^2 + constant, over the widths[i] first z of chunk i.
+    log(q / p)(z) = linear z - quadratic z^2 + constant, with the row quadratic[kind] of a chunk.
     """
     chunks, wide = linear.shape
     columns = jnp.arange(wide // PER_WORDS, dtype=jnp.uint32)
-    quadratic = jnp.where(jnp.arange(wide)[None] < widths[:, None], curvature, 0)
+    # All first numbers of a call of threefry, then all second ones: three times as fast.
+    linear, quadratic = (
+        a.reshape(len(a), -1, PER_WORDS).swapaxes(1, 2).reshape(a.shape)
+        for a in (linear, quadratic)
+    )
     # Later arrivals are taken to come one by one: that is so within 1 / sqrt(k) of each.
     first = jnp.cumsum(random.exponential(key, (chunks, EXACT), jnp.float32), axis=1)
 
@@ -194,17 +231,17 @@ def _choose(stream, key, linear, widths, limits, curvature, table, block):
         k = (i * block + jnp.arange(block, dtype=jnp.int32))[None]
         rows = k.astype(jnp.uint32).T
         pair = threefry((stream[:1, None], stream[1:, None]), (rows, columns[None]))
-        z = jnp.stack(_normals_of(pair, table), axis=-1).reshape(block, wide)
+        z = jnp.concatenate(_normals_of(pair, table), axis=1)
         scores = jnp.dot(linear, z.T, precision="highest")
-        scores -= jnp.dot(quadratic, (z * z).T, precision="highest")
+        scores -= jnp.dot(quadratic, (z * z).T, precision="highest")[kind]
         early = lax.dynamic_slice_in_dim(first, jnp.minimum(i * block, EXACT - block), block, 1)
         late = first[:, -1:] + (k - EXACT + 1).astype(first.dtype)
         times = jnp.where(k < EXACT, early, late)
-        value = jnp.where(k < limits[:, None], jnp.log(times) - scores, jnp.inf)
-        here = value.argmin(1).astype(jnp.int32)
-        least = jnp.take_along_axis(value, here[:, None], 1)[:, 0]
+        value = jnp.where(k < limits[:, None], tau[:, None] * jnp.log(times) - scores, jnp.inf)
+        least = value.min(1)  # a minimum and where it is are four times as fast as argmin
+        here = jnp.where(value == least[:, None], k, limits[:, None]).min(1)
         better = least < best
-        index = jnp.where(better, i * block + here, index)
+        index = jnp.where(better, here, index)
         return jnp.where(better, least, best), index
 
     start = jnp.full(chunks, jnp.inf, jnp.float32), jnp.zeros(chunks, jnp.int32)

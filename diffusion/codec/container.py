@@ -1,11 +1,13 @@
-"""The file: a header, one segment for each step of all groups, then one for x_0.
+"""The file: a header, then a segment for each step, then one for x_0.
 
-    header    magic b"\\xd0DPM", version 1, numbers as below, CRC-32C of all before it
-    segment   length, CRC-32C of the body, body
+    header    magic b"\\xd0DPM", version 2, numbers as below, checksum
+    segment   how far t falls, p's variance, length of the body, body, checksum
+    the last  0, variance of p(x_0 | x_t), length of the body, body, checksum
     body      for each group but the last its length; then the groups' bytes
 
-Numbers are LEB128: seven bits a byte, the lowest first, the eighth says that more follow. Checksums
-have four bytes, the lowest first. docs/codec.md describes every field.
+A step of an archive has neither body nor checksum: all is in the last one. Numbers are LEB128:
+seven bits a byte, the lowest first, the eighth says that more follow. A checksum is the CRC-32C of
+all bytes since the one before, the lowest byte first. docs/codec.md describes every field.
 """
 
 import itertools
@@ -16,10 +18,10 @@ from typing import NamedTuple
 import google_crc32c
 import numpy as np
 
-from diffusion.codec.plan import BITS, Plan
+from diffusion.codec.plan import Plan
 from diffusion.utils.errors import IntegrityError
 
-MAGIC = b"\xd0DPM\x01"
+MAGIC = b"\xd0DPM\x02"
 PROGRESSIVE, BITS_BACK = range(2)  # kinds of files
 DIGEST = 4  # bytes of each of the digests
 LIMITS = {  # of what a header may claim, so that a damaged one costs no memory
@@ -34,9 +36,9 @@ LIMITS = {  # of what a header may claim, so that a damaged one costs no memory
     "seed": (0, 2**32 - 1),
     "max_size": (2, 22),
     "padding": (0, 21),
-    "steps": (0, 2**16),
+    "T": (1, 2**32),
 }
-MAX_DIMS, MAX_BITS = 2**24, 64  # of a group, and of a dimension at one step
+MAX_DIMS = 2**24  # of a group
 
 
 class Header(NamedTuple):
@@ -48,7 +50,7 @@ class Header(NamedTuple):
         group: images that are coded together.
         batch: images of a call of the network.
         seed: of the shared randomness.
-        plan: the steps.
+        plan: the steps; of a file being read, those that were read.
         weights, config, probe: digests of the weights, of what the config says of the model, and of
             the network's output on the encoder's machine; 4 bytes each.
     """
@@ -116,76 +118,96 @@ def _crc(content: bytes) -> bytes:
 
 
 def header_bytes(header: Header) -> bytes:
-    """Returns the header as it stands in the file."""
+    """Returns the header as it stands in the file, with nothing of its steps."""
     h, plan = header, header.plan
     numbers = [h.kind, h.images, *h.shape, h.levels, h.group, h.batch, h.seed]
-    falls = [a - b for a, b in zip(plan.ts, [*plan.ts[1:], 0], strict=True)]
-    numbers += [plan.max_size, plan.padding, len(plan.bits), *falls]
-    parts = [MAGIC, *map(leb128, numbers), bytes(plan.variances), bytes(plan.bits)]
-    parts += [np.float32(plan.decoder).tobytes()[2:], h.weights, h.config, h.probe]
-    content = b"".join(parts)
+    numbers += [plan.max_size, plan.padding, plan.ts[0]]
+    content = b"".join([MAGIC, *map(leb128, numbers), h.weights, h.config, h.probe])
     return content + _crc(content)
 
 
 def read_header(reader: Reader) -> Header:
-    """Reads the header. Raises IntegrityError."""
+    """Reads the header, whose plan has no steps yet. Raises IntegrityError."""
     try:
         if reader.take(len(MAGIC)) != MAGIC:
             raise IntegrityError("expected a file that --mode=compress wrote, found another kind")
         found = {name: reader.number() for name in LIMITS}
-        n = found["steps"]
-        if n > len(reader.content):
-            raise EOFError
-        falls = [reader.number() for _ in range(n + 1)]
-        variances, bits = (tuple(reader.take(n)) for _ in range(2))
-        decoder = float(np.frombuffer(b"\0\0" + reader.take(2), "<f4")[0])
         digests = [reader.take(DIGEST) for _ in range(3)]
         end = reader.at
         if reader.take(4) != _crc(reader.content[:end]):
             raise IntegrityError("the header is damaged: its checksum is another")
     except EOFError as error:
         raise IntegrityError("the file ends within its header") from error
-    ts = tuple(itertools.accumulate(reversed(falls)))[::-1]
     for name, (low, high) in LIMITS.items():
         if not low <= found[name] <= high:
             raise IntegrityError(f"header: expected {name} in {low}..{high}, found {found[name]}")
-    plan_ = Plan(ts, variances, decoder, bits, found["max_size"], found["padding"])
-    for name in ("max_size", "padding", "steps"):
-        del found[name]
-    _check(plan_, found)
-    return Header(**found, plan=plan_, weights=digests[0], config=digests[1], probe=digests[2])
-
-
-def _check(plan: Plan, found: dict[str, int]) -> None:
     dims = found["group"] * found["height"] * found["width"] * found["channels"]
-    if plan.padding >= plan.max_size or dims > MAX_DIMS:
+    if found["padding"] >= found["max_size"] or dims > MAX_DIMS:
         raise IntegrityError("header: its sizes do not fit together")
-    if not all(a > b for a, b in zip(plan.ts, [*plan.ts[1:], 0], strict=True)):
-        raise IntegrityError("header: expected falling times")
-    if not (math.isfinite(plan.decoder) and plan.decoder > 0):
-        raise IntegrityError("header: expected a variance above 0")
-    if any(BITS[code] > MAX_BITS * dims for code in plan.bits):
-        raise IntegrityError("header: its bits do not fit its images")
+    plan = Plan((found.pop("T"),), (), 0.0, found.pop("max_size"), found.pop("padding"))
+    return Header(**found, plan=plan, weights=digests[0], config=digests[1], probe=digests[2])
 
 
-def segment_bytes(groups: Sequence[bytes]) -> bytes:
-    """Returns a segment of all groups' bytes."""
+def segment_bytes(header: Header, i: int, groups: Sequence[bytes]) -> bytes:
+    """Returns the segment of step i, or of x_0, from all groups' bytes."""
+    ts, steps = header.plan.ts, len(header.plan.variances)
+    step = _step_bytes(ts[i] - ts[i + 1], header.plan.variances[i]) if i < steps else _end(header)
     body = b"".join([*(leb128(len(part)) for part in groups[:-1]), *groups])
-    return leb128(len(body)) + _crc(body) + body
+    content = step + leb128(len(body)) + body
+    return content + _crc(content)
 
 
-def read_segment(reader: Reader, groups: int) -> list[bytes] | None:
-    """Returns each group's bytes of the next segment; None where the file ends before its end.
+def archive_bytes(header: Header, body: bytes) -> bytes:
+    """Returns all of an archive behind its header."""
+    ts = header.plan.ts
+    falls = [a - b for a, b in itertools.pairwise(ts)]
+    content = b"".join(map(_step_bytes, falls, header.plan.variances))
+    content += _end(header) + leb128(len(body)) + body
+    return content + _crc(content)
 
-    Raises IntegrityError for a damaged segment.
+
+def _step_bytes(fall: int, variance: int) -> bytes:
+    return leb128(fall) + bytes([variance])
+
+
+def _end(header: Header) -> bytes:
+    return leb128(0) + np.float32(header.plan.decoder).tobytes()[2:]
+
+
+class Segment(NamedTuple):
+    """A segment of a file, the plan with its step, and each group's bytes."""
+
+    plan: Plan
+    groups: list[bytes]
+
+
+def read_segment(reader: Reader, header: Header, plan: Plan) -> Segment | None:
+    """Returns the segment behind the steps of a plan; None where the file ends before its end.
+
+    Of an archive it is all that there is. Raises IntegrityError for a damaged segment.
     """
+    first = reader.at
     try:
-        length, crc = reader.number(), reader.take(4)
-        body = reader.take(length)
+        while fall := reader.number():
+            ts, variances = (*plan.ts, plan.ts[-1] - fall), (*plan.variances, *reader.take(1))
+            if ts[-1] < 1:
+                raise IntegrityError(f"expected a time of 1 or more, found {ts[-1]}")
+            plan = plan._replace(ts=ts, variances=variances)
+            if header.kind == PROGRESSIVE:
+                break
+        if not fall:
+            decoder = np.frombuffer(b"\0\0" + reader.take(2), "<f4")[0]
+            plan = plan._replace(decoder=float(decoder))
+        body = reader.take(reader.number())
+        end = reader.at
+        crc = reader.take(4)
     except EOFError:
         return None
-    if _crc(body) != crc:
+    if _crc(reader.content[first:end]) != crc:
         raise IntegrityError("its checksum is another")
+    if not (fall or 0 < plan.decoder < math.inf):
+        raise IntegrityError(f"expected a variance above 0, found {plan.decoder}")
+    groups = 1 if header.kind == BITS_BACK else -(-header.images // header.group)
     inside = Reader(body)
     try:
         if groups - 1 > len(body):
@@ -193,4 +215,4 @@ def read_segment(reader: Reader, groups: int) -> list[bytes] | None:
         parts = [inside.take(n) for n in [inside.number() for _ in range(groups - 1)]]
     except EOFError as error:
         raise IntegrityError("its groups are longer than it is") from error
-    return [*parts, body[inside.at :]]
+    return Segment(plan, [*parts, body[inside.at :]])

@@ -28,7 +28,9 @@ from diffusion.codec.plan import (
 from diffusion.utils.errors import IntegrityError
 
 PIXELS = 4096  # distributions of pixels in memory at a time
-MORE_BITS, MORE = 5, 16  # a group's bits are from 1/4 to 3.7 times those of the plan
+CODE_BITS = 5  # of the place in BITS of a group's bits, which are from 1/4 to 3.7 times the expected
+NEAR = 2**CODE_BITS // 2
+MAX_BITS = 64  # of a dimension at one step
 
 
 def group_sizes(images: int, group: int) -> list[int]:
@@ -49,20 +51,26 @@ def dimensions(codec: Codec) -> int:
 
 
 class Group(NamedTuple):
-    """A group's chunks at one step: how far its bits are from the plan's, their sizes, the deal."""
+    """A group's chunks at one step: the place in BITS of all its bits, their sizes, the deal."""
 
-    more: int
+    code: int
     sizes: list[int]
     dealt: channel.Deal
 
 
-def _group(codec: Codec, i: int, number: int, images: int, more: int) -> Group:
-    """Returns the group's chunks where its bits are `more` places in BITS above the expected."""
-    code = expected_code(codec.plan, i, images, codec.group) + more
-    bits = BITS[min(max(code, 0), len(BITS) - 1)]
-    sizes = chunk_sizes(bits, codec.plan.max_size, codec.plan.padding)
+def _group(codec: Codec, i: int, number: int, images: int, code: int) -> Group:
+    """Returns the chunks of a group of so many images, whose bits are BITS[code]."""
     n = images * dimensions(codec)
-    return Group(more, sizes, channel.deal(codec.seed, i, number, n, len(sizes)))
+    if BITS[code] > MAX_BITS * n:
+        raise IntegrityError(f"a step of {BITS[code]} bits does not fit {images} images")
+    sizes = chunk_sizes(BITS[code], codec.plan.max_size, codec.plan.padding)
+    return Group(code, sizes, channel.deal(codec.seed, i, number, n, len(sizes)))
+
+
+def _expected(codec: Codec, i: int, images: int) -> int:
+    """Returns the place in BITS of what so many images are expected to need at step i."""
+    n = images * dimensions(codec)
+    return expected_code(from_pure_noise(codec.process), codec.plan, i, n)
 
 
 def _arrived(codec, i, x, x_0, groups: Sequence[Group], indices) -> np.ndarray:
@@ -95,7 +103,7 @@ def encode_groups(codec: Codec, index: np.ndarray, first_group: int, key: Array)
     x_0 = levels_to_x0(index, codec.levels)
     sizes = group_sizes(len(index), codec.group)
     cuts = np.cumsum(sizes)[:-1]
-    steps = len(codec.plan.bits)
+    steps = len(codec.plan.variances)
     x = initial_noise(codec, first_group * codec.group, len(index))
     segments, mse = [], np.zeros(steps + 1)
     process = from_pure_noise(codec.process)
@@ -108,9 +116,9 @@ def encode_groups(codec: Codec, index: np.ndarray, first_group: int, key: Array)
         shifts = [part.ravel() for part in np.split(shift, cuts)]
         groups = []
         for j, (part, images) in enumerate(zip(shifts, sizes, strict=True)):
-            code = expected_code(codec.plan, i, images, codec.group)
-            more = min(max(bits_code(kl_bits(part, ratio)) - code, -MORE), MORE - 1)
-            groups.append(_group(codec, i, first_group + j, images, more))
+            code = _expected(codec, i, images)
+            code = min(max(bits_code(kl_bits(part, ratio)), code - NEAR), code + NEAR - 1)
+            groups.append(_group(codec, i, first_group + j, images, max(code, 0)))
         args = [group.dealt for group in groups], shifts, ratio
         lengths = np.concatenate([np.array(group.sizes) for group in groups])
         found = channel.chosen(codec.seed, i, *args, lengths, random.fold_in(key, i))
@@ -138,7 +146,7 @@ class Ideal(NamedTuple):
 
 def ideal(codec: Codec, index: np.ndarray, seed: int) -> Ideal:
     """Returns the bound of images int[n, h, w, c], with one draw of each x_t from q."""
-    x_0, steps = levels_to_x0(index, codec.levels), len(codec.plan.bits)
+    x_0, steps = levels_to_x0(index, codec.levels), len(codec.plan.variances)
     x, process = initial_noise(codec, 0, len(index)), from_pure_noise(codec.process)
     bits, mse = np.zeros(steps + 1), np.zeros(steps + 1)
     generator = np.random.default_rng(seed)
@@ -157,7 +165,7 @@ def ideal(codec: Codec, index: np.ndarray, seed: int) -> Ideal:
 
 def _write_indices(group: Group, indices: np.ndarray) -> bytes:
     encoder = entropy.RangeEncoder()
-    encoder.encode(group.more + MORE, 1, MORE_BITS)
+    encoder.encode(group.code % 2**CODE_BITS, 1, CODE_BITS)
     for k, size in zip(indices.tolist(), group.sizes, strict=True):
         entropy.encode_index(encoder, k, size)
     return encoder.finish()
@@ -165,9 +173,11 @@ def _write_indices(group: Group, indices: np.ndarray) -> bytes:
 
 def _read_indices(codec, i, number: int, images: int, content: bytes) -> tuple[Group, np.ndarray]:
     decoder = entropy.RangeDecoder(content)
-    more = decoder.peek(MORE_BITS)
-    decoder.advance(more, 1, MORE_BITS)
-    group = _group(codec, i, number, images, more - MORE)
+    last = decoder.peek(CODE_BITS)
+    decoder.advance(last, 1, CODE_BITS)
+    lowest = _expected(codec, i, images) - NEAR
+    code = lowest + (last - lowest) % 2**CODE_BITS  # so a float that rounds otherwise does no harm
+    group = _group(codec, i, number, images, min(max(code, 0), len(BITS) - 1))
     return group, np.array([entropy.decode_index(decoder, size) for size in group.sizes], np.int64)
 
 
@@ -239,7 +249,7 @@ def decode_groups(
 
     Raises IntegrityError if pixels of a lossless file are not those that were encoded.
     """
-    sizes, steps = group_sizes(n, codec.group), len(codec.plan.bits)
+    sizes, steps = group_sizes(n, codec.group), len(codec.plan.variances)
     x = initial_noise(codec, first_group * codec.group, n)
     received = min(len(segments), steps)
     for i in range(received):

@@ -93,12 +93,12 @@ def make_denoise(model: Model, batch: int) -> Denoise:
 def probe(codec: Codec, batch: int) -> bytes:
     """Returns a digest of the network's output on known input: whether two machines compute alike.
 
-    The input is noise of a seed at the middle of the plan's times.
+    The input is noise of a seed at half of the file's first time.
     """
     noise = channel.normals(
         PROBE_SEED, (0, channel.NOISE), np.arange(batch), int(np.prod(codec.shape))
     )
-    t = codec.plan.ts[len(codec.plan.ts) // 2]
+    t = (codec.plan.ts[0] + 1) // 2
     x_0 = codec.denoise(noise.reshape(batch, *codec.shape), t)
     return hashlib.sha256(np.ascontiguousarray(x_0).tobytes()).digest()[:DIGEST]
 

@@ -58,7 +58,7 @@ def run(run: Run) -> None:
     codec = _codec.make_codec(model, header)
     header = header._replace(probe=_codec.probe(codec, header.batch))
     what = f"{images.n:,} images of {images.name}, {header.group:,} in a group"
-    logging.info(f"encoding   {what}, {len(header.plan.bits) + 1} evaluations of the network")
+    logging.info(f"encoding   {what}, {len(header.plan.ts)} evaluations of the network")
     partial = path.with_name(f"{path.name}.partial.npz")
     folder, pictures = trained.folder("eval"), ""
     if kind == BITS_BACK:
@@ -123,7 +123,7 @@ def encode_progressive(
     header: Header, codec: Codec, images: ImageSet, partial: epath.Path
 ) -> Encoded:
     """Returns the segments of all groups; shows progress, resumes from `partial`."""
-    setting = container.header_bytes(header).hex()
+    setting = repr(header)
     todo, parts, sums = [*_codec.blocks(header)], [], []
     stored = partial_results.load(partial, setting)
     before = (
@@ -174,7 +174,8 @@ def write_file(
     header: Header, codec: Codec, images: ImageSet, encoded: Encoded, path: epath.Path
 ) -> dict[str, Any]:
     """Writes a progressive file; returns and prints what each step takes."""
-    parts = [container.header_bytes(header), *map(container.segment_bytes, encoded.segments)]
+    parts = [container.header_bytes(header)]
+    parts += [container.segment_bytes(header, *pair) for pair in enumerate(encoded.segments)]
     io.save_bytes(path, b"".join(parts))
     some = next(read_blocks(images, min(IDEAL_IMAGES, images.n), header.levels))
     bound = progressive.ideal(codec, some, header.seed)
@@ -237,10 +238,11 @@ def encode_archive(
         found = bits_back.encode_batches(codec, batches(), header.batch)
     body = found.words.astype("<u4").tobytes()
     start = container.header_bytes(header)
-    io.save_bytes(path, start + container.segment_bytes([body]))
+    content = start + container.archive_bytes(header, body)
+    io.save_bytes(path, content)
     dims = header.images * math.prod(header.shape)
     whole, initial = 32 * len(found.words), 32 * found.initial
-    rows = {"file": 8 * len(start) + whole, "initial": initial, "ideal": found.ideal}
+    rows = {"file": 8 * len(content), "initial": initial, "ideal": found.ideal}
     rows = {name: bits / dims for name, bits in rows.items()}
     ratio = (whole - initial) / found.ideal
     logging.info(

@@ -11,20 +11,22 @@ from PIL import Image
 
 from diffusion.codec import bits_back, container, progressive
 from diffusion.codec.container import BITS_BACK, Header, Reader
-from diffusion.codec.plan import Codec
+from diffusion.codec.plan import Codec, Plan
 from diffusion.codec.progressive import Decoded
 from diffusion.data import augment
 from diffusion.modes import _codec
 from diffusion.modes._codec import Model
 from diffusion.modes._common import check_empty
 from diffusion.modes._split_pass import trained_chain
+from diffusion.process import Process
 from diffusion.runtime import preemption
 from diffusion.runtime.config import Run, lookup
-from diffusion.samplers import ancestral, base
+from diffusion.samplers import ancestral, base, timesteps
 from diffusion.utils import io, logging
 from diffusion.utils.errors import ConfigError, DataError, IntegrityError, error_text
 from diffusion.utils.progress import Progress
 
+ODE_STEPS = 20
 UNFINISHED = "unfinished.json"  # in the folder, while images are missing from it
 
 
@@ -56,7 +58,6 @@ def decode_file(run: Run, content: bytes, folder: epath.Path) -> None:
     header = container.read_header(reader)
     model = _codec.load_model(run)
     check_model(header, model)
-    groups = -(-header.images // header.group)
     codec = _codec.make_codec(model, header)
     found = _codec.probe(codec, header.batch)
     same = found == header.probe
@@ -65,8 +66,8 @@ def decode_file(run: Run, content: bytes, folder: epath.Path) -> None:
         if not same:
             raise IntegrityError(f"an archive decodes only where it was encoded: {prints}")
         return decode_archive(header, codec, reader, folder)
-    segments = read_segments(header, reader, groups, c.steps_decoded)
-    exact = len(segments) > len(header.plan.bits)
+    plan, segments = read_segments(header, reader, c.steps_decoded)
+    codec = codec._replace(plan=plan)
     unfinished = {"sha256": hashlib.sha256(content).hexdigest(), "steps": len(segments)}
     unfinished |= {"decode": c.decode}
     done = _prepare(folder, unfinished)
@@ -85,7 +86,7 @@ def decode_file(run: Run, content: bytes, folder: epath.Path) -> None:
             _save(folder, finish(model, header, decoded), block.first_image)
             progress(block.first_image + block.images)
     (folder / UNFINISHED).unlink()
-    what = "exact" if exact else f"of {len(segments)} of {len(header.plan.bits) + 1} segments"
+    what = "exact" if plan.decoder else f"segments read: {len(segments)}, to t = {plan.ts[-1]}"
     logging.info(f"done       {folder}: {header.images:,} images, {what}")
 
 
@@ -102,31 +103,34 @@ def check_model(header: Header, model: Model) -> None:
         raise IntegrityError(f"header: images of {header.shape} or its times do not fit the model")
 
 
-def read_segments(header: Header, reader: Reader, groups: int, most: int) -> list[list[bytes]]:
-    """Returns the whole segments of a file, at most `most` (0: all); notes where it was cut."""
-    steps = len(header.plan.bits)
-    segments: list[list[bytes]] = []
-    wanted = min(most or steps + 1, steps + 1)
-    while len(segments) < wanted:
+def read_segments(header: Header, reader: Reader, most: int) -> tuple[Plan, list[list[bytes]]]:
+    """Returns the whole segments of a file, at most `most` (0: all), and the plan of their steps.
+
+    Notes where the file was cut.
+    """
+    plan, segments = header.plan, []
+    while not plan.decoder and (len(segments) < most or not most):
         try:
-            segment = container.read_segment(reader, groups)
+            segment = container.read_segment(reader, header, plan)
         except IntegrityError as error:
             n = len(segments)
             advice = f"; --config.codec.steps_decoded={n} decodes what is before it" if n else ""
-            raise IntegrityError(f"segment {n + 1} of {steps + 1}: {error}{advice}") from error
+            raise IntegrityError(f"segment {n + 1}: {error}{advice}") from error
         if segment is None:
             logging.info(f"note       the file ends within segment {len(segments) + 1}")
             break
-        segments.append(segment)
-    return segments
+        plan = segment.plan
+        segments.append(segment.groups)
+    return plan, segments
 
 
 def decode_archive(header: Header, codec: Codec, reader: Reader, folder: epath.Path) -> None:
     """Decodes a bits-back archive, whose last images come first."""
-    parts = container.read_segment(reader, 1)
-    if parts is None or len(parts[0]) % 4:
+    found = container.read_segment(reader, header, header.plan)
+    if found is None or len(found.groups[0]) % 4:
         raise IntegrityError("the archive is not whole")
-    words = np.frombuffer(parts[0], "<u4").astype(np.uint32)
+    codec = codec._replace(plan=found.plan)
+    words = np.frombuffer(found.groups[0], "<u4").astype(np.uint32)
     check_empty(folder, "--output")
     images, left = [], header.images
     with Progress(header.images, unit="image") as progress:
@@ -171,12 +175,13 @@ def predicted(model: Model, header: Header, decoded: Decoded) -> np.ndarray:
 def by_ode(model: Model, header: Header, decoded: Decoded) -> np.ndarray:
     """Returns the exact pixels if they are known, else the end of the flow from x_t, uint8.
 
-    The flow is that of DDIM through the plan's times that were not received.
+    The flow is that of DDIM, on the grid timesteps.angle from t to 0.
     """
     if decoded.index is not None:
         return _codec.to_pixels(decoded.index, header.levels)
     exp, trained = model.trained.exp, model.trained
-    ts = np.array([*(t for t in header.plan.ts if t <= decoded.t), 0], np.int32)
+    chain = Process(*(values[: decoded.t + 1] for values in exp.process))
+    ts = timesteps.angle(chain, min(decoded.t, ODE_STEPS))
     sampler = ancestral.ddim(exp.process)
     label = _codec.no_class(exp, len(decoded.x))
     predict = trained_chain(trained).predictor(trained.params, label)

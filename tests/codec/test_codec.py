@@ -43,7 +43,7 @@ def optimum():
         mse.append(float(np.mean((mean - x_0) ** 2)))
         found = []
         for std in 2.0 ** np.arange(-4, 1, 0.5):
-            codec = make(Plan((t,), (), std**2, (), 10, 2), 500)
+            codec = make(Plan((t,), (), std**2, 10, 2), 500)
             found.append((progressive.pixel_bits(codec, index, mean) / x_0.size, std**2))
         bits.append(min(found)[0])
         decoder.append(min(found)[1])
@@ -178,7 +178,7 @@ def test_steps_are_those_of_diffc(codec):
     x_0, eps = codec["pq.x_0"], codec["pq.eps_hat"]
     for i, (now, after) in enumerate(codec["pq.snr_pairs"] ** 2):
         chain = Process(np.array([1, after / (1 + after), now / (1 + now)]), np.arange(-1.0, 2))
-        g = plan.gaussians(chain, Plan((2, 1), (255,), 1.0, (0,), 12, 2), 0)
+        g = plan.gaussians(chain, Plan((2, 1), (255,), 1.0, 12, 2), 0)
         x_t, a = codec["pq.x_t"], now / (1 + now)
         predicted = (x_t - np.sqrt(1 - a) * eps) / np.sqrt(a)
         means = g.mean(x_0, x_t), g.mean(predicted, x_t)
