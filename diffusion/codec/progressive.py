@@ -5,6 +5,7 @@ is elementwise in float32. Whatever was received of a file, the decoder predicts
 that it has come to.
 """
 
+import collections
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -28,8 +29,8 @@ from diffusion.codec.plan import (
 from diffusion.utils.errors import IntegrityError
 
 PIXELS = 4096  # distributions of pixels in memory at a time
-CODE_BITS = 5  # of the place in BITS of a group's bits, which are from 1/4 to 3.7 times the expected
-NEAR = 2**CODE_BITS // 2
+CODE_BITS = 5  # of a place in BITS
+NEAR = 2**CODE_BITS // 2  # a group's bits are from 1/4 to 3.7 times the expected ones
 MAX_BITS = 64  # of a dimension at one step
 
 
@@ -249,18 +250,25 @@ def decode_groups(
 
     Raises IntegrityError if pixels of a lossless file are not those that were encoded.
     """
+    return collections.deque(decode_prefixes(codec, segments, first_group, n), maxlen=1)[0]
+
+
+def decode_prefixes(
+    codec: Codec, segments: Sequence[Sequence[bytes]], first_group: int, n: int
+) -> Iterator[Decoded]:
+    """Yields what is known before the first segment and after each one, as decode_groups does."""
     sizes, steps = group_sizes(n, codec.group), len(codec.plan.variances)
     x = initial_noise(codec, first_group * codec.group, n)
-    received = min(len(segments), steps)
-    for i in range(received):
+    for i in range(min(len(segments), steps) + 1):
         predicted = codec.denoise(x, codec.plan.ts[i])
-        parts = enumerate(zip(sizes, segments[i], strict=True), first_group)
-        read = [_read_indices(codec, i, j, images, part) for j, (images, part) in parts]
-        groups, indices = zip(*read, strict=True)
-        x = _arrived(codec, i, x, predicted, groups, indices)
-    predicted, index = codec.denoise(x, codec.plan.ts[received]), None
+        yield Decoded(x, codec.plan.ts[i], predicted, None)
+        if i < min(len(segments), steps):
+            parts = enumerate(zip(sizes, segments[i], strict=True), first_group)
+            read = [_read_indices(codec, i, j, images, part) for j, (images, part) in parts]
+            groups, indices = zip(*read, strict=True)
+            x = _arrived(codec, i, x, predicted, groups, indices)
     if len(segments) > steps:
         cuts = np.cumsum(sizes)[:-1]
         pairs = zip(segments[steps], np.split(predicted, cuts), strict=True)
         index = np.concatenate([_read_pixels(codec, part, mean) for part, mean in pairs])
-    return Decoded(x, codec.plan.ts[received], predicted, index)
+        yield Decoded(x, codec.plan.ts[steps], predicted, index)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax import Array
 from jax.sharding import AxisType, Mesh
 
@@ -24,6 +25,7 @@ from diffusion.utils.errors import ConfigError
 
 MODEL_KEYS = ("model.", "process.", "target", "variance", "data.levels", "sampler.clip")
 PROBE_SEED = 0xD0D0
+CURVES = ("bits", "rmse"), ("ideal", "ideal_rmse")  # of codec.json
 
 
 class Model(NamedTuple):
@@ -108,6 +110,19 @@ def make_codec(model: Model, header: Header) -> Codec:
     exp, h = model.trained.exp, header
     denoise = make_denoise(model, h.batch)
     return Codec(exp.process, denoise, h.plan, h.shape, h.levels, h.group, h.seed)
+
+
+def measured_curves(folder: epath.Path) -> dict[str, list[tuple[float, float]]]:
+    """Returns the curves of a checkpoint's codec.json, what plotting.curves.plot_codecs draws.
+
+    Empty where --mode=compress has not written a progressive file yet.
+    """
+    try:
+        report = json.loads((folder / "codec.json").read_text())
+        sent, bound = ([(p[x], p[y]) for p in report["points"]] for x, y in CURVES)
+    except (OSError, ValueError, KeyError):
+        return {}
+    return {"file": sent, "its bound": bound} | report["lossy"]
 
 
 class Block(NamedTuple):

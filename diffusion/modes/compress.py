@@ -32,7 +32,6 @@ from diffusion.utils import io, logging, partial_results
 from diffusion.utils.errors import ConfigError, DataError, WorkdirError
 from diffusion.utils.progress import Progress
 
-CURVES = ("bits", "rmse"), ("ideal", "ideal_rmse")
 RATES, SHOWN = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0), 8  # bits/dim and images of codec_images.png
 IDEAL_IMAGES = 512  # at most so many are read for the bound
 FILE_KINDS = {"progressive": PROGRESSIVE, "archive": BITS_BACK}
@@ -42,7 +41,7 @@ def run(run: Run) -> None:
     """Encodes the images of --input, a split or files, into the file --output.
 
     Prints what every step takes beside its term of the bound, and what other formats take; these
-    go to workdir/eval/STEP/codec.json too. Raises ConfigError, DataError, WorkdirError.
+    go to workdir/eval/STEP/codec.json or archive.json too. Raises ConfigError, DataError, WorkdirError.
     """
     c, inputs, output = run.config.codec, run.flags.input, run.flags.output
     if len(inputs) != 1 or not output:
@@ -69,14 +68,13 @@ def run(run: Run) -> None:
         save_png(folder / "codec_images.png", prefixes(header, codec, images, encoded, report))
     partial.unlink(missing_ok=True)
     report |= other_formats(images, header)
-    io.save_json(folder / "codec.json", {"file": output, "input": inputs[0]} | report)
+    note = folder / ("codec.json" if kind == PROGRESSIVE else "archive.json")
+    io.save_json(note, {"file": output, "input": inputs[0]} | report)
     if kind == PROGRESSIVE:
-        sent, bound = ([(p[x], p[y]) for p in report["points"]] for x, y in CURVES)
-        lines = {"this file": sent, "the bound": bound} | report["lossy"]
-        curves.plot_codecs(folder / "codec.png", lines)
+        curves.plot_codecs(folder / "codec.png", _codec.measured_curves(folder))
         pictures = ", codec.png, codec_images.png"
     size = len(io.read_bytes(path))
-    logging.info(f"done       {path} ({size:,} bytes), {folder}/codec.json{pictures}")
+    logging.info(f"done       {path} ({size:,} bytes), {note}{pictures}")
 
 
 def plan_file(config: ConfigDict, model: Model, images: ImageSet, kind: int) -> Header:
@@ -204,22 +202,23 @@ def prefixes(
 ) -> np.ndarray:
     """Returns a picture of the first images at several rates, uint8[H, W, 3]."""
     block = next(_codec.blocks(header))
-    segments = [segment[: block.groups] for segment in encoded.segments]
+    segments = [segment[: block.groups] for segment in encoded.segments[:-1]]
     bits = [point["bits"] for point in report["points"]]
-    found = (max((k for k, b in enumerate(bits) if b <= rate), default=0) for rate in RATES)
-    steps = [k for k in dict.fromkeys(found) if 0 < k < len(bits) - 1]
-    columns = []
-    for k in steps:
-        decoded = progressive.decode_groups(codec, segments[:k], 0, block.images)
-        x_0 = jnp.asarray(decoded.x_0[:SHOWN])
-        columns.append(np.asarray(augment.unscale(x_0, header.levels)))
-    columns.append(next(images.batches(block.images, slice(None), 0))[:SHOWN])
-    size = report["points"][-1]["bits"]
-    labels = [*(f"{bits[k]:.2f} bits/dim" for k in steps), f"{size:.2f}, lossless"]
-    note = f"{header.images:,} images in one file, and what its first bytes say of {SHOWN} of them"
-    return labelled_grid(
-        np.stack(columns, 1), labels, title="A file at some of its lengths", note=note
+    inner = range(1, len(bits) - 1)
+    nearest = (min(inner, key=lambda k: abs(math.log(bits[k] / rate)), default=0) for rate in RATES)
+    steps = [k for k in dict.fromkeys(nearest) if k]
+    rows = []
+    for k, decoded in enumerate(progressive.decode_prefixes(codec, segments, 0, block.images)):
+        if k in steps:
+            x_0 = jnp.asarray(decoded.x_0[:SHOWN])
+            rows.append(np.asarray(augment.unscale(x_0, header.levels)))
+    rows.append(next(images.batches(block.images, slice(None), 0))[:SHOWN])
+    size = header.images * math.prod(header.shape) / 8
+    labels = [f"{bits[k]:.2f} bits/dim, {bits[k] * size:,.0f} bytes" for k in [*steps, -1]]
+    note = (
+        f"what is known of {len(rows[-1])} of its {header.images:,} images; the last row is exact"
     )
+    return labelled_grid(np.stack(rows), rows=labels, title="A file at some lengths", note=note)
 
 
 def encode_archive(

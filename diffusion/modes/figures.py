@@ -18,7 +18,7 @@ from diffusion import experiment
 from diffusion.data import augment, loader
 from diffusion.experiment import Experiment
 from diffusion.metrics.nearest import no_neighbours, update_neighbours
-from diffusion.modes import _sampling
+from diffusion.modes import _codec, _sampling
 from diffusion.modes._common import Trained
 from diffusion.modes._trajectories import (
     FigureContext,
@@ -101,6 +101,8 @@ def figure_setting(trained: Trained, name: str) -> str:
     setting = _sampling.sample_setting(c, trained.step, trained.weights, c.figures.seed)
     setting["figures"] = {key: value for key, value in c.figures.items() if key != "names"}
     setting["mask"] = known_mask(c, *trained.exp.image_shape[:2]).tolist()  # a picture may change
+    if name == "compression":
+        setting["measured"] = _codec.measured_curves(trained.folder("eval"))
     setting["eval"] = c.eval.to_dict() if name in MEASURED else {}
     return _sampling.setting_digest(setting)
 
@@ -233,6 +235,15 @@ def quality(context: FigureContext, points: int = 11) -> Files:
     }
 
 
+def compression(context: FigureContext) -> Files:
+    """Draws Fig. 5 with real bits: of the file that --mode=compress has written last."""
+    lines = _codec.measured_curves(context.trained.folder("eval"))
+    if not lines:
+        logging.info("note       --mode=compress --input=test --output=FILE measures compression")
+        return {}
+    return {"compression.png": functools.partial(curves.plot_codecs, curves=lines)}
+
+
 def nearest(context: FigureContext, k: int = 8) -> Files:
     """Draws Figs. 12, 15: the training images nearest to samples, in pixels and in features."""
     config = context.config
@@ -325,6 +336,7 @@ FIGURES: dict[str, Callable[[FigureContext], Files]] = {
     "interpolation": interpolation,
     "coarse_to_fine": coarse_to_fine,
     "quality": quality,
+    "compression": compression,
     "nearest": nearest,
     "inpainting": inpainting,
     "animation": animation,

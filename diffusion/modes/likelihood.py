@@ -15,6 +15,7 @@ from diffusion import continuous, experiment, probability_flow
 from diffusion.data import augment
 from diffusion.likelihood import VLBTerms, rate_distortion, vlb_terms
 from diffusion.metrics.baselines import Baseline
+from diffusion.modes import _codec
 from diffusion.modes._baselines import load_baselines, worse_than
 from diffusion.modes._common import Trained, load_trained
 from diffusion.modes._split_pass import (
@@ -235,7 +236,8 @@ def write(
     lengths = [(row.name, row.bits, row.error or 0.0) for row in rows]
     curves.plot_code_lengths(folder / "bpd.png", bars, lengths)
     path = folder / "rate_distortion.png"
-    curves.plot_rate_distortion(path, bound.rate.mean, bound.rmse.mean)
+    codecs = _codec.measured_curves(folder)
+    curves.plot_rate_distortion(path, bound.rate.mean, bound.rmse.mean, codecs)
 
 
 # Table 4 of the paper, CIFAR-10 test set, T = 1000: (step r, rate, RMSE). After r transmissions,

@@ -101,33 +101,53 @@ def plot_loss(jsonl_path: PathLike, png_path: PathLike, name: str = "loss") -> N
         axes.set_xlabel("step", color=GREY)
 
 
-def plot_rate_distortion(png_path: PathLike, rate: np.ndarray, rmse: np.ndarray) -> None:
+def plot_rate_distortion(
+    png_path: PathLike,
+    rate: np.ndarray,
+    rmse: np.ndarray,
+    codecs: Mapping[str, Sequence[tuple[float, float]]],
+) -> None:
     """Plots the three panels of the paper's Figure 5.
 
     rate: float[T], bits/dim to transmit x_t; rmse: float[T], distortion of the x_0 that is
-    predicted from x_t, on 0..255; both at index t - 1.
+    predicted from x_t, on 0..255; both at index t - 1. codecs: of plot_codecs, for the third panel.
     """
     rate, rmse = rate[::-1], rmse[::-1]
     steps = np.arange(1, len(rate) + 1)
     rmse_over_steps = (REVERSE_STEPS, steps, "distortion (RMSE)", rmse)
     rate_over_steps = (REVERSE_STEPS, steps, "rate (bits/dim)", rate)
     rmse_over_rate = ("rate (bits/dim)", rate, "distortion (RMSE)", rmse)
-    _plot_panels(png_path, [rmse_over_steps, rate_over_steps, rmse_over_rate])
+    with _panels(png_path, 3, (12, 3.6)) as grid:
+        for axes, panel in zip(
+            grid, (rmse_over_steps, rate_over_steps, rmse_over_rate), strict=True
+        ):
+            _plot_panel(axes, *panel)
+        limits = axes.get_xlim(), axes.get_ylim()
+        for (name, points), colour in zip(codecs.items(), COLOURS[1:], strict=False):
+            axes.plot(*zip(*points, strict=True), "o:", color=colour, label=name, markersize=3)
+        axes.set(xlim=limits[0], ylim=limits[1])
+        if codecs:
+            axes.legend(frameon=False, fontsize=8, labelcolor=BLACK)
 
 
 def plot_codecs(png_path: PathLike, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
     """Plots the distortion of codecs against their rate, a line each (Figure 5 with real bits).
 
-    curves: name -> (bits/dim, root mean squared error on 0..255) of its files, by rate.
+    curves: name -> (bits/dim, root mean squared error on 0..255) of its files, by rate. A file
+    without errors is a vertical line.
     """
     with _panels(png_path, 1, (7, 4.6)) as (axes,):
         for i, (name, points) in enumerate(curves.items()):
-            rates, errors = zip(*points, strict=True)
             style = {"color": COLOURS[i % len(COLOURS)], "linewidth": 2 if i < 2 else 1.2}
-            axes.plot(rates, errors, "o-" if i < 2 else "o--", label=name, markersize=3, **style)
-        axes.set_xlim(0, None)
-        axes.set_ylim(0, None)
+            lossy = [point for point in points if min(point) > 0]
+            shape = "o-" if i < 2 else "o--"
+            axes.plot(*zip(*lossy, strict=True), shape, label=name, markersize=3, **style)
+            for rate in (rate for rate, error in points if error == 0):
+                axes.axvline(rate, linestyle=":", **style)
+        for axis in (axes.xaxis, axes.yaxis):
+            _set_scale(axis, log=True, ticks=(1, 2, 5))
         axes.set_title("distortion (RMSE)", loc="left", **TITLE)
+        axes.set_title("dotted: lossless", loc="right", **NOTE)
         axes.set_xlabel("rate (bits/dim)", color=GREY)
         axes.legend(frameon=False, fontsize=8, labelcolor=BLACK)
 
@@ -260,13 +280,17 @@ def _panels(png_path: PathLike, n: int, size: tuple) -> Iterator[list]:
 def _plot_panels(png_path: PathLike, panels: Sequence[tuple]) -> None:
     """Plots (name of x, x, name of y, y) of each panel."""
     with _panels(png_path, len(panels), (max(6, 4 * len(panels)), 3.6)) as grid:
-        for axes, (x_name, x, y_name, y) in zip(grid, panels, strict=True):
-            marker = "o" if len(x) < 50 else None
-            axes.plot(x, y, color=BLUE, linewidth=2, marker=marker, markersize=3, clip_on=False)
-            _label_end(axes, x[-1], y[-1])
-            axes.set_ylim(min(0, np.min(y)), None)
-            axes.set_title(y_name, loc="left", **TITLE)
-            axes.set_xlabel(x_name, color=GREY)
+        for axes, panel in zip(grid, panels, strict=True):
+            _plot_panel(axes, *panel)
+
+
+def _plot_panel(axes, x_name: str, x: np.ndarray, y_name: str, y: np.ndarray) -> None:
+    marker = "o" if len(x) < 50 else None
+    axes.plot(x, y, color=BLUE, linewidth=2, marker=marker, markersize=3, clip_on=False)
+    _label_end(axes, x[-1], y[-1])
+    axes.set_ylim(min(0, np.min(y)), None)
+    axes.set_title(y_name, loc="left", **TITLE)
+    axes.set_xlabel(x_name, color=GREY)
 
 
 def _label_end(axes, x: float, y: float) -> None:

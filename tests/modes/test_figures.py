@@ -1,5 +1,6 @@
 """What each figure shows, looked at before it is drawn; and which figures are drawn again."""
 
+import functools
 import json
 
 import jax
@@ -199,8 +200,29 @@ def unmeasured(monkeypatch):
     monkeypatch.setattr("diffusion.modes._scores.make_measures", lambda trained: (None, {}))
 
 
+def measure_a_file(workdir):
+    """Leaves what --mode=compress does."""
+    folder = workdir / "eval" / "00000012"
+    folder.mkdir(parents=True, exist_ok=True)
+    point = {"bits": 1.0, "rmse": 20.0, "ideal": 0.8, "ideal_rmse": 19.0}
+    report = {"points": [point, point | {"bits": 2.0}], "lossy": {"JPEG": [(2.0, 30.0)]}}
+    (folder / "codec.json").write_text(json.dumps(report))
+
+
+def test_compression_is_drawn_once_there_is_a_file(tmp_path, capsys):
+    draw = functools.partial(figures.draw_figures, toy_model(tmp_path, {"names": ["compression"]}))
+    draw()
+    assert "--mode=compress" in capsys.readouterr().out
+    measure_a_file(tmp_path)
+    for said in ("drawing", "keeping"):
+        draw()
+        assert f"{said}    compression" in capsys.readouterr().out
+    assert (tmp_path / "figures" / "00000012" / "compression.png").exists()
+
+
 def test_every_figure_is_drawn_and_again_the_same(tmp_path, unmeasured, capsys):
     for name in ("first", "again"):
+        measure_a_file(tmp_path / name)
         figures.draw_figures(toy_model(tmp_path / name))
     first, again = (tmp_path / name / "figures" / "00000012" for name in ("first", "again"))
     names = sorted(path.name for path in first.iterdir())

@@ -14,6 +14,7 @@ from diffusion.plotting.curves import (
     FrontierPanel,
     plot_averages,
     plot_code_lengths,
+    plot_codecs,
     plot_frontier,
     plot_loss,
     plot_quality,
@@ -198,13 +199,27 @@ def test_quality_has_a_panel_for_each_metric(tmp_path, drawn, n):
 
 def test_rate_distortion_counts_reverse_steps(tmp_path, drawn):
     rate, rmse = np.array([3.0, 2.0, 0.5]), np.array([1.0, 4.0, 9.0])  # of x_1, x_2, x_3
-    plot_rate_distortion(tmp_path / "r.png", rate, rmse)
+    plot_rate_distortion(tmp_path / "r.png", rate, rmse, {"file": [(0.7, 8.0), (2.2, 3.0)]})
     expected = [
         [(1, 9), (2, 4), (3, 1)],
         [(1, 0.5), (2, 2), (3, 3)],
         [(0.5, 9), (2, 4), (3, 1)],
     ]
     np.testing.assert_array_equal([axes.lines[0].get_xydata() for axes in drawn], expected)
+    assert [len(axes.lines) for axes in drawn] == [1, 1, 2]
+    np.testing.assert_array_equal(drawn[2].lines[1].get_xydata(), [(0.7, 8), (2.2, 3)])
+    assert drawn[2].get_legend().get_texts()[0].get_text() == "file"
+
+
+def test_codecs_have_a_line_each(tmp_path, drawn):
+    curves = {"file": [(0.1, 9.0), (1.0, 2.0)], "its bound": [(0.1, 8.0), (1.0, 1.5)]}
+    ends = {"file": [(0.0, 70.0), *curves["file"], (3.0, 0.0)], "its bound": curves["its bound"]}
+    plot_codecs(tmp_path / "c.png", ends)
+    [axes] = drawn
+    found = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert [[*point] for point in curves["file"]] == found["file"]
+    assert [[*point] for point in curves["its bound"]] == found["its bound"]
+    assert [[3.0, 0.0], [3.0, 1.0]] in found.values()  # all of the height
 
 
 def test_panels_are_drawn_in_ink(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from diffusion.codec import container, progressive
 from diffusion.codec.container import Header, Reader
 from diffusion.utils.errors import IntegrityError
-from tests.codec.test_codec import IMAGES, KEY, LEVELS, SHAPE, make, plan_for
+from tests.codec.test_codec import IMAGES, KEY, LEVELS, SHAPE, five_steps, make
 
 pytestmark = pytest.mark.soak
 FILES, MIB = 200_000, 2**20
@@ -19,25 +19,27 @@ FILES, MIB = 200_000, 2**20
 @pytest.fixture(scope="module")
 def written():
     """(codec, content) of 44 images in groups of 20."""
-    codec = make(plan_for(20), 20)
+    codec = make(five_steps(), 20)
     header = Header(0, 44, *SHAPE, LEVELS, 20, 20, 5, codec.plan, b"abcd", b"efgh", b"ijkl")
     segments = progressive.encode_groups(codec, IMAGES, 0, KEY).segments
-    parts = [container.header_bytes(header), *map(container.segment_bytes, segments)]
-    return codec, b"".join(parts)
+    parts = [container.segment_bytes(header, *pair) for pair in enumerate(segments)]
+    return codec, header, container.header_bytes(header) + b"".join(parts)
 
 
-def decode(codec, content):
+def decode(codec, wanted, content):
     """Returns (segments read, Decoded) as --mode=decompress does. Raises IntegrityError."""
     reader = Reader(content)
     header = container.read_header(reader)
-    if (header.plan, header.shape, header.group, header.seed) != (codec.plan, SHAPE, 20, 5):
+    plan, segments = header.plan, []
+    if header != wanted._replace(plan=plan) or plan.ts[0] > codec.process.T:
         raise IntegrityError("another header: the model and its digests refuse it")
-    segments = []
-    while len(segments) <= len(codec.plan.bits):
-        segment = container.read_segment(reader, 3)
+    while not plan.decoder:
+        segment = container.read_segment(reader, header, plan)
         if segment is None:
             break
-        segments.append(segment)
+        plan = segment.plan
+        segments.append(segment.groups)
+    codec = codec._replace(plan=plan)
     return len(segments), progressive.decode_groups(codec, segments, 0, 44)
 
 
@@ -60,24 +62,23 @@ def mutate(content, rng):
 
 
 def with_right_checksum(content, rng):
-    """Damages the body of a segment and mends its checksum."""
+    """Damages a segment, its step or its body, and mends its checksum."""
     reader = Reader(content)
     header = container.read_header(reader)
-    for _ in range(int(rng.integers(1, len(header.plan.bits) + 2))):
-        length = reader.number()
-        crc = reader.at
-        reader.take(4 + length)
+    plan = header.plan
+    for _ in range(int(rng.integers(1, 7))):
+        start = reader.at
+        plan = container.read_segment(reader, header, plan).plan
     data = bytearray(content)
-    data[crc + 4 + int(rng.integers(length))] ^= int(rng.integers(1, 256))
-    data[crc : crc + 4] = google_crc32c.value(bytes(data[crc + 4 : crc + 4 + length])).to_bytes(
-        4, "little"
-    )
+    data[int(rng.integers(start, reader.at - 4))] ^= int(rng.integers(1, 256))
+    crc = google_crc32c.value(bytes(data[start : reader.at - 4]))
+    data[reader.at - 4 : reader.at] = crc.to_bytes(4, "little")
     return bytes(data)
 
 
 def test_mutated_files(written, figures):
-    codec, content = written
-    whole, decoded = decode(codec, content)
+    codec, header, content = written
+    whole, decoded = decode(codec, header, content)
     np.testing.assert_array_equal(decoded.index, IMAGES)
     prefixes = {}
     rng, began = np.random.default_rng(0), time.monotonic()
@@ -89,7 +90,7 @@ def test_mutated_files(written, figures):
         if not mended and damaged == content:
             continue
         try:
-            n, found = decode(codec, damaged)
+            n, found = decode(codec, header, damaged)
         except IntegrityError:
             counts["mended and refused" if mended else "refused"] += 1
             continue
@@ -109,11 +110,11 @@ def test_mutated_files(written, figures):
 
 
 def test_every_truncation(written):
-    codec, content = written
+    codec, header, content = written
     seen = []
     for n in range(len(content)):
         try:
-            seen.append(decode(codec, content[:n])[0])
+            seen.append(decode(codec, header, content[:n])[0])
         except IntegrityError:
             assert not seen  # only within the header
-    assert seen == sorted(seen) and set(seen) == set(range(len(codec.plan.bits) + 1))
+    assert seen == sorted(seen) and set(seen) == set(range(len(codec.plan.ts)))
