@@ -1,5 +1,6 @@
 """Code lengths that a reading of bits/dim has to beat: simple histograms, PNG and WebP."""
 
+import contextlib
 import io
 import math
 from typing import NamedTuple
@@ -105,13 +106,15 @@ def mosaic(images: np.ndarray) -> np.ndarray:
 
 
 def encode(pixels: np.ndarray, form: str) -> bytes:
-    """Returns a file of "PNG" or "WebP" (lossless, slowest setting) with pixels uint8[H, W, c]."""
+    """Returns a lossless file of pixels uint8[H, W, c]: "PNG", "WebP" or "JXL", slowest setting."""
     from PIL import Image
 
     file = io.BytesIO()
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     if form == "PNG":
         image.save(file, form, optimize=True)
+    elif form == "JXL":
+        image.save(file, form, lossless=True, effort=9)
     else:
         image.save(file, form, lossless=True, quality=100, method=6)
     return file.getvalue()
@@ -127,8 +130,19 @@ LOSSY = {  # other formats' qualities, and what Pillow calls them
     "JPEG": [{"quality": q} for q in (5, 10, 20, 40, 60, 80, 95)],
     "WebP": [{"quality": q, "method": 6} for q in (0, 5, 20, 40, 60, 80, 95)],
     "AVIF": [{"quality": q} for q in (5, 20, 35, 50, 65, 80, 95)],
+    "JXL": [{"quality": q} for q in (5, 20, 35, 50, 65, 80, 95)],
     "JPEG2000": [{"quality_mode": "dB", "quality_layers": [q]} for q in (20, 24, 28, 32, 36, 40)],
 }
+
+
+def installed(form: str) -> bool:
+    """Returns whether Pillow writes a format here; JPEG XL ("JXL") with the package pillow_jxl."""
+    from PIL import Image, features
+
+    with contextlib.suppress(ImportError):
+        import pillow_jxl  # noqa: F401 -- adds the format to Pillow
+    Image.init()
+    return form.upper() in Image.SAVE and (form != "JPEG2000" or features.check("jpg_2000"))
 
 
 def lossy_curves(images: np.ndarray) -> dict[str, list[tuple[float, float]]]:
@@ -137,15 +151,14 @@ def lossy_curves(images: np.ndarray) -> dict[str, list[tuple[float, float]]]:
     The size of a file of an empty mosaic is subtracted: for small images headers would be most of
     it. Formats that this Pillow lacks are left out.
     """
-    from PIL import Image, features
+    from PIL import Image
 
     pixels = mosaic(images)
     grey = pixels.shape[2] == 1
     both = [Image.fromarray(a[..., 0] if grey else a) for a in (pixels, np.zeros_like(pixels))]
-    missing = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WebP": "webp"}
     curves: dict[str, list[tuple[float, float]]] = {}
     for form, qualities in LOSSY.items():
-        if form in missing and not features.check(missing[form]):
+        if not installed(form):
             continue
         for options in qualities:
             files = [io.BytesIO(), io.BytesIO()]

@@ -33,6 +33,7 @@ from diffusion.utils.errors import ConfigError, DataError, WorkdirError
 from diffusion.utils.progress import Progress
 
 RATES, SHOWN = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0), 8  # bits/dim and images of codec_images.png
+LOSSLESS = "PNG", "WebP", "JXL"
 IDEAL_IMAGES = 512  # at most so many are read for the bound
 FILE_KINDS = {"progressive": PROGRESSIVE, "archive": BITS_BACK}
 
@@ -41,7 +42,8 @@ def run(run: Run) -> None:
     """Encodes the images of --input, a split or files, into the file --output.
 
     Prints what every step takes beside its term of the bound, and what other formats take; these
-    go to workdir/eval/STEP/codec.json or archive.json too. Raises ConfigError, DataError, WorkdirError.
+    go to workdir/eval/STEP/codec.json or archive.json too. Raises ConfigError, DataError,
+    WorkdirError.
     """
     c, inputs, output = run.config.codec, run.flags.input, run.flags.output
     if len(inputs) != 1 or not output:
@@ -255,7 +257,9 @@ def other_formats(images: ImageSet, header: Header) -> dict[str, Any]:
     """Returns and prints what the first images take in other formats, side by side in one file."""
     n = min(images.n, max(1, baselines.MOSAIC_BYTES // math.prod(images.shape)))
     pixels = next(images.batches(n, slice(None), 0))
-    lossless = {form: baselines.mosaic_bits(pixels, form) for form in ("PNG", "WebP")}
+    lossless = {
+        form: baselines.mosaic_bits(pixels, form) for form in LOSSLESS if baselines.installed(form)
+    }
     listed = ", ".join(f"{form} {bits:.4f}" for form, bits in lossless.items())
     logging.info(f"lossless   {listed} bits/dim ({n:,} images side by side in one file)")
     return {"lossless": lossless, "lossy": baselines.lossy_curves(pixels)}
