@@ -9,7 +9,7 @@ Gaussians.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import constriction
@@ -139,6 +139,20 @@ def initial_words(codec: Codec, batch: int) -> np.ndarray:
     return generator.bit_generator.random_raw(n).astype(np.uint32)
 
 
+class Unfinished(NamedTuple):
+    """An archive of some batches: its stack's words, the fewest that it had, and the bound so far.
+
+    Attributes:
+        words: uint32[n].
+        lowest: the fewest words that the stack ever had.
+        ideal: the bound of these batches, in bits.
+    """
+
+    words: np.ndarray
+    lowest: int
+    ideal: float
+
+
 class Archive(NamedTuple):
     """An archive's words uint32; how many of them it began with; what the bound is, in bits."""
 
@@ -147,35 +161,44 @@ class Archive(NamedTuple):
     ideal: float
 
 
-def encode_batches(codec: Codec, batches: Iterable[np.ndarray], batch: int) -> Archive:
-    """Encodes batches of at most `batch` images int[n, h, w, c] of 0..levels - 1.
+def begin_archive(codec: Codec, batch: int) -> Unfinished:
+    """Returns an archive without images, for batches of at most `batch`."""
+    coder = _Stack(initial_words(codec, batch), True).coder
+    return Unfinished(coder.get_compressed(), coder.num_words(), 0.0)
 
-    Raises RuntimeError where the bits that it begins with do not suffice.
+
+def encode_batch(codec: Codec, unfinished: Unfinished, index: np.ndarray) -> Unfinished:
+    """Adds images int[n, h, w, c] of 0..levels - 1, which are decoded before all earlier ones."""
+    words, lowest, ideal = unfinished
+    stack, grids, steps = _Stack(words, False), _grids(codec), len(codec.plan.variances)
+    x_0 = x = levels_to_x0(index, codec.levels)
+    for i in range(steps, -1, -1):
+        forward, reverse = _orders(codec, i, len(index))
+        x_s, x = x, stack.pop(_forward_law(codec, grids, i, x), forward)
+        lowest = min(lowest, stack.coder.num_words())
+        if i == steps:
+            predicted = codec.denoise(x, codec.plan.ts[i])
+            stack.push_pixels(codec, index, predicted)
+            ideal += pixel_bits(codec, index, predicted)
+            continue
+        law, g = _reverse_law(codec, grids, i, x), gaussians(codec.process, codec.plan, i)
+        ideal += kl_bits((g.mean(x_0, x) - law.mean) / g.std_p, float(g.std_q) / law.std)
+        stack.push(x_s, law, reverse)
+    stack.push(x, _prior_law(grids, x.shape), np.arange(x.size))
+    alpha_bar = codec.process.alpha_bar[codec.plan.ts[0]]
+    ideal += kl_bits(np.sqrt(alpha_bar) * x_0, np.sqrt(1 - alpha_bar))
+    return Unfinished(stack.coder.get_compressed(), lowest, ideal)
+
+
+def finish_archive(codec: Codec, unfinished: Unfinished, batch: int) -> Archive:
+    """Returns the archive without the words that no batch has used.
+
+    Raises RuntimeError where the bits that it begins with did not suffice.
     """
-    words, steps = initial_words(codec, batch), len(codec.plan.variances)
-    stack, lowest, ideal = _Stack(words, True), len(words), 0.0
-    grids = _grids(codec)
-    for index in batches:
-        x_0 = x = levels_to_x0(index, codec.levels)
-        for i in range(steps, -1, -1):
-            forward, reverse = _orders(codec, i, len(index))
-            x_s, x = x, stack.pop(_forward_law(codec, grids, i, x), forward)
-            lowest = min(lowest, stack.coder.num_words())
-            if i == steps:
-                predicted = codec.denoise(x, codec.plan.ts[i])
-                stack.push_pixels(codec, index, predicted)
-                ideal += pixel_bits(codec, index, predicted)
-                continue
-            law, g = _reverse_law(codec, grids, i, x), gaussians(codec.process, codec.plan, i)
-            ideal += kl_bits((g.mean(x_0, x) - law.mean) / g.std_p, float(g.std_q) / law.std)
-            stack.push(x_s, law, reverse)
-        stack.push(x, _prior_law(grids, x.shape), np.arange(x.size))
-        alpha_bar = codec.process.alpha_bar[codec.plan.ts[0]]
-        ideal += kl_bits(np.sqrt(alpha_bar) * x_0, np.sqrt(1 - alpha_bar))
-    unused = lowest - 2
+    begun, unused = len(initial_words(codec, batch)), unfinished.lowest - 2
     if unused <= 0:  # nothing would decode such an archive
-        raise RuntimeError(f"the archive needs more than {len(words)} words to begin with")
-    return Archive(stack.coder.get_compressed()[unused:], len(words) - unused, ideal)
+        raise RuntimeError(f"the archive needs more than {begun} words to begin with")
+    return Archive(unfinished.words[unused:], begun - unused, unfinished.ideal)
 
 
 def decode_batches(

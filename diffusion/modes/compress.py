@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from diffusion import experiment
 from diffusion.codec import bits_back, container, plan, progressive
+from diffusion.codec.bits_back import Unfinished
 from diffusion.codec.container import BITS_BACK, PROGRESSIVE, Header
 from diffusion.codec.plan import Codec
 from diffusion.codec.progressive import Encoded, dimensions
@@ -63,7 +64,7 @@ def run(run: Run) -> None:
     partial = path.with_name(f"{path.name}.partial.npz")
     folder, pictures = trained.folder("eval"), ""
     if kind == BITS_BACK:
-        report = encode_archive(header, codec, images, path)
+        report = encode_archive(header, codec, images, path, partial)
     else:
         encoded = encode_progressive(header, codec, images, partial)
         report = write_file(header, codec, images, encoded, path)
@@ -224,19 +225,31 @@ def prefixes(
 
 
 def encode_archive(
-    header: Header, codec: Codec, images: ImageSet, path: epath.Path
+    header: Header, codec: Codec, images: ImageSet, path: epath.Path, partial: epath.Path
 ) -> dict[str, Any]:
-    """Writes a bits-back archive; returns and prints what it takes. An interrupted one is lost."""
-    with Progress(header.images, unit="image") as progress:
-
-        def batches():
-            done = 0
-            for index in read_blocks(images, header.batch, header.levels):
-                preemption.raise_if_requested()
-                yield index
-                progress(done := done + len(index))
-
-        found = bits_back.encode_batches(codec, batches(), header.batch)
+    """Writes a bits-back archive; returns and prints what it takes. Resumes from `partial`."""
+    stored = partial_results.load(partial, repr(header))
+    unfinished, before = bits_back.begin_archive(codec, header.batch), []
+    if stored is not None:
+        before = stored["sums"].tolist()
+        unfinished = Unfinished(stored["words"], int(stored["lowest"]), float(stored["ideal"]))
+    sums, done, saved = [], len(before) * header.batch, time.monotonic()
+    with Progress(header.images, min(done, header.images), unit="image") as progress:
+        for index in read_blocks(images, header.batch, header.levels):
+            sums.append(plan.checksum(index).hex())
+            if len(sums) <= len(before):
+                if sums[-1] == before[len(sums) - 1]:
+                    continue
+                partial.unlink()  # of other images
+                return encode_archive(header, codec, images, path, partial)
+            preemption.raise_if_requested()
+            unfinished = bits_back.encode_batch(codec, unfinished, index)
+            progress(done := min(done + header.batch, header.images))
+            if time.monotonic() - saved > partial_results.SAVE_EVERY_S:
+                content = {"sums": np.array(sums)} | unfinished._asdict()
+                partial_results.save(partial, repr(header), **content)
+                saved = time.monotonic()
+    found = bits_back.finish_archive(codec, unfinished, header.batch)
     body = found.words.astype("<u4").tobytes()
     start = container.header_bytes(header)
     content = start + container.archive_bytes(header, body)

@@ -161,12 +161,19 @@ def test_damaged_bytes_decode_to_something_or_are_found_out():
         np.testing.assert_array_equal(index, IMAGES, err_msg=f"{i}")
 
 
+def archive(codec, batches):
+    unfinished = bits_back.begin_archive(codec, len(batches[0]))
+    for batch in batches:
+        unfinished = bits_back.encode_batch(codec, unfinished, batch)
+    return bits_back.finish_archive(codec, unfinished, len(batches[0]))
+
+
 def test_an_archive_comes_back_and_costs_the_bound():
     """The log-ratio of q and p at one draw has a variance of 2 KL nats, in which both differ."""
     made = plan.make_archive_plan(P, optimum(), 12)
     codec, n = make(made, 1), 600
     images = np.random.default_rng(3).choice(LEVELS, (n, *SHAPE), p=MASSES)
-    found = bits_back.encode_batches(codec, [images[i : i + 20] for i in range(0, n, 20)], 20)
+    found = archive(codec, [images[i : i + 20] for i in range(0, n, 20)])
     back = [*bits_back.decode_batches(codec, found.words, n, 20)]
     np.testing.assert_array_equal(np.concatenate(back[::-1]), images)
     net, error = 32 * (len(found.words) - found.initial), np.sqrt(2 * found.ideal / np.log(2))
@@ -176,7 +183,7 @@ def test_an_archive_comes_back_and_costs_the_bound():
 
 def test_an_archive_of_another_network_is_refused():
     codec = make(plan.make_archive_plan(P, optimum(), 5), 1)
-    found = bits_back.encode_batches(codec, [IMAGES], 44)
+    found = archive(codec, [IMAGES])
     wrong = codec._replace(denoise=functools.partial(denoise, error=1e-3))
     with pytest.raises(IntegrityError):
         list(bits_back.decode_batches(wrong, found.words, 44, 44))

@@ -138,6 +138,32 @@ def test_an_archive_comes_back(trained, images, tmp_path):
     decompress(trained, path, tmp_path / "bad", "--config.weights=raw", code=6)
 
 
+def test_a_stopped_archive_goes_on(trained, images, tmp_path, monkeypatch):
+    """Of the same images; of others it begins anew."""
+    others = tmp_path / "others"
+    others.mkdir()
+    for i, image in enumerate(images[1][::-1]):
+        Image.fromarray(image).save(others / f"{i}.png")
+    args = f"--workdir={trained[0]}", "--config.codec.kind=archive"
+    monkeypatch.setattr(partial_results, "SAVE_EVERY_S", 0)
+    encode, calls = compress.bits_back.encode_batch, []
+    monkeypatch.setattr(
+        compress.bits_back, "encode_batch", lambda *args: calls.append(None) or encode(*args)
+    )
+    for name, source, encoded in (("whole", images[0], 3), ("a", images[0], 2), ("b", others, 3)):
+        path, more = tmp_path / f"{name}.ddpm", (*args, f"--output={tmp_path / name}.ddpm")
+        if name != "whole":
+            with monkeypatch.context() as patch:
+                stop_at(patch, 2)
+                run("--mode=compress", *more, f"--input={images[0]}", code=75)
+        calls.clear()
+        run("--mode=compress", *more, f"--input={source}")
+        assert len(calls) == encoded
+        decompress(trained, path, tmp_path / name)
+    assert (tmp_path / "a.ddpm").read_bytes() == (tmp_path / "whole.ddpm").read_bytes()
+    np.testing.assert_array_equal(read(tmp_path / "b"), images[1][::-1])
+
+
 def test_a_stopped_encoding_goes_on(trained, images, compressed, tmp_path, monkeypatch):
     """Stopped after each block, it writes the file of an encoding that was not."""
     path = tmp_path / "ten.ddpm"
