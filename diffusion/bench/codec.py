@@ -64,7 +64,7 @@ def codec_part(config: ConfigDict, exp: Experiment) -> Iterator[Measured]:
         yield Measured(f"share of the network in {name}", "", [own / s for s, own in each])
 
 
-def gaussian_plan(exp: Experiment, max_size: int, padding: int) -> Plan:
+def gaussian_plan(exp: Experiment, candidates: int, padding: int) -> Plan:
     """Returns the plan of CODED_STEPS steps to one bit/dim of independent Gaussian pixels."""
     a = exp.process.alpha_bar[1:]
     known = 0.5 * np.log2(1 + IMAGE_VARIANCE * a / (1 - a))  # bits/dim that x_t tells, t = 1..T
@@ -73,4 +73,4 @@ def gaussian_plan(exp: Experiment, max_size: int, padding: int) -> Plan:
     ts = np.unique(falling.round().astype(int))[::-1]
     codes = [plan.variance_code(IMAGE_VARIANCE / 4**k) for k in known[ts - 1]]
     decoder = plan.bfloat16(IMAGE_VARIANCE / 4 ** known[ts[-1] - 1])
-    return Plan(tuple(ts.tolist()), tuple(codes[:-1]), decoder, max_size, padding)
+    return Plan(tuple(ts.tolist()), tuple(codes[:-1]), decoder, candidates, padding)

@@ -16,7 +16,7 @@ import constriction
 import numpy as np
 
 from diffusion.codec import channel
-from diffusion.codec.plan import Codec, gaussians, kl_bits, levels_to_x0
+from diffusion.codec.plan import Codec, gaussians, levels_to_x0
 from diffusion.codec.progressive import pixel_bits
 from diffusion.process import beta_between
 from diffusion.utils.errors import IntegrityError
@@ -182,11 +182,11 @@ def encode_batch(codec: Codec, unfinished: Unfinished, index: np.ndarray) -> Unf
             ideal += pixel_bits(codec, index, predicted)
             continue
         law, g = _reverse_law(codec, grids, i, x), gaussians(codec.process, codec.plan, i)
-        ideal += kl_bits((g.mean(x_0, x) - law.mean) / g.std_p, float(g.std_q) / law.std)
+        ideal += channel.kl_bits((g.mean(x_0, x) - law.mean) / g.std_p, float(g.std_q) / law.std)
         stack.push(x_s, law, reverse)
     stack.push(x, _prior_law(grids, x.shape), np.arange(x.size))
     alpha_bar = codec.process.alpha_bar[codec.plan.ts[0]]
-    ideal += kl_bits(np.sqrt(alpha_bar) * x_0, np.sqrt(1 - alpha_bar))
+    ideal += channel.kl_bits(np.sqrt(alpha_bar) * x_0, np.sqrt(1 - alpha_bar))
     return Unfinished(stack.coder.get_compressed(), lowest, ideal)
 
 

@@ -120,6 +120,12 @@ def received(seed: int, step: int, dealt: Deal, indices: np.ndarray) -> np.ndarr
     return out
 
 
+def kl_bits(shift: np.ndarray, ratio: float) -> float:
+    """Returns KL(N(shift, ratio^2) || N(0, 1)) in bits, over all dimensions."""
+    squares = np.sum(shift.astype(np.float64) ** 2) + shift.size * (ratio**2 - 1)
+    return float(0.5 * squares / np.log(2) - shift.size * np.log2(ratio))
+
+
 def chosen(
     seed: int,
     step: int,
@@ -151,8 +157,8 @@ def chosen(
         rows, columns = dealt.dims.shape
         part = slice(row, row := row + rows)
         linear[part, :columns] = dealt.signs * shift[dealt.dims] / ratio**2
-        length = round(math.sqrt(np.sum(shift.astype(np.float64) ** 2) / rows), 1)
-        tau[part] = [temperature(length, int(size)) for size in sizes[part]]
+        bits = max(round(kl_bits(shift, ratio) / rows, 1), 0.1)
+        tau[part] = [temperature(bits, int(size)) for size in sizes[part]]
     curvature = np.float32(0.5 * (1 / ratio**2 - 1))
     stream, table = np.array([seed, step * 4 + POOL], np.uint32), jnp.asarray(normal_table())
     block = min(1 << int(math.log2(BLOCK_NUMBERS / wide)), 1 << int(max(sizes)), EXACT)
@@ -176,14 +182,14 @@ def chosen(
 
 
 @functools.cache
-def temperature(shift: float, size: int) -> float:
-    """Returns the tau with which z has the mean `shift`, a length, of 2^size candidates.
+def temperature(bits: float, size: int) -> float:
+    """Returns the tau with which z has q's mean, where KL(q || p) = bits, of 2^size candidates.
 
     The best of endless lists has it at tau = 1; lists that end fall short of it, and a lower tau
     makes up for that by larger indices. The law of the best is that of a Poisson process of points
-    (T, z), in the one direction of the shift.
+    (T, z) in one dimension, where q is p shifted by so many bits.
     """
-    shift = max(shift, 0.1)
+    shift = math.sqrt(2 * math.log(2) * bits)
     log_t, z = np.arange(-6, size * math.log(2), 0.05), np.arange(-5, shift + 5, 0.05)[:, None]
     intensity = np.exp(log_t) * 0.05
 

@@ -7,7 +7,7 @@
 
 A step of an archive has neither body nor checksum: all is in the last one. Numbers are LEB128:
 seven bits a byte, the lowest first, the eighth says that more follow. A checksum is the CRC-32C of
-all bytes since the one before, the lowest byte first. docs/codec.md describes every field.
+all bytes of the header or segment, the lowest byte first. docs/codec.md describes every field.
 """
 
 import itertools
@@ -34,7 +34,7 @@ LIMITS = {  # of what a header may claim, so that a damaged one costs no memory
     "group": (1, 2**20),
     "batch": (1, 2**16),
     "seed": (0, 2**32 - 1),
-    "max_size": (2, 22),
+    "candidates": (2, 22),
     "padding": (0, 21),
     "T": (1, 2**32),
 }
@@ -119,10 +119,8 @@ def _crc(content: bytes) -> bytes:
 
 def header_bytes(header: Header) -> bytes:
     """Returns the header as it stands in the file, with nothing of its steps."""
-    h, plan = header, header.plan
-    numbers = [h.kind, h.images, *h.shape, h.levels, h.group, h.batch, h.seed]
-    numbers += [plan.max_size, plan.padding, plan.ts[0]]
-    content = b"".join([MAGIC, *map(leb128, numbers), h.weights, h.config, h.probe])
+    numbers = map(leb128, _numbers(header).values())
+    content = b"".join([MAGIC, *numbers, header.weights, header.config, header.probe])
     return content + _crc(content)
 
 
@@ -138,14 +136,35 @@ def read_header(reader: Reader) -> Header:
             raise IntegrityError("the header is damaged: its checksum is another")
     except EOFError as error:
         raise IntegrityError("the file ends within its header") from error
-    for name, (low, high) in LIMITS.items():
-        if not low <= found[name] <= high:
-            raise IntegrityError(f"header: expected {name} in {low}..{high}, found {found[name]}")
-    dims = found["group"] * found["height"] * found["width"] * found["channels"]
-    if found["padding"] >= found["max_size"] or dims > MAX_DIMS:
-        raise IntegrityError("header: its sizes do not fit together")
-    plan = Plan((found.pop("T"),), (), 0.0, found.pop("max_size"), found.pop("padding"))
-    return Header(**found, plan=plan, weights=digests[0], config=digests[1], probe=digests[2])
+    plan = Plan((found.pop("T"),), (), 0.0, found.pop("candidates"), found.pop("padding"))
+    header = Header(**found, plan=plan, weights=digests[0], config=digests[1], probe=digests[2])
+    try:
+        check_header(header)
+    except ValueError as error:
+        raise IntegrityError(f"header: {error}") from error
+    return header
+
+
+def check_header(header: Header) -> None:
+    """Raises ValueError unless a header is within the LIMITS, of writing as of reading."""
+    for name, value in _numbers(header).items():
+        low, high = LIMITS[name]
+        if not low <= value <= high:
+            raise ValueError(f"expected {name} in {low}..{high}, found {value}")
+    h, plan = header, header.plan
+    if plan.padding >= plan.candidates:
+        raise ValueError(f"expected padding below {plan.candidates}, found {plan.padding}")
+    each = math.prod(h.shape)
+    if h.group * each > MAX_DIMS:
+        most = f"expected at most {MAX_DIMS // each:,} images of {each:,} numbers in a group"
+        raise ValueError(f"{most}, found {h.group:,}")
+
+
+def _numbers(header: Header) -> dict[str, int]:
+    """Returns the header's numbers in the order of the file."""
+    h, plan = header, header.plan
+    values = h.kind, h.images, *h.shape, h.levels, h.group, h.batch, h.seed
+    return dict(zip(LIMITS, (*values, plan.candidates, plan.padding, plan.ts[0]), strict=True))
 
 
 def segment_bytes(header: Header, i: int, groups: Sequence[bytes]) -> bytes:
@@ -171,7 +190,7 @@ def _step_bytes(fall: int, variance: int) -> bytes:
 
 
 def _end(header: Header) -> bytes:
-    return leb128(0) + np.float32(header.plan.decoder).tobytes()[2:]
+    return leb128(0) + np.array(header.plan.decoder, "<f4").tobytes()[2:]
 
 
 class Segment(NamedTuple):

@@ -30,14 +30,14 @@ class Plan(NamedTuple):
         ts: int[n+1], falling from T to 1 or more.
         variances: int[n], codes of Var[x_0 | x_t] at ts[:-1], which gives p's variances.
         decoder: the variance of p(x_0 | x_t) at ts[-1]; 0 where x_0 is not known to follow.
-        max_size: log2 of the most candidates of a chunk.
+        candidates: log2 of the most candidates of a chunk.
         padding: bits by which a list of candidates is longer than what its chunk holds.
     """
 
     ts: tuple[int, ...]
     variances: tuple[int, ...]
     decoder: float
-    max_size: int
+    candidates: int
     padding: int
 
 
@@ -78,34 +78,28 @@ def checksum(index: np.ndarray) -> bytes:
     return google_crc32c.value(index.astype("<u2").tobytes()).to_bytes(CRC_BYTES, "little")
 
 
-def kl_bits(shift: np.ndarray, ratio: float) -> float:
-    """Returns KL(N(shift, ratio^2) || N(0, 1)) in bits, over all dimensions."""
-    squares = np.sum(shift.astype(np.float64) ** 2) + shift.size * (ratio**2 - 1)
-    return float(0.5 * squares / np.log(2) - shift.size * np.log2(ratio))
-
-
 def from_pure_noise(p: Process) -> Process:
     """Returns p with alpha_bar_T = 0: files begin with noise that tells nothing of x_0."""
     return p._replace(alpha_bar=np.append(p.alpha_bar[:-1], 0.0))
 
 
-def chunk_sizes(bits: int, max_size: int, padding: int) -> list[int]:
+def chunk_sizes(bits: int, candidates: int, padding: int) -> list[int]:
     """Returns log2 of the numbers of candidates of the chunks that hold so many bits together.
 
-    As few chunks as have at most 2^max_size candidates, of equal size up to one bit (DiffC's code).
+    As few chunks as have at most 2^candidates of them, of equal size up to one bit (DiffC).
     """
-    chunks = -(-bits // (max_size - padding))
+    chunks = -(-bits // (candidates - padding))
     return [bits // chunks + (i < bits % chunks) + padding for i in range(chunks)]
 
 
-def file_bits(bits: np.ndarray, max_size: int, padding: int) -> np.ndarray:
-    """Returns about how many bits of a file steps of so many ideal bits take."""
-    chunks = np.maximum(np.ceil(bits / (max_size - padding)), 1)
+def file_bits(bits: np.ndarray, candidates: int, padding: int) -> np.ndarray:
+    """Returns the expected sizes in a file, in bits, of steps that hold `bits`."""
+    chunks = np.maximum(np.ceil(bits / (candidates - padding)), 1)
     return bits + chunks * INDEX_BITS
 
 
 def make_plan(
-    p: Process, optimum: OptimalVariance, dims: int, steps: int, max_size: int, padding: int
+    p: Process, optimum: OptimalVariance, dims: int, steps: int, candidates: int, padding: int
 ) -> Plan:
     """Returns the plan of at most `steps` steps whose complete progressive files are the shortest.
 
@@ -114,18 +108,18 @@ def make_plan(
         optimum: measured on p.
         dims: of a group.
         steps: at most.
-        max_size, padding: of the chunks, see Plan.
+        candidates, padding: of the chunks, see Plan.
 
     Raises ValueError for numbers that do not fit together.
     """
-    if not 0 <= padding < max_size:
-        raise ValueError(f"padding: expected 0 to {max_size - 1}, found {padding}")
+    if not 0 <= padding < candidates:
+        raise ValueError(f"padding: expected 0 to {candidates - 1}, found {padding}")
     ideal = step_costs(from_pure_noise(p), optimum) * dims
     costs, possible = ideal.copy(), np.isfinite(ideal[1:])
-    costs[1:][possible] = file_bits(ideal[1:][possible], max_size, padding) + STEP_BITS
+    costs[1:][possible] = file_bits(ideal[1:][possible], candidates, padding) + STEP_BITS
     grids = [least_cost(costs, n) for n in range(1, min(steps + 1, p.T) + 1)]
     ts = min(grids, key=lambda ts: costs[ts[1:], ts[:-1]].sum())[:-1]
-    return _plan(ts, optimum, max_size, padding)
+    return _plan(ts, optimum, candidates, padding)
 
 
 def make_archive_plan(p: Process, optimum: OptimalVariance, steps: int) -> Plan:
@@ -134,9 +128,11 @@ def make_archive_plan(p: Process, optimum: OptimalVariance, steps: int) -> Plan:
     return _plan(ts, optimum, 2, 0)
 
 
-def _plan(ts, optimum, max_size, padding) -> Plan:
+def _plan(ts, optimum, candidates, padding) -> Plan:
     variances = tuple(map(variance_code, optimum.x0_variance[ts[:-1]]))
-    return Plan(tuple(ts.tolist()), variances, bfloat16(optimum.decoder[ts[-1]]), max_size, padding)
+    return Plan(
+        tuple(ts.tolist()), variances, bfloat16(optimum.decoder[ts[-1]]), candidates, padding
+    )
 
 
 def bfloat16(x: float) -> float:

@@ -23,7 +23,6 @@ from diffusion.codec.plan import (
     expected_code,
     from_pure_noise,
     gaussians,
-    kl_bits,
     levels_to_x0,
 )
 from diffusion.utils.errors import IntegrityError
@@ -64,7 +63,7 @@ def _group(codec: Codec, i: int, number: int, images: int, code: int) -> Group:
     n = images * dimensions(codec)
     if BITS[code] > MAX_BITS * n:
         raise IntegrityError(f"a step of {BITS[code]} bits does not fit {images} images")
-    sizes = chunk_sizes(BITS[code], codec.plan.max_size, codec.plan.padding)
+    sizes = chunk_sizes(BITS[code], codec.plan.candidates, codec.plan.padding)
     return Group(code, sizes, channel.deal(codec.seed, i, number, n, len(sizes)))
 
 
@@ -118,7 +117,7 @@ def encode_groups(codec: Codec, index: np.ndarray, first_group: int, key: Array)
         groups = []
         for j, (part, images) in enumerate(zip(shifts, sizes, strict=True)):
             code = _expected(codec, i, images)
-            code = min(max(bits_code(kl_bits(part, ratio)), code - NEAR), code + NEAR - 1)
+            code = min(max(bits_code(channel.kl_bits(part, ratio)), code - NEAR), code + NEAR - 1)
             groups.append(_group(codec, i, first_group + j, images, max(code, 0)))
         args = [group.dealt for group in groups], shifts, ratio
         lengths = np.concatenate([np.array(group.sizes) for group in groups])
@@ -156,7 +155,9 @@ def ideal(codec: Codec, index: np.ndarray, seed: int) -> Ideal:
         mse[i] = np.sum((predicted - x_0) ** 2, dtype=np.float64)
         g = gaussians(process, codec.plan, i)
         mean = g.mean(x_0, x)
-        bits[i] = kl_bits((mean - g.mean(predicted, x)) / g.std_p, float(g.std_q) / float(g.std_p))
+        bits[i] = channel.kl_bits(
+            (mean - g.mean(predicted, x)) / g.std_p, float(g.std_q) / float(g.std_p)
+        )
         x = mean + g.std_q * generator.standard_normal(x.shape, np.float32)
     predicted = codec.denoise(x, codec.plan.ts[-1])
     mse[steps] = np.sum((predicted - x_0) ** 2, dtype=np.float64)
@@ -174,10 +175,11 @@ def _write_indices(group: Group, indices: np.ndarray) -> bytes:
 
 def _read_indices(codec, i, number: int, images: int, content: bytes) -> tuple[Group, np.ndarray]:
     decoder = entropy.RangeDecoder(content)
-    last = decoder.peek(CODE_BITS)
-    decoder.advance(last, 1, CODE_BITS)
+    modulo = decoder.peek(CODE_BITS)
+    decoder.advance(modulo, 1, CODE_BITS)
     lowest = _expected(codec, i, images) - NEAR
-    code = lowest + (last - lowest) % 2**CODE_BITS  # so a float that rounds otherwise does no harm
+    # An expectation that another machine rounds otherwise changes nothing but at the range's ends.
+    code = lowest + (modulo - lowest) % 2**CODE_BITS
     group = _group(codec, i, number, images, min(max(code, 0), len(BITS) - 1))
     return group, np.array([entropy.decode_index(decoder, size) for size in group.sizes], np.int64)
 

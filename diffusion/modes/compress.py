@@ -91,7 +91,9 @@ def plan_file(config: ConfigDict, model: Model, images: ImageSet, kind: int) -> 
         sizes = group * math.prod(images.shape), c.steps, c.candidates, c.padding
         made = call_for_key(plan.make_plan, "codec.padding", process, optimum, *sizes)
     about = (kind, images.n, *images.shape, exp.levels, group, batch, c.seed)
-    return Header(*about, made, model.weights, model.config, b"")
+    header = Header(*about, made, model.weights, model.config, b"")
+    call_for_key(container.check_header, "codec", header)
+    return header
 
 
 def open_input(config: ConfigDict, exp: experiment.Experiment, name: str) -> ImageSet:
@@ -120,11 +122,16 @@ def read_blocks(images: ImageSet, size: int, levels: int, first: int = 0) -> Ite
         yield index.astype(np.int64)
 
 
+def partial_setting(header: Header) -> str:
+    """Returns what unfinished work depends on, besides the images."""
+    return repr((container.MAGIC, header))
+
+
 def encode_progressive(
     header: Header, codec: Codec, images: ImageSet, partial: epath.Path
 ) -> Encoded:
     """Returns the segments of all groups; shows progress, resumes from `partial`."""
-    setting = repr(header)
+    setting = partial_setting(header)
     todo, parts, sums = [*_codec.blocks(header)], [], []
     stored = partial_results.load(partial, setting)
     before = (
@@ -228,7 +235,8 @@ def encode_archive(
     header: Header, codec: Codec, images: ImageSet, path: epath.Path, partial: epath.Path
 ) -> dict[str, Any]:
     """Writes a bits-back archive; returns and prints what it takes. Resumes from `partial`."""
-    stored = partial_results.load(partial, repr(header))
+    setting = partial_setting(header)
+    stored = partial_results.load(partial, setting)
     unfinished, before = bits_back.begin_archive(codec, header.batch), []
     if stored is not None:
         before = stored["sums"].tolist()
@@ -247,7 +255,7 @@ def encode_archive(
             progress(done := min(done + header.batch, header.images))
             if time.monotonic() - saved > partial_results.SAVE_EVERY_S:
                 content = {"sums": np.array(sums)} | unfinished._asdict()
-                partial_results.save(partial, repr(header), **content)
+                partial_results.save(partial, setting, **content)
                 saved = time.monotonic()
     found = bits_back.finish_archive(codec, unfinished, header.batch)
     body = found.words.astype("<u4").tobytes()
@@ -255,10 +263,10 @@ def encode_archive(
     content = start + container.archive_bytes(header, body)
     io.save_bytes(path, content)
     dims = header.images * math.prod(header.shape)
-    whole, initial = 32 * len(found.words), 32 * found.initial
+    initial = 32 * found.initial
     rows = {"file": 8 * len(content), "initial": initial, "ideal": found.ideal}
     rows = {name: bits / dims for name, bits in rows.items()}
-    ratio = (whole - initial) / found.ideal
+    ratio = (8 * len(content) - initial) / found.ideal
     logging.info(
         f"archive    {rows['file']:.4f} bits/dim, of which {rows['initial']:.4f} it began with; "
         f"the rest is {ratio:.4f} times the ideal {rows['ideal']:.4f}"

@@ -71,8 +71,12 @@ def test_groups_and_steps_are_dealt_differently():
         assert all(np.mean(one == other) < 0.2 for other in deals[:i])
 
 
-def send(bits, size, ratio=1.0, chunks=64, width=40, seed=0):
-    """Sends a shift that holds `bits` a chunk; returns (shift, z, indices)."""
+def send(bits, size, ratio=1.0, chunks=64, seed=0):
+    """Sends a shift that holds `bits` a chunk; returns (shift, z, indices).
+
+    With a ratio, shifts are such that the variance of p is the best one.
+    """
+    width = 40 if ratio == 1 else round(bits / -np.log2(ratio))
     n = chunks * width
     direction = np.random.default_rng(seed).standard_normal((chunks, width))
     if ratio == 1:  # |shift|^2 = 2 ln(2) bits in every chunk
@@ -87,9 +91,7 @@ def send(bits, size, ratio=1.0, chunks=64, width=40, seed=0):
     return shift, channel.received(seed, 1, dealt, indices), indices
 
 
-@pytest.mark.parametrize(
-    "bits, longer, ratio", [(6, 7, 1), (8, 7, 1), (8, 7, 0.9), (3, 7, 0.97), (8, 4, 1), (11, 4, 1)]
-)
+@pytest.mark.parametrize("bits, longer, ratio", [(6, 7, 1), (8, 7, 0.9), (8, 4, 1), (11, 4, 1)])
 def test_what_is_sent_has_the_mean_of_q_and_nearly_its_law(bits, longer, ratio):
     """Lists are 2^longer times as long as what they hold; endless ones give the law of q."""
     each = [send(bits, bits + longer, ratio, seed=seed) for seed in range(3)]
@@ -102,6 +104,13 @@ def test_what_is_sent_has_the_mean_of_q_and_nearly_its_law(bits, longer, ratio):
     # Li and El Gamal 2018: E[log2(k)] is at most KL + log2(e) / e for the law itself.
     if ratio == 1:
         assert np.log2(indices + 1).mean() < bits + np.log2(np.e) / np.e + 1
+
+
+@pytest.mark.parametrize("bits, ratio", [(8, 0.95), (8, 0.85), (10, 0.9)])
+def test_the_mean_is_right_where_q_is_narrower_than_p(bits, ratio):
+    shift, z, _ = send(bits, bits + 4, ratio, chunks=1500)
+    bias = np.sum((z - shift) * shift) / np.sum(shift**2)
+    assert abs(bias) < 3 * ratio / np.sqrt(np.sum(shift**2))
 
 
 def best_of_a_list(shift, size, tau, n):
@@ -117,17 +126,17 @@ def best_of_a_list(shift, size, tau, n):
 def test_the_temperature_makes_the_mean_right(bits, size):
     """At tau = 1 a list of 2^4 times as many candidates falls short of it by 5 % or more."""
     shift, n = np.sqrt(2 * np.log(2) * bits), 3000
-    tau = channel.temperature(shift, size)
+    tau = channel.temperature(bits, size)
     assert 0.1 < tau < 1
     z = best_of_a_list(shift, size, tau, n)
     assert abs(z.mean() - shift) < 4 * z.std() / np.sqrt(n) + 0.02
     if size - bits == 4:
-        assert best_of_a_list(shift, size, 1.0, n).mean() < 0.97 * shift
+        assert best_of_a_list(shift, size, 1.0, n).mean() < 0.95 * shift
 
 
 def test_lists_too_short_for_the_mean_are_used_to_their_end():
     assert channel.temperature(6.0, 5) == pytest.approx(channel.LEAST_TAU)
-    assert channel.temperature(0.0, 5) > 0.95
+    assert channel.temperature(0.1, 5) > 0.95
 
 
 def test_chunks_of_different_groups_are_chosen_together():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffusion import process, schedules
-from diffusion.codec import bits_back, plan, progressive
+from diffusion.codec import bits_back, channel, plan, progressive
 from diffusion.codec.plan import Codec, Plan
 from diffusion.process import Process
 from diffusion.samplers.analytic import OptimalVariance
@@ -57,7 +57,7 @@ def make(made, group, network=denoise):
 def five_steps():
     """Steps that would not pay off for so few and small images, but are to be tested."""
     made = plan.make_archive_plan(plan.from_pure_noise(P), optimum(), 5)
-    return made._replace(max_size=12, padding=4)
+    return made._replace(candidates=12, padding=4)
 
 
 @pytest.mark.parametrize("group", [44, 20, 1])
@@ -220,5 +220,5 @@ def test_steps_are_those_of_diffc(codec):
         codec.close(f"pq.{i}.p_mean", means[1], rtol=1e-5, atol=1e-5)
         codec.close(f"pq.{i}.std", g.std_q, rtol=1e-6)
         shift = (means[0] - means[1]) / g.std_q
-        codec.close(f"pq.{i}.dkl_bits", plan.kl_bits(shift, 1.0), rtol=1e-5)
+        codec.close(f"pq.{i}.dkl_bits", channel.kl_bits(shift, 1.0), rtol=1e-5)
     codec.compared |= {"pq.x_0", "pq.eps_hat", "pq.x_t", "pq.snr_pairs"}

@@ -41,7 +41,7 @@ IMPOSSIBLE = {
     "too large a group": HEADER._replace(group=2**20, height=2**10),
     "time 0": HEADER._replace(plan=PLAN._replace(ts=(0,))),
     "padding": HEADER._replace(plan=PLAN._replace(padding=17)),
-    "long lists": HEADER._replace(plan=PLAN._replace(max_size=40)),
+    "long lists": HEADER._replace(plan=PLAN._replace(candidates=40)),
 }
 
 
