@@ -259,19 +259,18 @@ def encode_archive(
                 saved = time.monotonic()
     found = bits_back.finish_archive(codec, unfinished, header.batch)
     body = found.words.astype("<u4").tobytes()
-    start = container.header_bytes(header)
-    content = start + container.archive_bytes(header, body)
+    content = container.header_bytes(header) + container.archive_bytes(header, body)
     io.save_bytes(path, content)
     dims = header.images * math.prod(header.shape)
-    initial = 32 * found.initial
-    rows = {"file": 8 * len(content), "initial": initial, "ideal": found.ideal}
-    rows = {name: bits / dims for name, bits in rows.items()}
-    ratio = (8 * len(content) - initial) / found.ideal
+    initial, plan_bytes = 32 * found.initial, len(content) - len(body)
+    bits = {"file": 8 * len(content), "initial": initial, "plan": 8 * plan_bytes}
+    rows = {name: n / dims for name, n in (bits | {"ideal": found.ideal}).items()}
+    ratio = (8 * len(body) - initial) / found.ideal
     logging.info(
-        f"archive    {rows['file']:.4f} bits/dim, of which {rows['initial']:.4f} it began with; "
-        f"the rest is {ratio:.4f} times the ideal {rows['ideal']:.4f}"
+        f"archive    {rows['file']:.4f} bits/dim, of which {rows['initial']:.4f} it began with and "
+        f"{rows['plan']:.4f} its header; the rest is {ratio:.4f} times the ideal {rows['ideal']:.4f}"
     )
-    return {"kind": "archive", "header_bytes": len(start), "ratio": ratio} | rows
+    return {"kind": "archive", "ratio": ratio} | rows
 
 
 def other_formats(images: ImageSet, header: Header) -> dict[str, Any]:

@@ -138,7 +138,10 @@ def test_an_archive_comes_back(trained, images, tmp_path):
     path, more = tmp_path / "all.ddpm", ["--config.codec.kind=archive", "--config.weights=raw"]
     args = f"--workdir={trained[0]}", f"--input={images[0]}", f"--output={path}"
     out, _ = run("--mode=compress", *args, *more)
-    assert "of which" in out and "it began with" in out
+    [report] = [json.loads(p.read_text()) for p in trained[0].glob("eval/*/archive.json")]
+    parts = report["initial"] + report["plan"] + report["ratio"] * report["ideal"]
+    assert parts == pytest.approx(report["file"]) and f"{report['file']:.4f} bits/dim" in out
+    assert report["file"] * 640 == pytest.approx(8 * path.stat().st_size)
     decompress(trained, path, tmp_path / "out", "--config.weights=raw")
     np.testing.assert_array_equal(read(tmp_path / "out"), images[1])
     path.write_bytes(path.read_bytes()[:-5])
