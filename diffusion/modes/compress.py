@@ -268,7 +268,8 @@ def encode_archive(
     ratio = (8 * len(body) - initial) / found.ideal
     logging.info(
         f"archive    {rows['file']:.4f} bits/dim, of which {rows['initial']:.4f} it began with and "
-        f"{rows['plan']:.4f} its header; the rest is {ratio:.4f} times the ideal {rows['ideal']:.4f}"
+        f"{rows['plan']:.4f} its header; "
+        f"the rest is {ratio:.4f} times the ideal {rows['ideal']:.4f}"
     )
     return {"kind": "archive", "ratio": ratio} | rows
 
