@@ -190,18 +190,18 @@ def temperature(bits: float, size: int) -> float:
     (T, z) in one dimension, where q is p shifted by so many bits.
     """
     shift = math.sqrt(2 * math.log(2) * bits)
-    log_t, z = np.arange(-6, size * math.log(2), 0.05), np.arange(-5, shift + 5, 0.05)[:, None]
-    intensity = np.exp(log_t) * 0.05
+    log_t, z = np.arange(-6, size * math.log(2), 0.1), np.arange(-5, shift + 5, 0.1)[:, None]
+    intensity = np.exp(log_t) * 0.1
 
     def mean(tau):
-        value = np.linspace(shift * z[0, 0] - tau * log_t[-1], shift * z[-1, 0] + 6 * tau, 500)
+        value = np.linspace(shift * z[0, 0] - tau * log_t[-1], shift * z[-1, 0] + 6 * tau, 200)
         better = ndtr(-(value[:, None] + tau * log_t) / shift) @ intensity
         none_is = np.exp(-np.interp(shift * z - tau * log_t, value, better))
         mass = np.exp(-0.5 * z**2) * intensity * none_is
         return np.sum(z * mass) / np.sum(mass)
 
     low, high = LEAST_TAU, 1.0
-    for _ in range(12):
+    for _ in range(10):
         middle = (low + high) / 2
         low, high = (middle, high) if mean(middle) > shift else (low, middle)
     return low
