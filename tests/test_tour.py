@@ -33,7 +33,7 @@ def test_the_tour_runs():
     assert "STEPS, losses, began = 1200" in text
     ran = subprocess.run(
         [sys.executable, "-c", EXECUTE, str(TOUR.parent)],
-        input=text.replace("STEPS, losses, began = 1200", "STEPS, losses, began = 20"),
+        input=text.replace("STEPS, losses, began = 1200", "STEPS, losses, began = 60"),
         env=environment(),
         capture_output=True,
         text=True,
