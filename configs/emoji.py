@@ -7,7 +7,7 @@
 The first downloads 74 MB, a tarball that the second reads as it is; skin-tone variants, which are
 the same pictures in other colours, are left out, and every tenth picture is held out. The pictures
 are Google's Noto Emoji, Apache-2.0. Not an experiment of the paper: a network of 1.1 million
-parameters that predicts v, since after a thousand steps eps still has arbitrary colours. No
+parameters that predicts v, since after three thousand steps eps still has arbitrary colours. No
 training has been brought to its end yet. Also `:tiny` (seconds, for tests).
 """
 
