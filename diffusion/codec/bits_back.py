@@ -145,12 +145,12 @@ class Unfinished(NamedTuple):
     Attributes:
         words: uint32[n].
         lowest: the fewest words that the stack ever had.
-        ideal: the bound of these batches, in bits.
+        bound: that of these batches, in bits.
     """
 
     words: np.ndarray
     lowest: int
-    ideal: float
+    bound: float
 
 
 class Archive(NamedTuple):
@@ -158,7 +158,7 @@ class Archive(NamedTuple):
 
     words: np.ndarray
     initial: int
-    ideal: float
+    bound: float
 
 
 def begin_archive(codec: Codec, batch: int) -> Unfinished:
@@ -169,7 +169,7 @@ def begin_archive(codec: Codec, batch: int) -> Unfinished:
 
 def encode_batch(codec: Codec, unfinished: Unfinished, index: np.ndarray) -> Unfinished:
     """Adds images int[n, h, w, c] of 0..levels - 1, which are decoded before all earlier ones."""
-    words, lowest, ideal = unfinished
+    words, lowest, bound = unfinished
     stack, grids, steps = _Stack(words, False), _grids(codec), len(codec.plan.variances)
     x_0 = x = levels_to_x0(index, codec.levels)
     for i in range(steps, -1, -1):
@@ -179,15 +179,15 @@ def encode_batch(codec: Codec, unfinished: Unfinished, index: np.ndarray) -> Unf
         if i == steps:
             predicted = codec.denoise(x, codec.plan.ts[i])
             stack.push_pixels(codec, index, predicted)
-            ideal += pixel_bits(codec, index, predicted)
+            bound += pixel_bits(codec, index, predicted)
             continue
         law, g = _reverse_law(codec, grids, i, x), gaussians(codec.process, codec.plan, i)
-        ideal += channel.kl_bits((g.mean(x_0, x) - law.mean) / g.std_p, float(g.std_q) / law.std)
+        bound += channel.kl_bits((g.mean(x_0, x) - law.mean) / g.std_p, float(g.std_q) / law.std)
         stack.push(x_s, law, reverse)
     stack.push(x, _prior_law(grids, x.shape), np.arange(x.size))
     alpha_bar = codec.process.alpha_bar[codec.plan.ts[0]]
-    ideal += channel.kl_bits(np.sqrt(alpha_bar) * x_0, np.sqrt(1 - alpha_bar))
-    return Unfinished(stack.coder.get_compressed(), lowest, ideal)
+    bound += channel.kl_bits(np.sqrt(alpha_bar) * x_0, np.sqrt(1 - alpha_bar))
+    return Unfinished(stack.coder.get_compressed(), lowest, bound)
 
 
 def finish_archive(codec: Codec, unfinished: Unfinished, batch: int) -> Archive:
@@ -198,7 +198,7 @@ def finish_archive(codec: Codec, unfinished: Unfinished, batch: int) -> Archive:
     begun, unused = len(initial_words(codec, batch)), unfinished.lowest - 2
     if unused <= 0:  # nothing would decode such an archive
         raise RuntimeError(f"the archive needs more than {begun} words to begin with")
-    return Archive(unfinished.words[unused:], begun - unused, unfinished.ideal)
+    return Archive(unfinished.words[unused:], begun - unused, unfinished.bound)
 
 
 def decode_batches(

@@ -28,7 +28,7 @@ POOL, DEAL, NOISE = range(3)  # what a stream of random words is for
 PER_WORDS = 4  # normal numbers of one call of threefry
 BLOCK_NUMBERS = 2**21  # of the pool in memory at a time
 EXACT = 2**12  # candidates whose arrivals are drawn
-LEAST_TAU = 0.1
+LEAST_TAU = 0.1  # of lists that are too short for q's mean whatever tau is
 CHUNKS = 1024  # chunks whose scores are in memory at a time
 ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)
 

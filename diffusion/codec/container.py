@@ -153,7 +153,7 @@ def check_header(header: Header) -> None:
             raise ValueError(f"expected {name} in {low}..{high}, found {value}")
     h, plan = header, header.plan
     if plan.padding >= plan.candidates:
-        raise ValueError(f"expected padding below {plan.candidates}, found {plan.padding}")
+        raise ValueError(f"expected padding of 0 to {plan.candidates - 1}, found {plan.padding}")
     each = math.prod(h.shape)
     if h.group * each > MAX_DIMS:
         most = f"expected at most {MAX_DIMS // each:,} images of {each:,} numbers in a group"

@@ -108,12 +108,8 @@ def make_plan(
         optimum: measured on p.
         dims: of a group.
         steps: at most.
-        candidates, padding: of the chunks, see Plan.
-
-    Raises ValueError for numbers that do not fit together.
+        candidates, padding: of the chunks, see Plan; padding is below candidates.
     """
-    if not 0 <= padding < candidates:
-        raise ValueError(f"padding: expected 0 to {candidates - 1}, found {padding}")
     ideal = step_costs(from_pure_noise(p), optimum) * dims
     costs, possible = ideal.copy(), np.isfinite(ideal[1:])
     costs[1:][possible] = file_bits(ideal[1:][possible], candidates, padding) + STEP_BITS

@@ -132,7 +132,7 @@ def encode_groups(codec: Codec, index: np.ndarray, first_group: int, key: Array)
     return Encoded([*segments, last], mse)
 
 
-class Ideal(NamedTuple):
+class FileBound(NamedTuple):
     """What the bound says of images: its terms, and the errors of the predicted x_0.
 
     Attributes:
@@ -144,7 +144,7 @@ class Ideal(NamedTuple):
     mse: np.ndarray
 
 
-def ideal(codec: Codec, index: np.ndarray, seed: int) -> Ideal:
+def file_bound(codec: Codec, index: np.ndarray, seed: int) -> FileBound:
     """Returns the bound of images int[n, h, w, c], with one draw of each x_t from q."""
     x_0, steps = levels_to_x0(index, codec.levels), len(codec.plan.variances)
     x, process = initial_noise(codec, 0, len(index)), from_pure_noise(codec.process)
@@ -162,7 +162,7 @@ def ideal(codec: Codec, index: np.ndarray, seed: int) -> Ideal:
     predicted = codec.denoise(x, codec.plan.ts[-1])
     mse[steps] = np.sum((predicted - x_0) ** 2, dtype=np.float64)
     bits[steps] = pixel_bits(codec, index, predicted)
-    return Ideal(bits, mse)
+    return FileBound(bits, mse)
 
 
 def _write_indices(group: Group, indices: np.ndarray) -> bytes:

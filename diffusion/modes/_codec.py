@@ -25,7 +25,7 @@ from diffusion.utils.errors import ConfigError
 
 MODEL_KEYS = ("model.", "process.", "target", "variance", "data.levels", "sampler.clip")
 PROBE_SEED = 0xD0D0
-CURVES = ("bits", "rmse"), ("ideal", "ideal_rmse")  # of codec.json
+CURVES = ("bits", "rmse"), ("bound", "bound_rmse")  # of codec.json
 
 
 class Model(NamedTuple):
@@ -120,9 +120,9 @@ def measured_curves(folder: epath.Path) -> dict[str, list[tuple[float, float]]]:
     try:
         report = json.loads((folder / "codec.json").read_text())
         sent, bound = ([(p[x], p[y]) for p in report["points"]] for x, y in CURVES)
-    except (OSError, ValueError, KeyError):
+        return {"file": sent, "its bound": bound} | report["lossy"]
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return {"file": sent, "its bound": bound} | report["lossy"]
 
 
 class Block(NamedTuple):

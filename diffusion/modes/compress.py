@@ -16,7 +16,7 @@ from diffusion import experiment
 from diffusion.codec import bits_back, container, plan, progressive
 from diffusion.codec.bits_back import Unfinished
 from diffusion.codec.container import BITS_BACK, PROGRESSIVE, Header
-from diffusion.codec.plan import Codec
+from diffusion.codec.plan import Codec, Plan
 from diffusion.codec.progressive import Encoded, dimensions
 from diffusion.data import augment
 from diffusion.metrics import baselines, extraction
@@ -35,7 +35,7 @@ from diffusion.utils.progress import Progress
 
 RATES, SHOWN = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0), 8  # bits/dim and images of codec_images.png
 LOSSLESS = "PNG", "WebP", "JXL"
-IDEAL_IMAGES = 512  # at most so many are read for the bound
+BOUND_IMAGES = 512  # at most so many are read for the bound
 FILE_KINDS = {"progressive": PROGRESSIVE, "archive": BITS_BACK}
 
 
@@ -84,16 +84,17 @@ def plan_file(config: ConfigDict, model: Model, images: ImageSet, kind: int) -> 
     """Returns the header of a file of these images, still without the probe. Raises ConfigError."""
     c, exp = config.codec, model.trained.exp
     group, batch = min(c.group, images.n), min(c.batch_size, images.n)
-    process, optimum = exp.process, kept_variances(model.trained)
+    about = (kind, images.n, *images.shape, exp.levels, group, batch, c.seed)
+    made = Plan((exp.process.T,), (), 0.0, c.candidates, c.padding)
+    header = Header(*about, made, model.weights, model.config, b"")
+    call_for_key(container.check_header, "codec", header)  # before minutes of measuring
+    optimum = kept_variances(model.trained)
     if kind == BITS_BACK:
-        made = plan.make_archive_plan(process, optimum, c.steps)
+        made = plan.make_archive_plan(exp.process, optimum, c.steps)
     else:
         sizes = group * math.prod(images.shape), c.steps, c.candidates, c.padding
-        made = call_for_key(plan.make_plan, "codec.padding", process, optimum, *sizes)
-    about = (kind, images.n, *images.shape, exp.levels, group, batch, c.seed)
-    header = Header(*about, made, model.weights, model.config, b"")
-    call_for_key(container.check_header, "codec", header)
-    return header
+        made = plan.make_plan(exp.process, optimum, *sizes)
+    return header._replace(plan=made)
 
 
 def open_input(config: ConfigDict, exp: experiment.Experiment, name: str) -> ImageSet:
@@ -185,25 +186,25 @@ def write_file(
     parts = [container.header_bytes(header)]
     parts += [container.segment_bytes(header, *pair) for pair in enumerate(encoded.segments)]
     io.save_bytes(path, b"".join(parts))
-    some = next(read_blocks(images, min(IDEAL_IMAGES, images.n), header.levels))
-    bound = progressive.ideal(codec, some, header.seed)
+    some = next(read_blocks(images, min(BOUND_IMAGES, images.n), header.levels))
+    found = progressive.file_bound(codec, some, header.seed)
     bits = 8 * np.cumsum([len(part) for part in parts]) / (header.images * dimensions(codec))
     coded = 8 * np.array([sum(map(len, segment)) for segment in encoded.segments])
     coded = np.append(0, np.cumsum(coded) / (header.images * dimensions(codec)))
-    ideal = np.append(0, np.cumsum(bound.bits) / some.size)
-    rmse, ideal_rmse = (
+    bound = np.append(0, np.cumsum(found.bits) / some.size)
+    rmse, bound_rmse = (
         np.append(127.5 * np.sqrt(mse / dims), 0.0)
-        for mse, dims in ((encoded.mse, header.images * dimensions(codec)), (bound.mse, some.size))
+        for mse, dims in ((encoded.mse, header.images * dimensions(codec)), (found.mse, some.size))
     )
-    of = f" (ideal: of {len(some):,} images)" if len(some) < header.images else ""
-    logging.info(f"           after t   bits/dim   coded   ideal  ratio   rmse   ideal{of}")
+    of = f" (bound: of {len(some):,} images)" if len(some) < header.images else ""
+    logging.info(f"           after t   bits/dim   coded   bound  ratio   rmse   bound{of}")
     points = []
     for i, t in enumerate([*header.plan.ts, 0]):
-        row = {"t": t, "bits": bits[i], "coded": coded[i], "ideal": ideal[i]}
-        points.append(row | {"rmse": rmse[i], "ideal_rmse": ideal_rmse[i]})
+        row = {"t": t, "bits": bits[i], "coded": coded[i], "bound": bound[i]}
+        points.append(row | {"rmse": rmse[i], "bound_rmse": bound_rmse[i]})
         if i:
-            sizes = f"{bits[i]:11.4f}{coded[i]:8.4f}{ideal[i]:8.4f}{bits[i] / ideal[i]:7.3f}"
-            logging.info(f"{t or 'x_0':>18}{sizes}{rmse[i]:7.2f}{ideal_rmse[i]:8.2f}")
+            sizes = f"{bits[i]:11.4f}{coded[i]:8.4f}{bound[i]:8.4f}{bits[i] / bound[i]:7.3f}"
+            logging.info(f"{t or 'x_0':>18}{sizes}{rmse[i]:7.2f}{bound_rmse[i]:8.2f}")
     return {"kind": "progressive", "header_bytes": len(parts[0]), "points": points}
 
 
@@ -240,7 +241,7 @@ def encode_archive(
     unfinished, before = bits_back.begin_archive(codec, header.batch), []
     if stored is not None:
         before = stored["sums"].tolist()
-        unfinished = Unfinished(stored["words"], int(stored["lowest"]), float(stored["ideal"]))
+        unfinished = Unfinished(stored["words"], int(stored["lowest"]), float(stored["bound"]))
     sums, done, saved = [], len(before) * header.batch, time.monotonic()
     with Progress(header.images, min(done, header.images), unit="image") as progress:
         for index in read_blocks(images, header.batch, header.levels):
@@ -264,12 +265,12 @@ def encode_archive(
     dims = header.images * math.prod(header.shape)
     initial, plan_bytes = 32 * found.initial, len(content) - len(body)
     bits = {"file": 8 * len(content), "initial": initial, "plan": 8 * plan_bytes}
-    rows = {name: n / dims for name, n in (bits | {"ideal": found.ideal}).items()}
-    ratio = (8 * len(body) - initial) / found.ideal
+    rows = {name: n / dims for name, n in (bits | {"bound": found.bound}).items()}
+    ratio = (8 * len(body) - initial) / found.bound
     logging.info(
         f"archive    {rows['file']:.4f} bits/dim, of which {rows['initial']:.4f} it began with and "
         f"{rows['plan']:.4f} its header; "
-        f"the rest is {ratio:.4f} times the ideal {rows['ideal']:.4f}"
+        f"the rest is {ratio:.4f} times its bound {rows['bound']:.4f}"
     )
     return {"kind": "archive", "ratio": ratio} | rows
 

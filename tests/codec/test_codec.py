@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffusion import process, schedules
-from diffusion.codec import bits_back, channel, plan, progressive
+from diffusion.codec import bits_back, channel, entropy, plan, progressive
 from diffusion.codec.plan import Codec, Plan
 from diffusion.process import Process
 from diffusion.samplers.analytic import OptimalVariance
@@ -94,13 +94,13 @@ def test_a_prefix_decodes_to_what_the_encoder_measured():
 def test_files_and_errors_are_what_the_bound_says():
     codec = make(plan.make_plan(P, optimum(), 400 * 16, 10, 12, 4), 400)
     images = np.random.default_rng(3).choice(LEVELS, (400, *SHAPE), p=MASSES)
-    ideal = progressive.ideal(codec, images, 0)
+    bound = progressive.file_bound(codec, images, 0)
     encoded = progressive.encode_groups(codec, images, 0, KEY)
     bits = 8 * sum(len(part) for segment in encoded.segments for part in segment)
     # No code is shorter than the entropy, and the bound of few steps is near to it.
-    assert 0.97 * ENTROPY < ideal.bits.sum() / images.size < 1.25 * ENTROPY
-    assert ideal.bits.sum() < bits < 1.3 * ideal.bits.sum()
-    np.testing.assert_allclose(np.sqrt(encoded.mse), np.sqrt(ideal.mse), rtol=0.05)
+    assert 0.97 * ENTROPY < bound.bits.sum() / images.size < 1.25 * ENTROPY
+    assert bound.bits.sum() < bits < 1.3 * bound.bits.sum()
+    np.testing.assert_allclose(np.sqrt(encoded.mse), np.sqrt(bound.mse), rtol=0.05)
 
 
 def test_a_gaussian_source_takes_little_more_than_its_rate_distortion_function():
@@ -176,9 +176,20 @@ def test_an_archive_comes_back_and_costs_the_bound():
     found = archive(codec, [images[i : i + 20] for i in range(0, n, 20)])
     back = [*bits_back.decode_batches(codec, found.words, n, 20)]
     np.testing.assert_array_equal(np.concatenate(back[::-1]), images)
-    net, error = 32 * (len(found.words) - found.initial), np.sqrt(2 * found.ideal / np.log(2))
-    assert -3 * error < net - found.ideal < 3 * error + 0.01 * found.ideal + 64
-    assert 0.97 * ENTROPY < found.ideal / images.size < 1.25 * ENTROPY
+    net, error = 32 * (len(found.words) - found.initial), np.sqrt(2 * found.bound / np.log(2))
+    assert -3 * error < net - found.bound < 3 * error + 0.01 * found.bound + 64
+    assert 0.97 * ENTROPY < found.bound / images.size < 1.25 * ENTROPY
+
+
+def test_more_bits_than_images_have_are_refused():
+    """Of a step with next to no noise, whose number of chunks would fill the memory."""
+    chain = Process(np.array([1, 1 - 1e-12, 0.0]), np.arange(-1.0, 2))
+    codec = Codec(chain, lambda x, t: x, Plan((2, 1), (0,), 0.0, 12, 4), (1, 1, 1), 2, 1, 0)
+    most = plan.expected_code(chain, codec.plan, 0, 1) + progressive.NEAR - 1
+    encoder = entropy.RangeEncoder()
+    encoder.encode(most % 32, 1, 5)
+    with pytest.raises(IntegrityError, match="bits"):
+        progressive.decode_groups(codec, [[encoder.finish()]], 0, 1)
 
 
 def test_an_archive_of_another_network_is_refused():

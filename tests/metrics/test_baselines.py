@@ -1,5 +1,6 @@
 """Code lengths beside bits/dim: closed forms, files, and the numbers of another program."""
 
+import io
 import math
 
 import numpy as np
@@ -80,6 +81,21 @@ def test_mosaic_bits_are_those_of_a_lossless_file(tmp_path, shape, form):
     np.testing.assert_array_equal(pixels[-h:, -w:], images[rows * columns - 1])
     values = rows * columns * h * w * shape[3]
     assert baselines.mosaic_bits(images, form) == 8 * path.stat().st_size / values
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jpeg_xl_is_read_back_where_it_is_installed(channels):
+    pytest.importorskip("pillow_jxl")
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, channels), np.uint8)
+    pixels = baselines.mosaic(images)
+    assert baselines.installed("JXL")
+    with Image.open(io.BytesIO(baselines.encode(pixels, "JXL"))) as image:
+        np.testing.assert_array_equal(np.asarray(image).reshape(pixels.shape), pixels)
+    assert "JXL" in baselines.lossy_curves(images)
+
+
+def test_formats_that_pillow_lacks_are_not_installed():
+    assert baselines.installed("PNG") and not baselines.installed("none of its formats")
 
 
 def test_blocks_change_nothing(monkeypatch):

@@ -204,7 +204,7 @@ def measure_a_file(workdir):
     """Leaves what --mode=compress does."""
     folder = workdir / "eval" / "00000012"
     folder.mkdir(parents=True, exist_ok=True)
-    point = {"bits": 1.0, "rmse": 20.0, "ideal": 0.8, "ideal_rmse": 19.0}
+    point = {"bits": 1.0, "rmse": 20.0, "bound": 0.8, "bound_rmse": 19.0}
     report = {"points": [point, point | {"bits": 2.0}], "lossy": {"JPEG": [(2.0, 30.0)]}}
     (folder / "codec.json").write_text(json.dumps(report))
 

@@ -63,15 +63,21 @@ def mutate(content, rng):
 
 
 def with_right_checksum(content, rng):
-    """Damages a segment, its step or its body, and mends its checksum."""
+    """Damages a variance or the body of a segment, not their lengths, and mends its checksum."""
     reader = Reader(content)
     header = container.read_header(reader)
     plan = header.plan
     for _ in range(int(rng.integers(1, SEGMENTS + 1))):
         start = reader.at
         plan = container.read_segment(reader, header, plan).plan
-    data = bytearray(content)
-    data[int(rng.integers(start, reader.at - 4))] ^= int(rng.integers(1, 256))
+    inside, data = Reader(content), bytearray(content)
+    inside.at = start
+    inside.number()
+    variance = inside.at
+    inside.take(2 if plan.decoder else 1)
+    inside.number()
+    places = [variance, *range(inside.at, reader.at - 4)]
+    data[int(rng.choice(places))] ^= int(rng.integers(1, 256))
     crc = google_crc32c.value(bytes(data[start : reader.at - 4]))
     data[reader.at - 4 : reader.at] = crc.to_bytes(4, "little")
     return bytes(data)
@@ -99,7 +105,7 @@ def test_mutated_files(written, figures):
             np.testing.assert_array_equal(found.index, IMAGES)
             counts["the same pixels"] += 1
         else:
-            assert found.index is None
+            assert not mended and found.index is None
             x_0 = prefixes.setdefault(n, found.x_0)
             np.testing.assert_array_equal(found.x_0, x_0)
             counts["a prefix"] += 1
