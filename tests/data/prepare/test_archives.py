@@ -108,13 +108,19 @@ def test_a_pass_holds_one_image_at_a_time(tmp_path, kind):
 
 
 def test_a_pass_through_a_tar_keeps_no_headers(tmp_path):
-    """2,000 members: tarfile would keep a kilobyte of each."""
+    """2,000 members: tarfile would keep a kilobyte of each.
+
+    The least of three passes counts: threads that earlier tests left allocate memory too.
+    """
     path = write_tar(tmp_path / "x", {f"{k}.png": b"1" for k in range(2000)})
-    source = open_source("folder", str(path))
+    source, peaks = open_source("folder", str(path)), []
     tracemalloc.start()
     try:
-        assert sum(1 for _ in source.items()) == 2000
-        assert tracemalloc.get_traced_memory()[1] < 2**18
+        for _ in range(3):
+            tracemalloc.reset_peak()
+            assert sum(1 for _ in source.items()) == 2000
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        assert min(peaks) < 2**16
     finally:
         tracemalloc.stop()
 
