@@ -28,7 +28,7 @@ CHANGES = {
     "optim.schedule": "cosine",
     "optim.ema": 0.995,
     "train.batch_size": 16,
-    "train.steps": 9000,
+    "train.steps": 6000,
     "train.log_every": 100,
     "train.sample_every": 1500,
     "train.save_every": 500,
