@@ -80,6 +80,8 @@ def get_config() -> ConfigDict:
                 "timesteps": "uniform",
                 "init_weights": "ema",  # those that --init_from begins with, as `weights`
                 "label_dropout": 0.0,  # share of the labels hidden, for classifier-free guidance
+                # Steps that a device takes without its host; readings and saves end them early.
+                "steps_per_dispatch": 1,
                 "log_every": 100,  # steps between two readings of the loss
                 "save_every": 5_000,  # steps between two checkpoints
                 "keep": 3,  # newest checkpoints that stay

@@ -226,33 +226,30 @@ def make_config_grad_fn(config: ConfigDict, exp: Experiment) -> Callable:
 
 
 def make_update(config: ConfigDict, exp: Experiment, resident: bool) -> Callable:
-    """Compiles one training step: (state, *inputs) -> (state, metrics).
+    """Compiles one training step: (state, batch, dataset) -> (state, metrics).
 
     Batch, flips, t, eps and dropout follow from the seed and state.step alone, so that a resumed
     run equals the uninterrupted one. The state is donated.
 
     Args:
-      resident: the inputs are dataset indices int32[b], and the whole data set on every device,
-        uint8[n, h * w * c] and labels int32[n]; else a batch that was read elsewhere, uint8
-        [b, h, w, c] and labels int32[b], sharded over the devices.
+      resident: batch is dataset indices int32[b], and dataset is whole on every device, uint8
+        [n, h * w * c] and labels int32[n]; else batch was read elsewhere, uint8[b, h, w, c] and
+        labels int32[b], sharded over the devices, and dataset is ().
     """
     keys = train_step.training_keys(config.seed)
     grad_fn, ema = make_config_grad_fn(config, exp), config.optim.ema
     step = train_step.make_train_step(grad_fn, exp.tx, ema, exp.timesteps, exp.averages)
     whole, sharded = replicated(exp.mesh), batch_sharded(exp.mesh)
 
-    def update(state, *inputs):
+    def update(state, batch, dataset):
         if resident:
-            index, images, labels = inputs
-            image, label = augment.gather_batch(images, labels, index, exp.image_shape)
-        else:
-            image, label = inputs
-        image, label = jax.lax.with_sharding_constraint((image, label), sharded)
+            batch = augment.gather_batch(*dataset, batch, exp.image_shape)
+        image, label = jax.lax.with_sharding_constraint(batch, sharded)
         x_0 = augment.augment(image, keys.augment, state.step, config.data.flip, exp.levels)
         key = random.fold_in(keys.steps, state.step)
         return step(state, key, (x_0, training_labels(config, exp, key, label)))
 
-    shardings = (whole,) * 4 if resident else (whole, sharded, sharded)
+    shardings = whole, whole if resident else sharded, whole
     return jax.jit(update, in_shardings=shardings, out_shardings=whole, donate_argnums=0)
 
 
@@ -270,8 +267,8 @@ def fits_on_device(config: ConfigDict, images: data.ImageDataset) -> bool:
 
 def make_input_pipeline(
     config: ConfigDict, exp: Experiment, images: data.ImageDataset
-) -> tuple[Callable, Callable[[int], Iterator[tuple[Array, ...]]]]:
-    """Returns (update, start -> iterator over what update takes at steps start, start + 1, ...).
+) -> tuple[Callable, Callable[[int], Iterator[tuple[Any, Any]]]]:
+    """Returns (update, start -> iterator over (batch, dataset) at steps start, start + 1, ...).
 
     A data set that fits lies on every device; a larger one is streamed. Both give the same batches.
     Raises ConfigError, and DataError at once or while reading.
@@ -284,12 +281,12 @@ def make_input_pipeline(
         return make_update(config, exp, False), functools.partial(_stream, config, exp, images)
     image, label = load_dataset(images)
     image = image.reshape(len(image), -1)  # a TPU would copy images of another shape as a whole
-    resident = [make_global_array(a, whole, a.shape) for a in (image, label)]
+    resident = tuple(make_global_array(a, whole, a.shape) for a in (image, label))
     indices = loader.make_batch_indices(images.n, size, config.seed)
 
     def inputs(start):
         for step in itertools.count(start):
-            yield make_global_array(indices(step), whole, (size,)), *resident
+            yield make_global_array(indices(step), whole, (size,)), resident
 
     return make_update(config, exp, True), inputs
 
@@ -301,7 +298,8 @@ def _stream(config, exp, images, start):
     ahead = collections.deque()
     args = images, config.seed, steps, size, rows, config.data.workers
     for batch in loader.iterate_shuffled(*args):
-        ahead.append(tuple(make_global_array(a, sharding, (size, *a.shape[1:])) for a in batch))
+        batch = tuple(make_global_array(a, sharding, (size, *a.shape[1:])) for a in batch)
+        ahead.append((batch, ()))
         if len(ahead) > PREFETCH:
             yield ahead.popleft()
     yield from ahead

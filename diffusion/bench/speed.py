@@ -88,11 +88,11 @@ def training_step(
     image = rng.integers(0, 256, (n, pixels), np.uint8)
     label = np.zeros(n, np.int32)
     if resident:
-        inputs = rng.integers(0, n, size, np.int32), image, label
+        inputs = rng.integers(0, n, size, np.int32), (image, label)
         inputs = jax.device_put(inputs, replicated(exp.mesh))
     else:
-        inputs = image.reshape(n, *exp.image_shape), label
-        inputs = jax.device_put(inputs, batch_sharded(exp.mesh))
+        batch = image.reshape(n, *exp.image_shape), label
+        inputs = jax.device_put(batch, batch_sharded(exp.mesh)), ()
     state = experiment.make_initial_state(config, exp)
     began = time.perf_counter()
     update = experiment.make_update(config, exp, resident).lower(state, *inputs).compile()

@@ -55,10 +55,10 @@ def lower_steps(config: ConfigDict, exp: experiment.Experiment) -> tuple[Any, An
     size, pixels = config.train.batch_size, math.prod(exp.image_shape)
     if resident := NUM_IMAGES * pixels <= config.data.on_device_gib * 2**30:
         images = array((NUM_IMAGES, pixels), jnp.uint8)
-        inputs = array((size,), jnp.int32), images, array((NUM_IMAGES,), jnp.int32)
+        inputs = array((size,), jnp.int32), (images, array((NUM_IMAGES,), jnp.int32))
     else:  # a larger set is streamed
         images = array((size, *exp.image_shape), jnp.uint8, sharded)
-        inputs = images, array((size,), jnp.int32, sharded)
+        inputs = (images, array((size,), jnp.int32, sharded)), ()
     training = experiment.make_update(config, exp, resident).lower(state, *inputs)
     label, x_T = array((n,), jnp.int32, sharded), array((n, *exp.image_shape), jnp.float32, sharded)
     keys, ts = array((n,), jax.random.key(0).dtype, sharded), array((2,), jnp.int32)

@@ -1,4 +1,4 @@
-"""--init_from: a training that begins with the weights of another work directory."""
+"""Where a training begins: at its newest checkpoint, at nothing, or at weights of --init_from."""
 
 import contextlib
 import json
@@ -27,6 +27,13 @@ from diffusion.utils.multihost import is_primary
 RECORD = "init.json"  # in a work directory: whose weights its training began with
 # Network keys that weights do not know.
 NOT_IN_WEIGHTS = ("model.dropout", "model.dtype", "model.remat")
+
+
+def restore_or_init(run: Run, exp: Experiment, checkpoints: Checkpoints) -> TrainState:
+    """Returns the newest good checkpoint's state; where there is none at all, the initial one."""
+    if checkpoints.latest() is None:
+        return experiment.make_initial_state(run.config, exp)
+    return checkpoints.restore(exp.abstract_state)
 
 
 def load_initial_state(run: Run, exp: Experiment) -> TrainState | None:

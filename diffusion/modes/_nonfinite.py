@@ -14,6 +14,7 @@ from jax import Array, random
 
 from diffusion import data, experiment, nonfinite, train_step
 from diffusion.data import augment, loader
+from diffusion.dispatch import join_steps
 from diffusion.experiment import Experiment
 from diffusion.runtime.config import Run
 from diffusion.sharding import replicated
@@ -34,13 +35,18 @@ def not_halted(exp: Experiment) -> Array:
 
 
 def compile_update(
-    update: Callable, on_nonfinite: str, state: TrainState, halted: Array, batch: tuple
+    update: Callable, on_nonfinite: str, state: TrainState, halted: Array, inputs: tuple
 ) -> jax.stages.Compiled:
-    """Compiles the training step together with its guard against NaN and infinity."""
-    logging.info("compiling  the training step; the next start finds it compiled")
+    """Compiles a dispatch of training steps, each with its guard against NaN and infinity.
+
+    inputs: (batches, dataset, n) as of dispatch.group_inputs.
+    """
+    most = len(inputs[0])
+    what = "the training step" if most == 1 else f"up to {most} training steps in one program"
+    logging.info(f"compiling  {what}; the next start finds it compiled")
     began = time.monotonic()
-    guarded = jax.jit(nonfinite.guard_update(update, on_nonfinite), donate_argnums=(0, 1))
-    compiled = guarded.lower(state, halted, *batch).compile()
+    guarded = join_steps(nonfinite.guard_update(update, on_nonfinite), most)
+    compiled = jax.jit(guarded, donate_argnums=(0, 1)).lower(state, halted, *inputs).compile()
     logging.info(f"compiled   in {human_time(time.monotonic() - began)}")
     return compiled
 

@@ -17,7 +17,7 @@ KINDS = ("xplane.pb", "trace.json.gz")  # for the plugin; in the format of Chrom
 
 
 class Profiler:
-    """Records the steps of train.profile in every process; what fails is a warning.
+    """Records the dispatches with steps of train.profile in every process; what fails is a warning.
 
     The files are workdir/plugins/profile/step_FIRST/HOST_PROCESS.xplane.pb and .trace.json.gz.
     """
@@ -31,17 +31,18 @@ class Profiler:
         self._first = self._last = 0
         self._folder = ""  # jax.profiler writes to local folders only
 
-    def before(self, step: int, state: Any) -> None:
-        """Begins before the first step to record, once the device has finished with `state`."""
-        self._last = step
-        if step in self._steps and not self._folder:
+    def before(self, steps: range, state: Any) -> None:
+        """Begins before the first dispatch to record, once the device has finished with `state`."""
+        if not self._folder and self._overlaps(steps):
+            self._first = steps[0]
             with self._paused():
                 jax.block_until_ready(state)
                 self._attempt(self._start)
 
-    def after(self, step: int, state: Any) -> None:
-        """Ends after the last step to record, once the device has finished it."""
-        if self._folder and step == self._steps[-1]:
+    def after(self, steps: range, state: Any) -> None:
+        """Ends after the last dispatch to record, once the device has finished it."""
+        self._last = steps[-1]
+        if self._folder and self._last >= self._steps[-1]:
             with self._paused():
                 jax.block_until_ready(state)
                 self._attempt(self._write)
@@ -51,6 +52,9 @@ class Profiler:
         if self._folder:
             with self._paused():
                 self._attempt(self._write)
+
+    def _overlaps(self, steps: range) -> bool:
+        return bool(self._steps) and steps[0] <= self._steps[-1] and self._steps[0] <= steps[-1]
 
     def _attempt(self, action: Callable[[], None]) -> None:
         try:
@@ -66,7 +70,7 @@ class Profiler:
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # recording every call of Python would slow the steps
         jax.profiler.start_trace(folder, profiler_options=options)
-        self._first, self._folder = self._last, folder
+        self._folder = folder
 
     def _write(self) -> None:
         local, self._folder = pathlib.Path(self._folder), ""

@@ -59,10 +59,15 @@ class Readings:
         c = self._run.config.train
         return bool(c.sample_every) and (step % c.sample_every == 0 or step == c.steps)
 
+    def due(self, step: int) -> bool:
+        """Returns whether scores or pictures follow this step."""
+        return self.evaluates(step) or self.draws(step)
+
     def broken_off(self, step: int) -> bool:
         """Returns whether an earlier run ended between the beginning and the end of a step's."""
-        due = self.evaluates(step) or self.draws(step)
-        return due and bool(broadcast_from_primary(is_primary() and self._mark(step).exists()))
+        return self.due(step) and bool(
+            broadcast_from_primary(is_primary() and self._mark(step).exists())
+        )
 
     def take(
         self,
@@ -78,7 +83,7 @@ class Readings:
           state: after the step. It has to be saved where False is returned.
           done: steps of this run, which tell how long readings will take.
         """
-        if not self.evaluates(step) and not self.draws(step):
+        if not self.due(step):
             return True
         unfinished = "The readings of this step are not complete.\n"
         _write(io.save_text, self._mark(step), unfinished)

@@ -40,6 +40,7 @@ from diffusion.utils.multihost import barrier, broadcast_from_primary, is_primar
 from diffusion.utils.progress import Progress
 
 MAX_PARTS = 25  # of a chain; after each, progress is reported and a stop request is followed
+PART_S = 0.5  # a part that takes less is followed by one twice as long
 
 
 def load_for_sampling(run: Run, exp: Experiment) -> Trained:
@@ -140,15 +141,18 @@ def iterate_states(
     Args:
       start: (keys, labels, state at positions[0]).
       positions: rising indices of sampler.ts.
-      report: called with `done` plus the steps taken, after each part of the chain.
+      report: called with `done` plus the steps taken, after each part of the chain; None: where
+        nobody watches, all steps to a position are one dispatch.
     """
     keys, labels, state = start
-    length, i = -(-sampler.steps // MAX_PARTS), positions[0]
+    length, i = -(-sampler.steps // MAX_PARTS) if report else sampler.steps, positions[0]
     for position in positions:
         while i < position:
-            j = min(i + length, position)
+            began, j = time.monotonic(), min(i + length, position)
             state = sampler.advance(params, keys, labels, state, np.int32(i), np.int32(j))
             jax.block_until_ready(state)
+            # One process decides for all, as a part takes all of them.
+            length *= 1 + broadcast_from_primary(time.monotonic() - began < PART_S)
             done, i = done + j - i, j
             if report:
                 report(done)

@@ -25,7 +25,7 @@ READINGS = "readings and pictures"  # their share of the time is reported under 
 class Session:
     """Records the steps of one process's training; a context manager.
 
-    Metrics are read one step late, so that the device has work meanwhile.
+    Metrics are read one dispatch late, so that the device has work meanwhile.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Session:
         self._profiler = Profiler(run, lambda: self.paused("profile"))
         self._split = start, timer.split()  # at the last logged step: when, seconds of each part
         self._step = start
-        self._pending: deque[tuple[int, dict]] = deque()
+        self._pending: deque[tuple[range, dict]] = deque()
         self._window: list[dict[str, float]] = []
 
     def __enter__(self) -> "Session":
@@ -54,52 +54,63 @@ class Session:
         self.writer.close()
 
     @contextlib.contextmanager
-    def dispatch(self, step: int, state: TrainState) -> Iterator[None]:
-        """Surrounds the update of a step, whose time is the device's and which a profile may show.
+    def dispatch(self, steps: range, state: TrainState) -> Iterator[None]:
+        """Surrounds a dispatch, whose time is the device's and which a profile may show.
 
-        state: before the step.
+        steps: its steps; state: before them.
         """
-        self._profiler.before(step, state)
-        with self.timer.part("device"), jax.profiler.StepTraceAnnotation("train", step_num=step):
+        self._profiler.before(steps, state)
+        note = jax.profiler.StepTraceAnnotation("train", step_num=steps[0])
+        with self.timer.part("device"), note:
             yield
 
-    def record(self, step: int, metrics: dict, state: TrainState, wait: bool) -> None:
-        """Takes a step's metrics and logs the previous step's; with `wait` this step's too.
+    def record(self, steps: range, metrics: dict, state: TrainState, wait: bool) -> None:
+        """Takes a dispatch's metrics and logs the previous one's; with `wait` this one's too.
 
-        Raises NonFiniteError as train.on_nonfinite says.
+        metrics: {name: numbers [len(steps) or more]}. Raises NonFiniteError as train.on_nonfinite
+        says.
         """
-        self._step = step
-        self._pending.append((step, metrics))
+        self._step = steps[-1]
+        self._pending.append((steps, metrics))
         while len(self._pending) > (0 if wait else 1) and not self.bad_steps.rolling_back:
             self._log(*self._pending.popleft(), state)
-        self._profiler.after(step, state)
+        self._profiler.after(steps, state)
 
     def discard(self) -> None:
         """Forgets the steps that are not logged yet."""
         self._pending.clear()
 
-    def _log(self, step: int, metrics: dict, state: TrainState) -> None:
+    def _log(self, steps: range, metrics: dict, state: TrainState) -> None:
         c = self.run.config.train
         with self.timer.part("device"):
-            values = {name: float(v) for name, v in jax.device_get(metrics).items()}
-        values = {"loss": values.pop("loss"), **values}
-        self._watchdog.beat(step)
-        if not all(map(np.isfinite, values.values())):
-            logging.warning(self.bad_steps.handle(step, values, state))
-            return
-        if c.on_nonfinite == "skip":
-            self.bad_steps.reset()
-        self._window.append(values)
-        self._progress(step, values)
-        if step % c.log_every == 0 or step == c.steps:
-            scalars = {f"train/{k}": np.mean([v[k] for v in self._window]) for k in values}
-            scalars["train/lr"] = float(self._lr(step - 1))
-            scalars["train/steps_per_s"] = self._progress.rate()
-            scalars["train/goodput"] = self.timer.goodput()
-            scalars["train/not_finite"] = self.bad_steps.count
-            scalars |= self._step_times()
-            self.writer.write_scalars(step, {k: v for k, v in scalars.items() if v is not None})
-            self._window.clear()
+            metrics = jax.device_get(metrics)
+        self._watchdog.beat(steps[-1])
+        for i, step in enumerate(steps):
+            values = {name: float(rows[i]) for name, rows in metrics.items()}
+            values = {"loss": values.pop("loss"), **values}
+            if not all(map(np.isfinite, values.values())):
+                logging.warning(self.bad_steps.handle(step, values, state))
+                if self.bad_steps.rolling_back:
+                    return
+                continue
+            if c.on_nonfinite == "skip":
+                self.bad_steps.reset()
+            self._window.append(values)
+            if step == steps[-1]:
+                self._progress(step, values)
+            if step % c.log_every == 0 or step == c.steps:
+                self._write_means(step)
+
+    def _write_means(self, step: int) -> None:
+        window = self._window
+        scalars = {f"train/{k}": np.mean([v[k] for v in window]) for k in window[-1]}
+        scalars["train/lr"] = float(self._lr(step - 1))
+        scalars["train/steps_per_s"] = self._progress.rate()
+        scalars["train/goodput"] = self.timer.goodput()
+        scalars["train/not_finite"] = self.bad_steps.count
+        scalars |= self._step_times()
+        self.writer.write_scalars(step, {k: v for k, v in scalars.items() if v is not None})
+        window.clear()
 
     def _step_times(self) -> dict[str, float]:
         """Returns the milliseconds of a step since the last call; {} where no step was taken."""

@@ -22,6 +22,7 @@ from jax import random
 from diffusion import checkpoint, data, experiment, process
 from diffusion.data import augment
 from diffusion.data.prepare.pipeline import MAX_FEW_LEVELS, evenly_spaced_levels
+from diffusion.dispatch import dispatch_sizes, group_inputs
 from diffusion.experiment import Experiment
 from diffusion.modes._common import describe_data, describe_devices
 from diffusion.modes._nonfinite import compile_update, not_halted
@@ -188,17 +189,21 @@ def take_steps(run: Run, exp: Experiment, images: data.ImageDataset) -> Any:
     """Returns the state after a few steps. Raises NonFiniteError where a metric is not finite."""
     config = run.config
     update, make_inputs = experiment.make_input_pipeline(config, exp, images)
-    inputs, state = make_inputs(0), experiment.make_initial_state(config, exp)
+    most = config.train.steps_per_dispatch
+    sizes = dispatch_sizes(0, config.train.steps, most, lambda step: False)
+    inputs = group_inputs(make_inputs(0), sizes, most)
+    state = experiment.make_initial_state(config, exp)
     halted, batch = not_halted(exp), next(inputs)
     compiled = compile_update(update, "halt", state, halted, batch)
     logging.info(f"memory     {describe_memory(compiled)}")
     state, halted, metrics = jax.block_until_ready(compiled(state, halted, *batch))
-    began, done, most = time.monotonic(), 0, min(STEPS, config.train.steps - 1)
+    began, done, most = time.monotonic(), 0, min(STEPS, config.train.steps - batch[2])
     # One process decides for all: their clocks differ, and a step takes all of them.
     while done < most and broadcast_from_primary(time.monotonic() - began < SECONDS):
-        state, halted, metrics = jax.block_until_ready(compiled(state, halted, *next(inputs)))
-        done += 1
-    values = {name: float(v) for name, v in metrics.items()}
+        batch = next(inputs)
+        state, halted, metrics = jax.block_until_ready(compiled(state, halted, *batch))
+        done += int(batch[2])
+    values = {name: float(v[batch[2] - 1]) for name, v in metrics.items()}
     for name, value in values.items():
         if not np.isfinite(value):
             raise NonFiniteError(f"{name}: {value} in the first steps; lower optim.lr")

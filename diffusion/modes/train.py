@@ -10,8 +10,9 @@ import numpy as np
 
 from diffusion import experiment, nonfinite
 from diffusion.checkpoint import Checkpoints
+from diffusion.dispatch import dispatch_sizes, group_inputs
 from diffusion.modes._common import describe_data, describe_devices, open_checkpoints
-from diffusion.modes._initial_weights import load_initial_state, save_initial_state
+from diffusion.modes._initial_weights import load_initial_state, restore_or_init, save_initial_state
 from diffusion.modes._nonfinite import compile_update, not_halted
 from diffusion.modes._readings import Readings
 from diffusion.modes._session import Session
@@ -56,8 +57,13 @@ def run(run: Run) -> None:
         logging.info(f"nothing to do: trained for {start:,} steps already; raise train.steps")
         return
     readings.prepare()
-    inputs, halted = make_inputs(start), not_halted(exp)
-    batch = next(inputs)
+
+    def is_border(step: int) -> bool:
+        return step % c.save_every == 0 or snapshots.due(step) or readings.due(step)
+
+    sizes = dispatch_sizes(start, c.steps, c.steps_per_dispatch, is_border)
+    inputs = group_inputs(make_inputs(start), sizes, c.steps_per_dispatch)
+    batch, halted = next(inputs), not_halted(exp)
     update = compile_update(update, c.on_nonfinite, state, halted, batch)
     logging.info(f"training   from step {start:,}")
     timer.attribute_elapsed("starting")
@@ -73,13 +79,13 @@ def run(run: Run) -> None:
             raise preemption.Stopped(f"at step {start:,}, saved")
         step, stop = start, False
         while step < c.steps and not stop:
-            step += 1
-            with session.dispatch(step, state):
+            steps = range(step + 1, step + batch[2] + 1)
+            with session.dispatch(steps, state):
                 state, halted, metrics = update(state, halted, *batch)
+            step = steps[-1]
             last, stop = step == c.steps, preemption.should_stop()
             save = last or stop or step % c.save_every == 0
-            wait = save or snapshots.due(step) or readings.draws(step)
-            session.record(step, metrics, state, wait)
+            session.record(steps, metrics, state, wait=save or is_border(step))
             if session.bad_steps.rolling_back:
                 state, halted = roll_back(session, checkpoints, step), not_halted(exp)
             if snapshots.due(step):  # before the checkpoint, so that a resumed run lacks none
@@ -96,16 +102,10 @@ def run(run: Run) -> None:
     logging.info(f"time       {timer.describe(step - start)}")
     if stop:
         raise preemption.Stopped(f"at step {step:,}, saved")
-    look = f"{run.workdir}/samples and {run.workdir}/figures"
-    logging.info(f"done       look at {look}; more samples:")
+    logging.info(
+        f"done       look at {run.workdir}/samples and {run.workdir}/figures; more samples:"
+    )
     logging.info(f"           python main.py --mode=sample --workdir={run.workdir}")
-
-
-def restore_or_init(run: Run, exp: experiment.Experiment, checkpoints: Checkpoints) -> TrainState:
-    """Returns the newest good checkpoint's state; where there is none at all, the initial one."""
-    if checkpoints.latest() is None:
-        return experiment.make_initial_state(run.config, exp)
-    return checkpoints.restore(exp.abstract_state)
 
 
 def roll_back(session: Session, checkpoints: Checkpoints, step: int) -> TrainState:

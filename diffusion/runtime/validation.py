@@ -58,7 +58,7 @@ VALIDATORS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("train.batch_size", "train.log_every", "train.save_every"), COUNT),
     **dict.fromkeys(("train.keep", "train.preview.steps", "train.preview.num"), COUNT),
     **dict.fromkeys(("sampler.steps", "sampler.order", "sampler.corrections", "sample.num"), COUNT),
-    "train.snapshots": COUNT,
+    **dict.fromkeys(("train.snapshots", "train.steps_per_dispatch"), COUNT),
     **dict.fromkeys(("bpd.batch_size", "eval.batch_size", "sample.batch_size"), COUNT),
     **dict.fromkeys(("codec.group", "codec.batch_size", "codec.steps"), COUNT),
     "codec.candidates": (lambda x: 4 <= x <= 22, "an int in 4..22"),

@@ -12,6 +12,7 @@ from diffusion.runtime.config import YOUNGER, flatten, with_overrides
 from diffusion.runtime.validation import validate
 from diffusion.utils.errors import ConfigError, WorkdirError
 from diffusion.utils.io import save_npz
+from tests.utils.test_progress import Clock
 
 SMALL = {"model.ch": 4, "process.T": 6, "sampler.steps": 6, "sample.batch_size": 4}
 
@@ -63,6 +64,27 @@ def test_another_seed_class_or_part_compiles_nothing(sampler, params):
     start = sampler.start(np.uint32(0), np.int32(-1), np.arange(4, dtype=np.int32))
     text = sampler.advance.lower(params, *start, np.int32(0), np.int32(6)).as_text()
     assert "callback" not in text and "outfeed" not in text
+
+
+@pytest.mark.parametrize("seconds, parts", [(0.01, [2, 4, 8, 16]), (1.0, [2] * 15)])
+def test_parts_of_a_chain_grow_while_they_are_short(monkeypatch, seconds, parts):
+    """Of 30 steps: 2 at once, at most 25 parts. Where nobody watches, in one part."""
+    clock = Clock()
+    monkeypatch.setattr(_sampling.time, "monotonic", clock)
+
+    def advance(params, keys, labels, state, i, j):
+        taken.append(int(j - i))
+        clock.now += seconds * (j - i)
+        return state + j - i
+
+    ts = np.arange(30, -1, -1)
+    fake = _sampling.CompiledSampler(None, advance, None, ts, 4, 30, -1)
+    for watched, expected in ((True, parts), (False, [30])):
+        taken, reported = [], []
+        report = reported.append if watched else None
+        states = list(_sampling.iterate_states(fake, None, (0, 0, 0), (0, 30), report, 100))
+        assert taken == expected and states == [0, 30]
+        assert reported == (list(100 + np.cumsum(expected)) if watched else [])
 
 
 def test_all_classes_in_turn_or_a_single_one(sampler, params):

@@ -23,10 +23,11 @@ def test_the_parts_of_a_step_s_time_add_up(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "device_get", lambda x: setattr(clock, "now", clock.now + 4) or x)
     with Session(Run("train", config, tmp_path, None), None, None, 0, timer) as session:
         for step in range(1, 9):
-            with session.dispatch(step, None):
+            steps = range(step, step + 1)
+            with session.dispatch(steps, None):
                 clock.now += 2
             clock.now += 8
-            session.record(step, {"loss": 1.0}, None, wait=step % 4 == 0)
+            session.record(steps, {"loss": [1.0]}, None, wait=step % 4 == 0)
             if step % 4 == 0:
                 with timer("saving"):
                     clock.now += 100

@@ -83,6 +83,19 @@ def test_the_first_learning_rate_is_zero_and_the_step_counts_from_one(trained):
     np.testing.assert_allclose([rates[2], rates[4]], [lr / 2, lr], rtol=1e-6)
 
 
+def test_steps_in_one_dispatch_are_logged_one_by_one(trained, tmp_path):
+    """Up to 3 at a time, to rounding; two dispatches of the 8 steps end at the save of step 4."""
+    args = TINY, f"--workdir={tmp_path}", "--config.train.steps_per_dispatch=3", NO_PREVIEW
+    out, err = run(*args, "--config.train.profile=(5,3)")
+    assert err == "" and "up to 3 training steps" in out
+    for name in ("train/loss", "train/grad_norm", "train/lr"):
+        expected, found = logged(trained[0], name), logged(tmp_path, name)
+        assert list(found) == list(expected) == [2, 4, 6, 8]
+        np.testing.assert_allclose([*found.values()], [*expected.values()], rtol=1e-4)
+    assert "profile    steps 5 to 7; see it with: tensorboard --logdir=" in out
+    assert (tmp_path / "checkpoints" / "4").is_dir()
+
+
 def test_a_profile_has_the_steps_that_were_asked_for(trained):
     assert "profile    steps 5 to 7; see it with: tensorboard --logdir=" in trained[1]
     assert "% profile" in trained[1].split("time ")[1]  # which is no training
@@ -206,8 +219,8 @@ def test_a_profile_that_cannot_be_written_is_a_warning(tmp_path, capsys, monkeyp
     config = with_overrides(config_of("digits", "tiny"), {"train.profile": (2, 2)})
     profiler = _profile.Profiler(Run("train", config, tmp_path, None), paused)
     for step in range(1, last + 1):
-        profiler.before(step, np.zeros(1))
-        profiler.after(step, np.zeros(1))
+        profiler.before(range(step, step + 1), np.zeros(1))
+        profiler.after(range(step, step + 1), np.zeros(1))
     profiler.close()
     assert [name for name, *_ in calls.mock_calls] == [
         *("paused", "block_until_ready", "start_trace", "resumed"),
@@ -216,8 +229,8 @@ def test_a_profile_that_cannot_be_written_is_a_warning(tmp_path, capsys, monkeyp
     assert "ddpm: warning: train.profile: " in capsys.readouterr().err
     profiler = _profile.Profiler(Run("train", config, tmp_path, None), contextlib.nullcontext)
     with profile.trace(tmp_path / "other"):
-        profiler.before(2, np.zeros(1))
-    profiler.after(3, np.zeros(1))
+        profiler.before(range(2, 3), np.zeros(1))
+    profiler.after(range(3, 4), np.zeros(1))
     assert "ddpm: warning: train.profile: " in capsys.readouterr().err
     assert {p.name for p in tmp_path.iterdir()} == {"plugins", "other"}
 
@@ -341,7 +354,7 @@ def test_training_step_and_sampler_lower_for_tpu_and_cuda(dtype):
     platforms = ["tpu", "cuda"]
     with jax.numpy_dtype_promotion("standard"):  # optax multiplies its counter with floats
         step = jax.export.export(experiment.make_update(config, exp, True), platforms=platforms)
-        exported = step(state, index, images, labels)
+        exported = step(state, index, (images, labels))
     assert exported.platforms == tuple(platforms)
     sampler = _sampling.compile_sampler(config, exp, 64)
     seed, indices = jax.ShapeDtypeStruct((), np.uint32), jax.ShapeDtypeStruct((64,), np.int32)
