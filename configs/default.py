@@ -192,8 +192,8 @@ def get_config() -> ConfigDict:
             "figures": {
                 "names": (  # keys of modes.figures.FIGURES
                     *("samples", "progressive", "denoising", "shared", "interpolation"),
-                    *("coarse_to_fine", "quality", "compression", "nearest", "inpainting"),
-                    "animation",
+                    *("coarse_to_fine", "quality", "compression", "nearest", "memorisation"),
+                    *("inpainting", "animation"),
                 ),
                 "seed": 0,  # of the samples and of the choice of real images
                 "num": 64,  # samples in a grid

@@ -15,9 +15,9 @@ from jax import random
 from ml_collections import ConfigDict
 
 from diffusion import experiment
-from diffusion.data import augment, loader
+from diffusion.data import ImageDataset, augment, loader
 from diffusion.experiment import Experiment
-from diffusion.metrics.nearest import no_neighbours, update_neighbours
+from diffusion.metrics.nearest import Neighbours, no_neighbours, update_neighbours
 from diffusion.modes import _codec, _sampling
 from diffusion.modes._common import Trained
 from diffusion.modes._trajectories import (
@@ -40,8 +40,13 @@ from diffusion.utils.progress import Progress
 Files = dict[str, Callable[[epath.Path], None]]  # {file name: function that writes it}
 
 INPAINTING_STEPS = 250  # of the chain that is resampled, as in RePaint
-MEASURED = ("quality", "nearest")  # figures that use context.score or features
-REAL = ("interpolation", "coarse_to_fine", "inpainting")  # figures of images of figures.split
+MEASURED = ("quality", "nearest", "memorisation")  # figures that use context.score or features
+REAL = (
+    "interpolation",
+    "coarse_to_fine",
+    "memorisation",
+    "inpainting",
+)  # figures of images of figures.split
 
 
 def run(run: Run) -> None:
@@ -246,28 +251,68 @@ def compression(context: FigureContext) -> Files:
 
 def nearest(context: FigureContext, k: int = 8) -> Files:
     """Draws Figs. 12, 15: the training images nearest to samples, in pixels and in features."""
+    x, _ = first_samples(context, context.config.figures.rows, (0, context.sampler.steps))
+    drawn, files = x[-1], {}
+    images = experiment.load_split(context.config, context.trained.exp, "train")
+    for name, found in _search(context, images, drawn, k).items():
+        neighbours = images.read(found.indices.ravel())[0]
+        neighbours = neighbours.reshape(len(drawn), -1, *drawn.shape[1:])
+        rows = np.concatenate([drawn[:, None], neighbours], 1)
+        words = {"title": f"Nearest training images, by {name}", "note": "nearest first"}
+        columns = ("sample", *map(str, range(1, rows.shape[1])))
+        files |= grid_file(f"nearest_{name}.png", rows, columns, breaks=[1], **words)
+    return files
+
+
+def memorisation(context: FigureContext) -> Files:
+    """Plots how near samples and held-out images are to their nearest training image.
+
+    A model that repeats what it was trained on draws samples that are nearer than new images are.
+    """
+    c, exp = context.config.figures, context.trained.exp
+    held_out = experiment.load_split(context.config, exp, c.split).n
+    real, _ = read_real(context.config, exp, min(c.num, held_out))
+    x, _ = first_samples(context, c.num, (0, context.sampler.steps))
+    images = experiment.load_split(context.config, exp, "train")
+    series = {}
+    for name, found in _search(context, images, np.concatenate([x[-1], real]), 1).items():
+        away = np.sqrt(found.squared_distances[:, 0])
+        if name == "pixels":
+            name, away = "pixels (RMSE, 0-255)", away / np.sqrt(real[0].size)
+        own, others = away[: c.num], away[c.num :]
+        series[name] = {"samples": own, f"images of {c.split}": others}
+        about = f"{np.median(own):.3g} of samples, {np.median(others):.3g} of images of {c.split}"
+        near = f"{nearer_share(own, others):.0%} of samples are nearer than 95% of these"
+        logging.info(f"nearest    by {name}, median: {about}; {near}")
+    numbers = {name: {k: v.tolist() for k, v in both.items()} for name, both in series.items()}
+    return {
+        "memorisation.png": functools.partial(curves.plot_distances, panels=series),
+        "memorisation.json": functools.partial(io.save_json, content=numbers),
+    }
+
+
+def nearer_share(samples: np.ndarray, real: np.ndarray) -> float:
+    """Returns the share of distances float[n] below the 5% quantile of others float[m]."""
+    return float(np.mean(samples < np.quantile(real, 0.05)))
+
+
+def _search(
+    context: FigureContext, images: ImageDataset, queries: np.ndarray, k: int
+) -> dict[str, Neighbours]:
+    """Returns the nearest of `images` to queries uint8[q, h, w, c], by pixels and each feature."""
     config = context.config
-    x, _ = first_samples(context, config.figures.rows, (0, context.sampler.steps))
-    drawn, images = x[-1], experiment.load_split(config, context.trained.exp, "train")
     k, size = min(k, images.n), min(config.sample.batch_size, images.n)
     spaces = {"pixels": lambda pixels: pixels, **context.features}
-    queries = {name: np.asarray(features(drawn)) for name, features in spaces.items()}
-    best = dict.fromkeys(spaces, no_neighbours(len(drawn)))
+    wanted = {name: np.asarray(features(queries)) for name, features in spaces.items()}
+    best = dict.fromkeys(spaces, no_neighbours(len(queries)))
     with Progress(images.n, unit="image") as progress:
         for pixels, _, valid in loader.iterate_split(images, size, workers=config.data.workers):
             for name, features in spaces.items():
                 block = np.asarray(features(pixels))[valid]
-                best[name] = update_neighbours(best[name], queries[name], block, k)
+                best[name] = update_neighbours(best[name], wanted[name], block, k)
             progress(best["pixels"].n)
             preemption.raise_if_requested()
-    files = {}
-    for name, found in best.items():
-        neighbours = images.read(found.indices.ravel())[0].reshape(len(drawn), k, *drawn.shape[1:])
-        rows = np.concatenate([drawn[:, None], neighbours], 1)
-        words = {"title": f"Nearest training images, by {name}", "note": "nearest first"}
-        columns = ("sample", *map(str, range(1, k + 1)))
-        files |= grid_file(f"nearest_{name}.png", rows, columns, breaks=[1], **words)
-    return files
+    return best
 
 
 def inpainting(context: FigureContext, draws: int = 6) -> Files:
@@ -338,6 +383,7 @@ FIGURES: dict[str, Callable[[FigureContext], Files]] = {
     "quality": quality,
     "compression": compression,
     "nearest": nearest,
+    "memorisation": memorisation,
     "inpainting": inpainting,
     "animation": animation,
 }

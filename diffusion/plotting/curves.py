@@ -160,6 +160,22 @@ def plot_quality(png_path: PathLike, steps: np.ndarray, series: Mapping[str, np.
     _plot_panels(png_path, [(REVERSE_STEPS, steps, name, y) for name, y in series.items()])
 
 
+def plot_distances(png_path: PathLike, panels: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Plots cumulative distributions of distances, a panel a space, a line a set.
+
+    panels: name of the space -> name of the set -> float[n] >= 0.
+    """
+    with _panels(png_path, len(panels), (max(6, 4 * len(panels)), 3.6)) as grid:
+        for axes, (space, sets) in zip(grid, panels.items(), strict=True):
+            for colour, (name, away) in zip(COLOURS, sets.items(), strict=False):
+                axes.ecdf(away, label=f"{name} ({len(away):,})", color=colour, linewidth=2)
+            axes.set_xlim(0, None)
+            axes.set_title(f"by {space}", loc="left", **TITLE)
+            axes.set_xlabel("distance to the nearest training image", color=GREY)
+        grid[0].set_ylabel("share of the images", color=GREY)
+        grid[0].legend(frameon=False, fontsize=8, labelcolor=BLACK)
+
+
 def plot_code_lengths(
     png_path: PathLike,
     models: Sequence[tuple[str, float, float]],

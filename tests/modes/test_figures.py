@@ -153,6 +153,27 @@ def test_nearest_searches_the_training_set(shown):
             np.testing.assert_array_equal(row[1:], real[best])
 
 
+def test_memorisation_measures_samples_and_held_out_images(tmp_path, capsys):
+    """Against all pairs; samples that are training images are at 0 and nearer than all others."""
+    context = toy_context()
+    for name, write in figures.memorisation(context).items():
+        write(tmp_path / name)
+    [(space, found)] = json.loads((tmp_path / "memorisation.json").read_text()).items()
+    real, num = images_of("train").astype(float), context.config.figures.num
+    x, _ = figures.first_samples(context, num, (0, 20))
+    chosen, _ = figures.read_real(context.config, context.trained.exp, num)
+    for images, distances in zip((x[-1], chosen), found.values(), strict=True):
+        away = ((images[:, None].astype(float) - real) ** 2).mean((2, 3, 4)) ** 0.5
+        np.testing.assert_allclose(distances, away.min(1), rtol=1e-12)
+    assert space.startswith("pixels") and list(found) == ["samples", "images of test"]
+    assert f"{np.median(found['samples']):.3g} of samples" in capsys.readouterr().out
+    assert figures.nearer_share(np.zeros(5), np.array(found["images of test"])) == 1
+    held_out = np.arange(1, 1001.0)
+    assert abs(figures.nearer_share(held_out, held_out) - 0.05) < 1e-3
+    with Image.open(tmp_path / "memorisation.png") as picture:
+        assert min(picture.size) > 300
+
+
 def test_padding_of_the_last_batch_is_no_neighbour(shown):
     """The feature is the number in the training set, that of samples the next one: the last win."""
     real = images_of("train")
@@ -227,7 +248,8 @@ def test_every_figure_is_drawn_and_again_the_same(tmp_path, unmeasured, capsys):
     first, again = (tmp_path / name / "figures" / "00000012" for name in ("first", "again"))
     names = sorted(path.name for path in first.iterdir())
     pages = {f"{name}.png" for name in figures.FIGURES} - {"nearest.png", "animation.png"}
-    assert set(names) == pages | {"nearest_pixels.png", "animation.gif", "quality.json", "how.json"}
+    numbers = {"quality.json", "memorisation.json", "how.json"}
+    assert set(names) == pages | {"nearest_pixels.png", "animation.gif"} | numbers
     assert all((first / name).read_bytes() == (again / name).read_bytes() for name in names)
     said = capsys.readouterr().out
     assert said.count("drawing    ") == 2 * len(figures.FIGURES)
