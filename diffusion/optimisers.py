@@ -33,15 +33,13 @@ def constant_rate(lr: float, warmup: int, steps: int) -> optax.Schedule:
 def cosine_rate(lr: float, warmup: int, steps: int) -> optax.Schedule:
     """Builds lr (1 + cos(pi s)) / 2, s from 0 at the end of the warm-up to 1 at step `steps`.
 
-    Loshchilov and Hutter 2016 (arXiv:1608.03983), without restarts. Raises ValueError for a
-    training that ends within its warm-up.
+    Loshchilov and Hutter 2016 (arXiv:1608.03983), without restarts. A training that ends within its
+    warm-up does not come to the fall.
     """
-    if steps <= warmup:
-        raise ValueError(f"steps: expected more than {warmup} of warm-up, found {steps}")
     warm = warmup_schedule(lr, warmup)
 
     def schedule(step):
-        share = jnp.clip((jnp.float32(step) - warmup) / (steps - warmup), 0.0, 1.0)
+        share = jnp.clip((jnp.float32(step) - warmup) / max(steps - warmup, 1), 0.0, 1.0)
         return warm(step) * 0.5 * (1 + jnp.cos(jnp.pi * share))
 
     return schedule

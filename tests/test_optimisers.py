@@ -213,18 +213,24 @@ def test_a_cosine_in_closed_form():
     np.testing.assert_allclose([float(lr(t)) for t in (640, 9999)], 0, atol=1e-8)
 
 
+@pytest.mark.parametrize("steps", [10, 40])
+def test_a_training_within_its_warm_up_has_the_rates_of_the_warm_up(steps):
+    lr, warm = LR_SCHEDULES["cosine"](0.5, 40, steps), LR_SCHEDULES["constant"](0.5, 40, steps)
+    for t in range(steps):
+        assert float(lr(t)) == float(warm(t)) == pytest.approx(0.5 * t / 40)
+
+
 # Refusals
 
 WRONG = {
     "optim.name: 'mun' is not known; nearest: muon": {"optim.name": "mun"},
     "optim.schedule: 'cos' is not known; nearest: .*cosine": {"optim.schedule": "cos"},
-    r"optim: weight_decay: expected 0 for adam, found 0.1; use adamw": {"optim.weight_decay": 0.1},
+    r"optim: weight_decay: expected 0 for adam, found 0.1; use adamw": {
+        "optim.weight_decay": 0.1,
+        "optim.name": "adam",
+    },
     "optim: weight_decay: expected 0 for radam": {"optim.weight_decay": 0.1, "optim.name": "radam"},
     "optim.weight_decay: expected a number of 0 or more": {"optim.weight_decay": -0.1},
-    "optim.schedule: steps: expected more than 200 of warm-up, found 200": {
-        "optim.schedule": "cosine",
-        "train.steps": 200,
-    },
 }
 
 
