@@ -224,6 +224,7 @@ TINY = {
     "process.T": 20,
     "process.beta_end": 0.4,
     "optim.warmup": 2,
+    "optim.schedule": "constant",  # so that a training may be prolonged
     "train.batch_size": 16,
     "train.steps": 8,
     "train.log_every": 2,
