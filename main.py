@@ -44,6 +44,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_multi_string("input", [], "the files that a mode reads", flag_values=f)
     flags.DEFINE_string("init_from", None, "train: begin with its weights", flag_values=f)
     flags.DEFINE_string("output", None, "export, decompress: folder; compress: file", flag_values=f)
+    flags.DEFINE_bool("int8", False, "export: the averaged weights, 8 bits each", flag_values=f)
     flags.DEFINE_string("replay", None, "check: a file of crash/ to replay", flag_values=f)
     flags.DEFINE_bool("dry_run", False, "prepare: look, but write nothing", flag_values=f)
     flags.DEFINE_enum("part", "all", PARTS, "bench: of what", flag_values=f)
