@@ -1,7 +1,6 @@
 """Denoising Diffusion Probabilistic Models: one command line from images to samples.
 
-    python main.py [--config=configs/digits.py] [--workdir=runs/digits] [--mode=train]
-                   [--config.a.b=value ...]
+    python main.py [--mode=train] [--workdir=FOLDER] [--config=configs/digits.py] [--config.a.b=x]
 
 A work directory remembers its config: with --workdir alone, a run resumes with it.
 """
