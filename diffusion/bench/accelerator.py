@@ -117,7 +117,7 @@ def run_plan(
             result |= read_figures(part, scratch)
             if left_out := collect(part, scratch, settings.out):
                 result["outcome"] += f"; {left_out}"
-        print(f"{'':10} {result['outcome']}", flush=True)
+        print(f"{elapsed():6.0f} s   {part.name}: {result['outcome']}", flush=True)
         content["parts"].append(result)
         report.write(settings.out, content)
 

@@ -56,7 +56,7 @@ def read_bench(path: pathlib.Path) -> Figures:
 
 def read_training(path: pathlib.Path) -> Figures:
     """Reads metrics.jsonl of a training: the last loss, and the pace at each reading."""
-    lines = [line for line in map(json.loads, path.open()) if "train/loss" in line]
+    lines = [x for x in map(json.loads, path.read_text().splitlines()) if "train/loss" in x]
     last, pace = lines[-1], [x["train/steps_per_s"] for x in lines if "train/steps_per_s" in x]
     figures = [_figure("steps", last["step"]), _figure("loss at the end", last["train/loss"])]
     figures += [{"what": "pace", "unit": "steps/s", "values": pace}] if pace else []

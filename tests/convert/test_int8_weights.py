@@ -119,10 +119,10 @@ def test_a_set_is_read_as_it_was_written(small_files, tmp_path):
 
 
 def test_an_array_larger_than_a_file_has_one_of_its_own(small_files, tmp_path):
-    large = {"a": np.zeros(8, np.int8), "b": np.ones((20, 20), np.int8), "c": np.zeros(8, np.int8)}
+    large = {"b": np.ones((20, 20), np.int8), "c": np.zeros(8, np.int8)}
     arrays, _ = int8_weights.read_set(written(tmp_path / "set", large))
     np.testing.assert_array_equal(arrays["b"], large["b"])
-    assert len([*(tmp_path / "set").iterdir()]) == 3
+    assert len([*(tmp_path / "set").iterdir()]) == 2
 
 
 FIRST, SECOND = "weights-1-of-3.safetensors", "weights-2-of-3.safetensors"
