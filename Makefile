@@ -1,10 +1,11 @@
 # The two commands of the README. Each sets up .venv by itself; only Python 3.11+ and make are needed.
 PYTHON ?= python3
 VENV := .venv
-# JAX would take three quarters of the memory; PyTorch, in a process beside it, needs its own.
-GPU = XLA_PYTHON_CLIENT_MEM_FRACTION=0.5 $(VENV)/bin/python main.py --mode=bench
+# What make accelerator runs on: gpu, tpu, or cpu to rehearse it. The bounds of JAX are requirements.txt's.
+DEVICE ?= gpu
+JAX := $(shell sed -n 's/^jax\(>=.*\)/\1/p' requirements.txt)
 
-.PHONY: demo test soak bench lint clean
+.PHONY: demo test soak accelerator lint clean
 .DELETE_ON_ERROR: # a Python without ensurepip leaves half an environment
 
 demo: $(VENV)/run ## train on handwritten digits and draw some
@@ -17,12 +18,12 @@ soak: $(VENV)/test ## the promises of docs/reliability.md, often: most of an hou
 	$(VENV)/bin/python -m pytest -n 2 -m "not alone" tests/soak
 	$(VENV)/bin/python -m pytest -m alone tests/soak
 
-bench: $(VENV)/bench ## what docs/performance.md asks of an NVIDIA GPU, beside PyTorch
-	for part in train sample profile; do \
-		$(GPU) --part=$$part --config=configs/cifar10.py:bfloat16 --config.sample.batch_size=256 || exit; \
-	done
-	$(GPU) --part=train --config=configs/celebahq256.py:bfloat16 --workdir=runs/bench256
-	$(GPU) --part=all
+# $(PYTHON) as it is, where nothing is missing; not $(MAKE), which --dry-run would execute.
+accelerator: ## what a GPU or TPU does in BUDGET_S seconds: docs/performance.md
+	@if $(PYTHON) -m pip install --quiet --dry-run --no-index -r requirements.txt 2>/dev/null && \
+		$(PYTHON) -c 'import jax; jax.devices("$(DEVICE)")' 2>/dev/null; then python=$(PYTHON); \
+	else make $(VENV)/$(DEVICE) && python=$(VENV)/bin/python; fi && \
+	DEVICE=$(DEVICE) $$python -m diffusion.bench.accelerator
 
 lint: $(VENV)/test ## format, lint and layers, as CI asks for
 	$(VENV)/bin/ruff format --check .
@@ -45,6 +46,13 @@ $(VENV)/test: tests/requirements.txt $(VENV)/run
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	@touch $@
 
-$(VENV)/bench: diffusion/bench/requirements.txt $(VENV)/run
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r diffusion/bench/requirements.txt "jax[cuda13]>=0.10,<0.13"
+$(VENV)/gpu: diffusion/bench/requirements.txt $(VENV)/run
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r diffusion/bench/requirements.txt "jax[cuda13]$(JAX)"
+	@touch $@
+
+$(VENV)/tpu: $(VENV)/run
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "jax[tpu]$(JAX)"
+	@touch $@
+
+$(VENV)/cpu: $(VENV)/run
 	@touch $@

@@ -1,7 +1,6 @@
 """Denoising Diffusion Probabilistic Models: one command line from images to samples.
 
-    python main.py [--config=configs/digits.py] [--workdir=runs/digits] [--mode=train]
-                   [--config.a.b=value ...]
+    python main.py [--mode=train] [--workdir=FOLDER] [--config=configs/digits.py] [--config.a.b=x]
 
 A work directory remembers its config: with --workdir alone, a run resumes with it.
 """
@@ -44,6 +43,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_multi_string("input", [], "the files that a mode reads", flag_values=f)
     flags.DEFINE_string("init_from", None, "train: begin with its weights", flag_values=f)
     flags.DEFINE_string("output", None, "export, decompress: folder; compress: file", flag_values=f)
+    flags.DEFINE_bool("int8", False, "export: the averaged weights, 8 bits each", flag_values=f)
     flags.DEFINE_string("replay", None, "check: a file of crash/ to replay", flag_values=f)
     flags.DEFINE_bool("dry_run", False, "prepare: look, but write nothing", flag_values=f)
     flags.DEFINE_enum("part", "all", PARTS, "bench: of what", flag_values=f)

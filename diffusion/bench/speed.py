@@ -6,7 +6,6 @@ program executes). A share of the peak is by the formula, and always of the bflo
 """
 
 import collections
-import contextlib
 import math
 import tempfile
 import time
@@ -183,7 +182,7 @@ def compare(
 
 
 def train_part(config: ConfigDict, exp: Experiment) -> Iterator[Measured]:
-    """Measures the config's training step, and PyTorch's of the same network.
+    """Measures the config's training step, and then in turn with PyTorch's of the same network.
 
     A measurement takes about half a second of steps, so that its first step, whose memory may have
     been reclaimed while the others ran, hardly counts.
@@ -193,19 +192,27 @@ def train_part(config: ConfigDict, exp: Experiment) -> Iterator[Measured]:
     yield Measured("compiling the training step", "s", [compiling])
     (took,) = in_turn(lambda: run(1), n=1)
     steps = max(3, min(50, round(0.5 / took[0])))
-    with pytorch.training(config) as torch:
-        runs = [partial(f, steps) for f in (run, *torch.values())]
-        took, *others = ([s / steps for s in each] for each in in_turn(*runs))
+    took = _seconds_a_step(steps, run)[0]
     yield Measured("training step", "s", took)
     yield Measured("training", "steps/s", [1 / s for s in took])
     yield Measured("training", "images/s", [size / s for s in took])
     yield from achieved(3 * size, exp, took)
     yield from describe_program(update)
-    yield from compare(took, torch, others, f"training, {steps} steps a measurement")
+    with pytorch.training(config) as torch:  # ours is known before another program is compiled
+        if torch:
+            took, *others = _seconds_a_step(steps, run, *torch.values())
+            yield from compare(took, torch, others, f"training, {steps} steps a measurement")
+
+
+def _seconds_a_step(steps: int, *runs: Callable[[int], None]) -> list[list[float]]:
+    return [[s / steps for s in each] for each in in_turn(*(partial(f, steps) for f in runs))]
 
 
 def sample_part(config: ConfigDict, exp: Experiment) -> Iterator[Measured]:
-    """Measures a part of the config's chain, and of a solver's, and the network alone as often."""
+    """Measures a part of the config's chain, and of a solver's, and the network alone as often.
+
+    Then the network alone in turn with PyTorch's.
+    """
     params = experiment.make_initial_state(config, exp).params
     size = round_up(config.sample.batch_size, exp)
     batch = np.zeros(size, np.int32), jax.random.split(jax.random.key(0), size)
@@ -221,9 +228,7 @@ def sample_part(config: ConfigDict, exp: Experiment) -> Iterator[Measured]:
         chain = jit_chain(c, exp).lower(*args).compile()
         model_ts = np.float32(np.resize(exp.process.model_t[ts[:part]], evaluations))
         runs = [partial(chain, *args), partial(network, params, x_T, model_ts)]
-        with contextlib.nullcontext({}) if changes else pytorch.network(config, size) as torch:
-            runs += [partial(f, evaluations) for f in torch.values()]
-            took, alone, *others = in_turn(*runs)
+        took, alone = in_turn(*runs)
         total = [s * steps / part * PAPER_SAMPLES / size for s in took]
         what = f"{PAPER_SAMPLES} samples, {c.sampler.name}, {steps} steps"
         yield Measured(f"{what}, from {part} steps of {size}", "s", total)
@@ -231,7 +236,11 @@ def sample_part(config: ConfigDict, exp: Experiment) -> Iterator[Measured]:
         yield from achieved(evaluations * size, exp, took)
         if not changes:
             yield from describe_program(chain)
-        yield from compare(alone, torch, others, f"the network alone, {evaluations} times")
+            ours, passes = runs[1], evaluations
+    with pytorch.network(config, size) as torch:
+        if torch:
+            alone, *others = in_turn(ours, *(partial(f, passes) for f in torch.values()))
+            yield from compare(alone, torch, others, f"the network alone, {passes} times")
 
 
 def likelihood_part(config: ConfigDict, exp: Experiment) -> Iterator[Measured]:

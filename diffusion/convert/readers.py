@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion import convert
-from diffusion.convert import diffusers_config, files, tf_checkpoint
+from diffusion.convert import diffusers_config, files, int8_weights, tf_checkpoint
 from diffusion.convert.validation import integrity_errors, summarize
 from diffusion.utils.errors import ConfigError, IntegrityError
 
@@ -61,6 +61,18 @@ def _read_exported(path: pathlib.Path) -> Weights | None:
     with integrity_errors(path / FLAX_FILE):
         found = from_flax(files.read(path / FLAX_FILE))
     return found._replace(kind="an exported folder", config=_read_json(path / CONFIG_FILE))
+
+
+def _read_int8(path: pathlib.Path) -> Weights | None:
+    """Reads a folder of --mode=export --int8: averaged weights and their configuration."""
+    if not any(path.glob(int8_weights.INT8_FILES)):
+        return None
+    arrays, metadata = int8_weights.read_set(path)
+    with integrity_errors(path):
+        config = json.loads(metadata.get("config", "null"))
+        if not isinstance(config, dict):
+            raise ValueError("expected a config among the metadata, found none")
+        return from_flax(arrays)._replace(kind="weights in 8 bits", config=config)
 
 
 def _read_diffusers(path: pathlib.Path) -> Weights | None:
@@ -114,7 +126,7 @@ def _read_file(path: pathlib.Path) -> Weights | None:
         return found._replace(stated={"model.null_class": -2}, notes=notes)
 
 
-READERS = (_read_exported, _read_diffusers, _read_tensorflow, _read_file)
+READERS = (_read_exported, _read_int8, _read_diffusers, _read_tensorflow, _read_file)
 
 
 def from_flax(arrays: Mapping[str, np.ndarray]) -> Weights:

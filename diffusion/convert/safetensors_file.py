@@ -29,10 +29,24 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
             raise ValueError(f"not a complete safetensors file: {error}") from error
 
 
-def write(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes {name: array} atomically. Raises OSError."""
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """Returns the texts of the header. Raises IntegrityError for a damaged file."""
+    with integrity_errors(path):
+        try:
+            with safetensors.safe_open(path, framework="numpy") as file:
+                return file.metadata() or {}
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"not a complete safetensors file: {error}") from error
+
+
+def write(
+    path: str | os.PathLike,
+    arrays: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes {name: array} atomically, with the texts of `metadata`. Raises OSError."""
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    io.save_bytes(path, safetensors.numpy.save(contiguous))
+    io.save_bytes(path, safetensors.numpy.save(contiguous, metadata and dict(metadata)))
 
 
 def _read_array(file: safetensors.safe_open, name: str, file_size: int) -> np.ndarray:

@@ -36,13 +36,12 @@ def run(run: Run) -> None:
 
 
 def report(run: Run, part: str, device: str, measurements: Iterator[Measured]) -> None:
-    """Prints and saves the measurements of a part."""
+    """Prints and saves the measurements of a part as they come."""
     logging.info(f"{part}: median (lowest to highest)")
-    lines = []
+    lines, path = [], run.workdir / "bench" / f"{part}.json"
     for measured in measurements:
         logging.info(measured.line())
         lines.append(measured._asdict())
-    path = run.workdir / "bench" / f"{part}.json"
-    if is_primary():
-        save_json(path, {"device": device, "jax": jax.__version__, "measured": lines})
+        if is_primary():  # so that what is known survives a stop
+            save_json(path, {"device": device, "jax": jax.__version__, "measured": lines})
     logging.info(f"done       {path}")

@@ -40,6 +40,7 @@ FLAG_MODES = {  # what a flag is for; typed elsewhere it would do nothing
     "input": ("eval", "import", "sample", "compress", "decompress"),
     "init_from": ("train",),
     "output": ("export", "compress", "decompress"),
+    "int8": ("export",),
     "replay": ("check", "replay"),
     "dry_run": ("prepare",),
     "part": ("bench",),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diffusion import convert, experiment, train_step
-from diffusion.convert import diffusers_config, model_card, safetensors_file
+from diffusion.convert import diffusers_config, int8_weights, model_card, safetensors_file
 from diffusion.convert.diffusers_config import from_diffusers_config
 from diffusion.modes import import_weights
 from diffusion.modes.export_weights import export_weights
@@ -23,6 +23,7 @@ from tests.modes.test_import_weights import (
     assert_equal,
     import_and_restore,
     output,
+    refused,
     saved_states,  # noqa: F401
     stored_config,
 )
@@ -104,6 +105,50 @@ def test_training_and_sampling_continue_from_an_import(exported, tmp_path):
     run("--workdir", workdir, "--mode=export", "--output", tmp_path / "again")
     arrays = safetensors_file.read(tmp_path / "again" / "flax.safetensors")
     assert arrays["step"].tolist() == [8]
+
+
+SAMPLER = ("name=dpmpp_2m", "grid=logsnr", "steps=20")  # that of previews
+
+
+def sample(workdir):
+    """16 images of a work directory's averaged weights, as integers."""
+    keys = ("sample.num=16", "sample.batch_size=16", *(f"sampler.{key}" for key in SAMPLER))
+    run("--mode=sample", "--workdir", workdir, *(f"--config.{key}" for key in keys))
+    (path,) = workdir.glob("samples/*/samples.npz")
+    with np.load(path) as file:
+        return file["arr_0"].astype(int)
+
+
+@pytest.mark.slow
+def test_an_export_in_8_bits_is_imported_within_half_a_step(exported, tmp_path):
+    """What it states is lost is what samples of both work directories lose."""
+    config, state, folder = exported
+    run("--mode=import", "--input", folder, "--workdir", tmp_path / "all")
+    packed, back = tmp_path / "packed", tmp_path / "back"
+    said, _ = run("--mode=export", "--int8", "--workdir", tmp_path / "all", "--output", packed)
+    assert [path.name for path in packed.iterdir()] == ["weights-1-of-1.safetensors"]
+    run("--mode=import", "--input", packed, "--workdir", back)
+    made, found = import_and_restore(packed, tmp_path / "runs" / "x")
+    assert made.to_dict() == config.to_dict() and int(found.step) == int(state.step)
+    assert_equal(found.params, found.ema)
+    squares, lost = 0.0, 0.0
+    for w, rounded in zip(jax.tree.leaves(state.ema), jax.tree.leaves(found.ema), strict=True):
+        step = np.abs(w).max(axis=tuple(range(w.ndim - 1))) / 127 if w.ndim > 1 else 0 * w
+        assert (np.abs(rounded - w) <= 0.5001 * step).all()
+        squares, lost = squares + np.sum(w**2), lost + np.sum((rounded - w) ** 2)
+    _, metadata = int8_weights.read_set(packed)
+    loss = json.loads(metadata["loss"])
+    assert loss["relative_error"] == pytest.approx(np.sqrt(lost / squares), rel=1e-3)
+    error = sample(back) - sample(tmp_path / "all")
+    assert loss["max"] == np.abs(error).max() > 0
+    assert loss["rms"] == pytest.approx(np.sqrt(np.mean(error**2)))
+    assert f"{loss['relative_error']:.2%}" in said and f"{loss['max']} at most" in said
+
+
+def test_8_bits_without_a_config_are_refused(tmp_path):
+    (tmp_path / "x").mkdir()
+    int8_weights.write_set(tmp_path / "x", {"ema/w": np.ones((2, 3), np.int8)}, {"config": "[]"})
+    refused(tmp_path / "x", tmp_path, 6, "x: expected a config among the metadata, found none")
 
 
 def test_the_card_lists_what_was_measured(exported):
