@@ -32,6 +32,7 @@ CHANGES = {
     "train.sample_every": 1500,
     "train.save_every": 1000,
     "train.eval_every": 1500,
+    "train.preview.sampler": "unipc",
     "train.preview.grid": "uniform",
     "data.source": "digits",
     "data.name": "",
