@@ -6,7 +6,7 @@ Data: scikit-learn's bundled 1,797 images; nothing is downloaded. Not an experim
 its chain (T = 1000, linear, L_simple) with a small network, a short average of the weights, and
 Muon at a rate that falls to 0, since 3,000 steps are few. Variants: `:tiny` (seconds, for tests),
 `:adam` (the paper's optimiser), `:conditional` (knows the ten classes), `:likelihood` (fewer
-bits/dim: 1.757 +- 0.014 on the 296 test digits where the default takes 2.84; docs/likelihood.md has
+bits/dim: 1.757 +- 0.014 on the 296 test digits where the default takes 2.85; docs/likelihood.md has
 what each of its settings does), `:edm` (the design of Karras et al. 2022), `:ect` (tunes a model of
 the target v for samples of two steps; docs/training.md).
 """
