@@ -107,7 +107,7 @@ def test_training_and_sampling_continue_from_an_import(exported, tmp_path):
     assert arrays["step"].tolist() == [8]
 
 
-SAMPLER = ("name=dpmpp_2m", "grid=logsnr", "steps=20")  # that of previews
+SAMPLER = ("name=unipc", "grid=uniform", "steps=20")  # that of previews
 
 
 def sample(workdir):

@@ -208,6 +208,7 @@ def test_the_mode_stops_when_asked_and_resumes(untrained, monkeypatch, capsys):
     count = iter(range(25))  # parts of one step, 20 in each batch
     with monkeypatch.context() as patch, pytest.raises(preemption.Stopped):
         patch.setattr(preemption, "should_stop", lambda: next(count, None) is None)
+        patch.setattr(_sampling, "PART_S", 0)  # no part is short
         sample.run(Run("sample", config, workdir, NO_INPUT))
     assert images_in(workdir) == {}
     capsys.readouterr()

@@ -321,7 +321,7 @@ def test_a_preview_comes_from_its_own_fast_sampler(tmp_path, capsys):
     changes |= {"train.batch_size": 10_000}
     grids = draw_preview(tmp_path, 60.0, changes)
     assert grids.keys() == {"raw", "ema"}
-    assert "dpmpp_2m, 20 steps" in capsys.readouterr().out
+    assert "unipc, 20 steps" in capsys.readouterr().out
     np.testing.assert_array_equal(grids["raw"], grids["ema"])  # the average starts as a copy
 
 

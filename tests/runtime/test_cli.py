@@ -227,7 +227,7 @@ def test_a_work_directory_of_another_config_is_refused(trained):
     args = ("--config.optim.lr=0.5", "--config.target=x0", "--config.train.steps=99")
     _, err = run(TINY, f"--workdir={workdir}", *args, code=4)
     assert err.count("\n") == 1
-    assert "optim.lr: was 0.002, now 0.5" in err and "target: was eps, now x0" in err
+    assert "optim.lr: was 0.004, now 0.5" in err and "target: was eps, now x0" in err
     assert "train.steps" not in err  # may change
     assert (workdir / "config.json").read_text() == before
 
