@@ -42,6 +42,9 @@ def compile_update(
     inputs: (batches, dataset, n) as of dispatch.group_inputs.
     """
     most = len(inputs[0])
+    if most > 1 and jax.default_backend() == "cpu":
+        slow = "in a loop XLA convolves slowly: a step of the demo takes nine times as long"
+        logging.warning(f"train.steps_per_dispatch: expected 1 on a CPU, found {most}; {slow}")
     what = "the training step" if most == 1 else f"up to {most} training steps in one program"
     logging.info(f"compiling  {what}; the next start finds it compiled")
     began = time.monotonic()
