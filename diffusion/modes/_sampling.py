@@ -151,8 +151,9 @@ def iterate_states(
             began, j = time.monotonic(), min(i + length, position)
             state = sampler.advance(params, keys, labels, state, np.int32(i), np.int32(j))
             jax.block_until_ready(state)
-            # One process decides for all, as a part takes all of them.
-            length *= 1 + broadcast_from_primary(time.monotonic() - began < PART_S)
+            short = j - i == length and time.monotonic() - began < PART_S
+            if broadcast_from_primary(short):  # one process decides for all: clocks differ
+                length *= 2
             done, i = done + j - i, j
             if report:
                 report(done)

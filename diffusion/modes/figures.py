@@ -270,6 +270,9 @@ def memorisation(context: FigureContext) -> Files:
     A model that repeats what it was trained on draws samples that are nearer than new images are.
     """
     c, exp = context.config.figures, context.trained.exp
+    if c.split == "train":
+        logging.info("note       memorisation compares with held-out images: figures.split=test")
+        return {}
     held_out = experiment.load_split(context.config, exp, c.split).n
     real, _ = read_real(context.config, exp, min(c.num, held_out))
     x, _ = first_samples(context, c.num, (0, context.sampler.steps))

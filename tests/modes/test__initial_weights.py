@@ -4,6 +4,8 @@ import contextlib
 import shutil
 from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
 
 from diffusion import experiment
@@ -33,14 +35,20 @@ def begin(workdir, source, weights="ema", changes=()):
     return run_, _initial_weights.load_initial_state(run_, experiment.build(config))
 
 
+def assert_new(opt_state, parameters):
+    """Asserts that moments and counts are 0: all but the coefficients of Muon's polynomial."""
+    leaves = jax.tree_util.tree_leaves_with_path(opt_state)
+    known = {jax.tree_util.keystr(path) for path, leaf in leaves if np.any(leaf)}
+    assert len(leaves) > parameters and all(name.endswith(".ns_coeffs") for name in known), known
+
+
 @pytest.mark.parametrize("weights, item", [("ema", "ema"), ("raw", "params")])
 def test_the_state_is_the_weights_and_a_new_optimizer(trained, tmp_path, weights, item):
     _, state = begin(tmp_path, trained[0], weights)
     theirs = digests.sha256(getattr(state_of(trained[0]), item))
     assert theirs == digests.sha256(state.params) == digests.sha256(state.ema)
-    new = experiment.build(CONFIG).tx.init(state.params)
-    assert int(state.step) == 0 and digests.sha256(state.opt_state) == digests.sha256(new)
-    assert digests.sha256(new) != digests.sha256(state_of(trained[0]).opt_state)
+    assert int(state.step) == 0
+    assert_new(state.opt_state, len(theirs))
 
 
 def test_a_training_begins_with_the_weights_and_resumes_without_the_flag(trained, tmp_path):
@@ -53,8 +61,8 @@ def test_a_training_begins_with_the_weights_and_resumes_without_the_flag(trained
     shutil.rmtree(tmp_path / "checkpoints" / "2")
     begun = state_of(tmp_path)  # of step 0: what a resume or a rollback finds
     assert digests.sha256(begun.ema) == digests.sha256(state_of(trained[0]).ema)
-    new = experiment.build(CONFIG).tx.init(begun.params)
-    assert int(begun.step) == 0 and digests.sha256(begun.opt_state) == digests.sha256(new)
+    assert int(begun.step) == 0
+    assert_new(begun.opt_state, len(jax.tree.leaves(begun.params)))
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,22 @@ def test_parts_of_a_chain_grow_while_they_are_short(monkeypatch, seconds, parts)
         assert reported == (list(100 + np.cumsum(expected)) if watched else [])
 
 
+def test_a_part_that_a_position_has_cut_says_nothing_of_the_next(monkeypatch):
+    """Steps of 0.4 s, two at once: too long to grow, though the part up to position 1 is short."""
+    clock, taken = Clock(), []
+    monkeypatch.setattr(_sampling.time, "monotonic", clock)
+
+    def advance(params, keys, labels, state, i, j):
+        taken.append(int(j - i))
+        clock.now += 0.4 * (j - i)
+        return state
+
+    ts = np.arange(30, -1, -1)
+    fake = _sampling.CompiledSampler(None, advance, None, ts, 4, 30, -1)
+    list(_sampling.iterate_states(fake, None, (0, 0, 0), (0, 1, 7), lambda done: None))
+    assert taken == [1, 2, 2, 2]
+
+
 def test_all_classes_in_turn_or_a_single_one(sampler, params):
     """Only the label of an image differs: image 3 of all classes is image 3 of class 3."""
     in_turn, threes = (draw(sampler._replace(label=k), params, 8) for k in (-1, 3))

@@ -174,6 +174,12 @@ def test_memorisation_measures_samples_and_held_out_images(tmp_path, capsys):
         assert min(picture.size) > 300
 
 
+def test_memorisation_is_not_measured_by_training_images(capsys):
+    """Which are their own nearest: no sample would be as near."""
+    assert figures.memorisation(toy_context(figures={"split": "train"})) == {}
+    assert "figures.split=test" in capsys.readouterr().out
+
+
 def test_padding_of_the_last_batch_is_no_neighbour(shown):
     """The feature is the number in the training set, that of samples the next one: the last win."""
     real = images_of("train")
