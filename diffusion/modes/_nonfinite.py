@@ -43,7 +43,7 @@ def compile_update(
     """
     most = len(inputs[0])
     if most > 1 and jax.default_backend() == "cpu":
-        slow = "in a loop XLA convolves slowly: a step of the demo takes nine times as long"
+        slow = "XLA's gradients of convolutions take 15 to 35 times as long in a loop there"
         logging.warning(f"train.steps_per_dispatch: expected 1 on a CPU, found {most}; {slow}")
     what = "the training step" if most == 1 else f"up to {most} training steps in one program"
     logging.info(f"compiling  {what}; the next start finds it compiled")
