@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion import experiment
 from diffusion.modes import _profile, _readings, _sampling
 from diffusion.runtime import preemption
 from diffusion.runtime.config import Run, with_overrides
@@ -163,37 +162,38 @@ def test_stopped_saves_and_goes_on(tmp_path):
         before = step
 
 
-@pytest.mark.parametrize("reading", ["sample_every", "eval_every"])
-def test_stopped_while_it_draws_saves_this_step_and_draws_it_later(tmp_path, monkeypatch, reading):
-    """A preview, or a reading of distances, after step 3 is broken off, and with it a profile."""
-    draw = _sampling.draw
+def test_stopped_while_it_reads_or_draws_saves_this_step_and_does_both_later(tmp_path, monkeypatch):
+    """After step 3 of 4 distances are broken off, and with them a profile; then the preview."""
+    draw, calls = _sampling.draw, []
 
     def stopped(*args):
-        monkeypatch.setattr(preemption, "_requested", True)
+        calls.append(args)
+        if len(calls) in (1, 3):  # 2 and 3 are the second run's
+            monkeypatch.setattr(preemption, "_requested", True)
         return draw(*args)
 
-    args = (TINY, NO_PREVIEW, f"--workdir={tmp_path}", "--config.train.save_every=100")
-    args = (*args, *FEW_STEPS, f"--config.train.{reading}=3", "--config.train.steps=4")
-    args = (*args, "--config.train.profile=(3,5)")
+    args = (TINY, f"--workdir={tmp_path}", "--config.train.save_every=100", *FEW_STEPS)
+    args = (*args, "--config.train.sample_every=3", "--config.train.eval_every=3")
+    args = (*args, "--config.train.steps=4", "--config.train.profile=(3,5)")
     with monkeypatch.context() as patch:
         patch.setattr(_sampling, "draw", stopped)
         out, err = run(*args, code=75)
-    assert err == "" and re.search(r"stopped +at step 3, saved", out), out
-    assert "profile    steps 3 to 3; see it with: " in out
-    assert not list(tmp_path.glob("samples/*.png"))
-    monkeypatch.setattr(_readings, "QUIET_S", -1.0)  # whatever it takes is announced
+        assert err == "" and re.search(r"stopped +at step 3, saved", out), out
+        assert "profile    steps 3 to 3; see it with: " in out
+        monkeypatch.setattr(_readings, "QUIET_S", -1.0)  # whatever it takes is announced
+        out, err = run(*args, code=75)
+        assert err == "" and re.search(r"stopped +at step 3, saved", out), out
+    assert len(calls) == 3
+    assert not list(tmp_path.glob("samples/*.png")) and not logged(tmp_path, "eval/fd_random")
     out, _ = run(*args)
-    announced = re.search(r"^reading +bits/dim and distances, at most about ", out, re.M)
-    assert bool(announced) == (reading == "eval_every"), out
+    assert re.search(r"^reading +bits/dim and distances, at most about ", out, re.M), out
     assert "from step 3" in out and re.search(r"^done ", out, re.M)
     assert int(latest_state(tmp_path)[".step"]) == 4
     expected = {"step_00000003": [[3]], "step_00000004": [[4]]}
     assert profiled(tmp_path, jax.device_count()) == expected
-    if reading == "sample_every":
-        drawn = {p.name for p in tmp_path.glob("samples/*")}
-        assert drawn == {f"{step:08d}_{kind}.png" for step in (3, 4) for kind in ("raw", "ema")}
-    else:
-        assert list(logged(tmp_path, "eval/fd_random")) == [3]
+    drawn = {p.name for p in tmp_path.glob("samples/*")}
+    assert drawn == {f"{step:08d}_{kind}.png" for step in (3, 4) for kind in ("raw", "ema")}
+    assert list(logged(tmp_path, "eval/fd_random")) == [3]
 
 
 @pytest.mark.parametrize("last, ready", [(5, ["block_until_ready"]), (2, [])])
@@ -291,79 +291,3 @@ def test_a_second_start_compiles_nothing(tmp_path):
         entries.append({p.name for p in cache.iterdir() if not p.name.endswith("-atime")})
     assert len(entries[0]) > 3
     assert entries[0] == entries[1]
-
-
-# Preview pictures
-
-
-def draw_preview(tmp_path, trained_s, changes=()):
-    """Returns the grids and the lines of a preview after 10 steps that took trained_s seconds."""
-    config = with_overrides(config_of("digits", "tiny"), dict(changes))
-    exp = experiment.build(config)
-    state = experiment.make_initial_state(config, exp)
-    run_ = Run("train", config, tmp_path, None)
-    return _readings.Preview(run_, exp).draw(state, 10, trained_s, 10)
-
-
-def test_a_preview_that_would_take_too_long_is_left_out(tmp_path, capsys):
-    """10 steps of batch 16 pay for 160 images; 20 steps for 2 x 1000 images cost 40,000 / 3."""
-    assert draw_preview(tmp_path, 60.0, {"train.preview.num": 1000}) == {}
-    assert "no preview" in capsys.readouterr().out and not list(tmp_path.rglob("*.png"))
-
-
-def test_process_0_decides_for_all_whether_to_draw(tmp_path, monkeypatch):
-    monkeypatch.setattr(_readings, "broadcast_from_primary", lambda mine: True)
-    assert draw_preview(tmp_path, 0.0) == {}
-
-
-def test_a_preview_comes_from_its_own_fast_sampler(tmp_path, capsys):
-    """20 evaluations of the thousand that config.sampler asks for; within a tenth of the time."""
-    changes = {"process.T": 1000, "sampler.steps": 1000, "process.beta_end": 0.02}
-    changes |= {"train.batch_size": 10_000}
-    grids = draw_preview(tmp_path, 60.0, changes)
-    assert grids.keys() == {"raw", "ema"}
-    assert "unipc, 20 steps" in capsys.readouterr().out
-    np.testing.assert_array_equal(grids["raw"], grids["ema"])  # the average starts as a copy
-
-
-@pytest.mark.parametrize("schedule", ["linear", "jsd", "cosine"])
-@pytest.mark.parametrize("T", [5, 1000])
-def test_every_schedule_has_a_preview_sampler(schedule, T):
-    config = with_overrides(config_of("digits"), {"process.schedule": schedule, "process.T": T})
-    config = with_overrides(config, {"target": "v"})
-    exp = experiment.build(config)
-    preview = _sampling.preview_config(config, exp)
-    sampler, ts = experiment.make_sampler(preview, exp)
-    assert len(ts) == min(20, T) + 1 and sampler.evaluations(len(ts) - 1) == len(ts) - 1
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_training_step_and_sampler_lower_for_tpu_and_cuda(dtype):
-    """On a machine that has neither; the shapes of the paper's CIFAR-10 experiment.
-
-    Of its network in bfloat16; in float32 of a narrower one, which CPUs compute by Winograd too.
-    """
-    config = config_of("cifar10", "conditional")
-    config.model.dtype = dtype
-    if dtype == "float32":
-        config.model.update(ch=64, ch_mult=(1, 2), num_res_blocks=1)
-    exp = experiment.build(config)
-    state = exp.abstract_state
-    images = jax.ShapeDtypeStruct((50_000, 32 * 32 * 3), np.uint8)
-    labels = jax.ShapeDtypeStruct((50_000,), np.int32)
-    index = jax.ShapeDtypeStruct((128,), np.int32)
-    platforms = ["tpu", "cuda"]
-    with jax.numpy_dtype_promotion("standard"):  # optax multiplies its counter with floats
-        step = jax.export.export(experiment.make_update(config, exp, True), platforms=platforms)
-        exported = step(state, index, (images, labels))
-    assert exported.platforms == tuple(platforms)
-    sampler = _sampling.compile_sampler(config, exp, 64)
-    seed, indices = jax.ShapeDtypeStruct((), np.uint32), jax.ShapeDtypeStruct((64,), np.int32)
-    label = jax.ShapeDtypeStruct((), np.int32)
-    keys, labels, carry = jax.eval_shape(sampler.start, seed, label, indices)
-    for program, arguments in [
-        (sampler.start, (seed, label, indices)),
-        (sampler.advance, (state.params, keys, labels, carry, label, label)),
-        (sampler.finish, (carry.x,)),
-    ]:
-        assert jax.export.export(program, platforms=platforms)(*arguments).nr_devices == 4
