@@ -31,6 +31,9 @@ MODES = {  # a module's run(run: Run), imported when it is asked for
     "bench": "diffusion.modes.bench",
     "check": "diffusion.modes.check",
     "replay": "diffusion.modes.replay",  # --mode=check --replay=FILE
+    "sweep": "diffusion.modes.sweep",
+    "report": "diffusion.modes.report",
+    "study": "diffusion.modes.study",
 }
 PARTS = ("all", "train", "sample", "likelihood", "codec", "features", "data", "profile", "tpu")
 

@@ -212,6 +212,15 @@ def get_config() -> ConfigDict:
                 "num": 1_000,  # samples in a set
                 "seeds": (0, 1, 2),  # each sampler draws a set of each; errors are over the sets
             },
+            "sweep": {
+                "name": "",  # a key of modes.sweep.SWEEPS
+                "grid": "",  # or keys and their values: "process.T=50,100,1000;seed=0,1,2"
+                "seeds": (0, 1, 2),  # of each cell, where the grid has no seed
+                "equal": "steps",  # of the cells' trainings; or flops
+                "part": "1/1",  # this machine's share of the cells, and of how many
+            },
+            "report": {},
+            "study": {},
         }
     )
 

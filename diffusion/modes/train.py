@@ -1,7 +1,4 @@
-"""--mode=train: trains from the newest checkpoint, or from nothing, to train.steps.
-
-`run` reads from top to bottom in the order in which things happen.
-"""
+"""--mode=train: trains from the newest checkpoint, or from nothing, to train.steps."""
 
 import contextlib
 

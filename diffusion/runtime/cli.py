@@ -34,10 +34,10 @@ from diffusion.utils.errors import (
 
 READING_MODES = (
     *("sample", "eval", "bpd", "figures", "frontier", "export"),
-    *("compress", "decompress"),
+    *("compress", "decompress", "report", "study"),
 )
 FLAG_MODES = {  # what a flag is for; typed elsewhere it would do nothing
-    "input": ("eval", "import", "sample", "compress", "decompress"),
+    "input": ("eval", "import", "sample", "compress", "decompress", "study"),
     "init_from": ("train",),
     "output": ("export", "compress", "decompress"),
     "int8": ("export",),
