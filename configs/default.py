@@ -29,7 +29,9 @@ def get_config() -> ConfigDict:
                 "freq_shift": 1,  # 1: its lowest frequency is 1/10000; 0: the one after the last
                 # Exponents n of features sin, cos(2 pi 2^n x) beside the input (VDM); (): none.
                 "fourier": (),
-                "norm_eps": 1e-6,  # added to the variance by group normalisation
+                "scale_shift": False,  # time scales and shifts activations, not only adds
+                "normalization": "group",  # a key of experiment.NORMALIZATIONS
+                "norm_eps": 1e-6,  # added to the variance, or the mean square, by it
                 "dtype": "float32",  # of the convolutions and products; or bfloat16
                 "remat": False,  # recompute every block in the backward pass, to save memory
             },
@@ -217,6 +219,8 @@ def get_config() -> ConfigDict:
                 "grid": "",  # or keys and their values: "process.T=50,100,1000;seed=0,1,2"
                 "seeds": (0, 1, 2),  # of each cell, where the grid has no seed
                 "equal": "steps",  # of the cells' trainings; or flops
+                "evaluations": 50,  # of the network for a sample, by the sampler of the previews
+                "chain": False,  # read samples of config.sampler as well, as the sweep T does
                 "part": "1/1",  # this machine's share of the cells, and of how many
             },
             "report": {},
@@ -263,6 +267,7 @@ TINY = {
     "frontier.grids": ("uniform",),
     "frontier.num": 6,
     "frontier.seeds": (0, 1),
+    "sweep.evaluations": 4,
 }
 
 # The bound in continuous time as the objective; ends of the noise and features are the data's.

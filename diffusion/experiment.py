@@ -34,7 +34,7 @@ from diffusion import (
 )
 from diffusion.data import augment, loader
 from diffusion.data.loader import load_dataset
-from diffusion.kernels import group_norm, winograd
+from diffusion.kernels import group_norm, rms_norm, winograd
 from diffusion.process import Process, from_betas
 from diffusion.runtime import objective
 from diffusion.runtime.config import call_for_key, lookup
@@ -49,6 +49,11 @@ from diffusion.sharding import (
 from diffusion.timestep_samplers import TIMESTEP_SAMPLERS, TimestepSampler
 from diffusion.utils.errors import ConfigError, DataError
 
+# Of the evaluated and of the trained network: functions with the signature of group_norm.
+NORMALIZATIONS = {
+    "group": (group_norm.group_norm, group_norm.group_norm_with_vjp),
+    "rms": (rms_norm.rms_norm, rms_norm.rms_norm),
+}
 ANALYTIC = "analytic"  # a sampler.variance that is measured first (modes._common.with_analytic)
 MIN_PIXELS_PER_DEVICE = 16 * 16  # smaller images are over before CPU devices have synchronised
 MAX_CPU_DEVICES = 4  # each holds a replica of the state
@@ -94,18 +99,17 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
     process = call_for_key(from_betas, "process", c.process.betas or _betas(c, schedule))
     loss = objective.build_loss(c, process, target, variance)
     make_timesteps = lookup(TIMESTEP_SAMPLERS, "train.timesteps", c.train.timesteps)
-    make_net = functools.partial(unet.UNet, **c.model, out_ch=c.data.channels * variance.outputs)
+    network = dict(c.model)
+    norm = lookup(NORMALIZATIONS, "model.normalization", network.pop("normalization"))
+    make_net = functools.partial(unet.UNet, **network, out_ch=c.data.channels * variance.outputs)
     exp = Experiment(
         process,
         target,
         variance,
         _sample_variance(c, variance),
         loss,
-        net=make_net(conv=functools.partial(winograd.conv, mesh=mesh)),
-        train_net=make_net(
-            conv=functools.partial(winograd.conv_with_vjp, mesh=mesh),
-            norm=group_norm.group_norm_with_vjp,
-        ),
+        net=make_net(conv=functools.partial(winograd.conv, mesh=mesh), norm=norm[0]),
+        train_net=make_net(conv=functools.partial(winograd.conv_with_vjp, mesh=mesh), norm=norm[1]),
         tx=make_config_optimizer(c),
         timesteps=make_timesteps(process),
         continuous=losses.LOSSES[c.loss.name] is continuous.continuous,

@@ -37,9 +37,8 @@ NEARLY_ZERO = default_init(1e-10)  # of the last layer of every residual branch,
 class GroupNorm(nn.Module):
     """Group normalisation of [b, h, w, c] followed by `activation`, by the function `norm`.
 
-    32 groups where 32 divides c (official); else groups of four channels where 4 divides c, as a
-    group of one channel would remove the time embedding again (as it does, officially, for c = 32).
-    Source: official `normalize`.
+    32 groups where 32 divides c (official `normalize`); else of four channels where 4 divides c, as
+    one of a single channel would remove the time embedding again (it does, officially, for c = 32).
     """
 
     norm: Callable = group_norm.group_norm
@@ -78,13 +77,19 @@ class ResBlock(nn.Module):
     norm: Callable[..., nn.Module]
     dense: Callable[..., nn.Module]
     dropout: float
+    scale_shift: bool = False
 
     @nn.compact
     def __call__(self, x, temb, train):
         h = self.norm(activation=nn.swish, name="norm1")(x)
         h = self.conv(self.out_ch, name="conv1")(h)
-        h += self.dense(self.out_ch, name="temb_proj")(nn.swish(temb))[:, None, None, :]
-        h = self.norm(activation=nn.swish, name="norm2")(h)
+        temb_proj = self.dense(self.out_ch * (1 + self.scale_shift), name="temb_proj")
+        temb = temb_proj(nn.swish(temb))[:, None, None, :]
+        if self.scale_shift:
+            scale, shift = jnp.split(temb, 2, axis=-1)
+            h = nn.swish(self.norm(name="norm2")(h) * (1 + scale) + shift)
+        else:
+            h = self.norm(activation=nn.swish, name="norm2")(h + temb)
         h = nn.Dropout(self.dropout, name="dropout")(h, deterministic=not train)
         h = self.conv(self.out_ch, kernel_init=NEARLY_ZERO, name="conv2")(h)
         if x.shape[-1] != self.out_ch:
@@ -93,10 +98,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all pixels, [b, h, w, c], officially with one head.
-
-    Source: official `attn_block`.
-    """
+    """Self-attention over all pixels of [b, h, w, c]. Source: `attn_block`, which has one head."""
 
     norm: Callable[..., nn.Module]
     dense: Callable[..., nn.Module]
@@ -115,14 +117,10 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Strided convolution, [b, h, w, c] -> [b, h / 2, w / 2, c]. Source: official `downsample`.
-
-    padding: 0: at the bottom and right only, for an even size, as by 'SAME' in TensorFlow; 1: on
-    every side.
-    """
+    """Strided convolution, [b, h, w, c] -> [b, h / 2, w / 2, c]. Source: official `downsample`."""
 
     conv: Callable[..., nn.Module]
-    padding: int = 0
+    padding: int = 0  # 0: at the bottom and right only, as TensorFlow's 'SAME'; 1: on every side
 
     @nn.compact
     def __call__(self, h):
@@ -192,6 +190,7 @@ class UNet(nn.Module):
     flip_sin_to_cos: bool = False  # whether the time embedding begins with the cosines
     freq_shift: int = 1  # its lowest of n frequencies is 10000^(-(n - 1) / (n - freq_shift))
     fourier: tuple[int, ...] = ()  # exponents of `fourier_features` beside the input
+    scale_shift: bool = False  # time scales and shifts normalised activations (ADM), not only adds
     norm_eps: float = group_norm.EPSILON  # added to the variance by normalisations
     dtype: Any = jnp.float32  # or bfloat16, or their names
     remat: bool = False  # recompute every block in the backward pass, to save memory
@@ -216,6 +215,7 @@ class UNet(nn.Module):
         norm = partial(GroupNorm, norm=self.norm, eps=self.norm_eps, dtype=dtype)
         block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock  # 3: train
         block = partial(block, conv=conv, norm=norm, dense=dense, dropout=self.dropout)
+        block = partial(block, scale_shift=self.scale_shift)
         attention = partial(Attention, norm, dense, self.attention_head_dim)
         down = partial(Downsample, conv, self.downsample_padding, name="downsample")
         ch = [self.ch * mult for mult in self.ch_mult]

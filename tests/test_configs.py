@@ -32,7 +32,7 @@ def each_network_once():
 
     def abstract_state(exp):
         names = ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "num_classes")
-        names += ("out_ch", "fourier")
+        names += ("out_ch", "fourier", "scale_shift")
         key = (*(getattr(exp.net, name) for name in names), exp.image_shape)
         if key not in shapes:
             shapes[key] = trace(exp)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax import random
 
 from diffusion import convert, unet
 from diffusion.kernels import winograd
@@ -530,6 +531,37 @@ def test_a_class_adds_its_row_to_the_time_embedding():
     np.testing.assert_allclose(mixed[0], none[0], **ROUNDING)
     np.testing.assert_array_equal(mixed[1], two[1])
     assert np.isnan(apply(jnp.array([classes + 1, 2]))[0]).all()
+
+
+def test_scale_and_shift_are_those_of_the_second_normalisation():
+    """With constant scale s and shift b, norm2 has its own scale times 1 + s, and its bias with b.
+
+    The reference is the block that adds an embedding of 0.
+    """
+    key, c = random.key(0), 8
+    layers = {
+        "conv": functools.partial(nn.Conv, kernel_size=(3, 3)),
+        "dense": nn.Dense,
+        "dropout": 0.0,
+    }
+    blocks = [unet.ResBlock(c, norm=unet.GroupNorm, scale_shift=on, **layers) for on in (0, 1)]
+    x, temb = random.normal(key, (2, 4, 4, c)), random.normal(key, (2, 16))
+    plain, scaled = (block.init(key, x, temb, False)["params"] for block in blocks)
+    assert scaled["temb_proj"]["kernel"].shape == (16, 2 * c)
+    s, b, scale, bias = random.normal(random.key(1), (4, c))
+    kernel2 = random.normal(random.key(2), plain["conv2"]["kernel"].shape)
+    shared = {name: plain[name] for name in ("norm1", "conv1")} | {"conv2": {"kernel": kernel2}}
+    shared["conv2"]["bias"] = plain["conv2"]["bias"]
+    constant = {"kernel": jnp.zeros((16, 2 * c)), "bias": jnp.concatenate([s, b])}
+    scaled = shared | {"temb_proj": constant, "norm2": {"scale": scale, "bias": bias}}
+    nothing = {"kernel": jnp.zeros((16, c)), "bias": jnp.zeros(c)}
+    changed = {"scale": scale * (1 + s), "bias": bias * (1 + s) + b}
+    plain = shared | {"temb_proj": nothing, "norm2": changed}
+    found, expected = (
+        block.apply({"params": params}, x, temb, False)
+        for block, params in zip(blocks[::-1], (scaled, plain), strict=True)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_class_and_time_embedding_start_at_the_same_scale():

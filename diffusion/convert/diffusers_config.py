@@ -38,6 +38,12 @@ DIFFUSERS_MODEL = {
     "freq_shift": (0, int),
     "norm_eps": (1e-5, float),
 }
+# {key of ours that the exported network has no form of: its value there}
+NOT_IN_DIFFUSERS = {
+    "model.fourier": (),
+    "model.scale_shift": False,
+    "model.normalization": "group",
+}
 DIFFUSERS_SIZES = {  # {field that may vary: diffusers' default}
     "block_out_channels": (224, 448, 672, 896),
     "down_block_types": ("DownBlock2D", *3 * ("AttnDownBlock2D",)),
@@ -255,9 +261,10 @@ def _to_scheduler(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _to_sizes(flat: Mapping[str, Any]) -> dict[str, Any]:
-    if fourier := flat.get("model.fourier"):
-        found = f"found {fourier}"
-        raise ValueError(f"model.fourier: expected (), as diffusers has no such features, {found}")
+    for key, none in NOT_IN_DIFFUSERS.items():
+        if (found := flat.get(key, none)) != none:
+            why = "as the exported network has nothing else"
+            raise ValueError(f"{key}: expected {none!r}, {why}, found {found!r}")
     ch, mult = flat["model.ch"], flat["model.ch_mult"]
     if ch % 32 or mult[0] != 1:
         expected = "a multiple of 32 and a first multiplier of 1, as diffusers has them"

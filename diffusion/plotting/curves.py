@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -274,6 +274,44 @@ def plot_averages(png_path: PathLike, panels: Sequence[AveragePanel]) -> None:
             axes.set_title(f"{'lower' if panel.lower else 'higher'} is better", loc="right", **NOTE)
             if others:
                 axes.legend(frameon=False, fontsize=8, labelcolor=BLACK)
+
+
+class SweepPanel(NamedTuple):
+    """A reading over the values of a setting.
+
+    lines: {what else was set: [(value, reading, error)]}; the readings of failed trainings are NaN.
+    """
+
+    reading: str
+    lines: Mapping[str, Sequence[tuple[Any, float, float]]]
+    lower: bool  # whether lower is better
+
+
+def plot_sweep(png_path: PathLike, key: str, panels: Sequence[SweepPanel]) -> None:
+    """Plots readings with error bars: over numbers, which may span decades, or over names."""
+    values = list(
+        dict.fromkeys(p[0] for panel in panels for line in panel.lines.values() for p in line)
+    )
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    log = numbers and min(values) > 0 and max(values) >= 10 * min(values)
+    with _panels(png_path, len(panels), (4.4 * len(panels), 4.0)) as grid:
+        for panel, axes in zip(panels, grid, strict=True):
+            for i, (label, line) in enumerate(panel.lines.items()):
+                x, y, error = zip(*line, strict=True)
+                x = x if numbers else [values.index(value) for value in x]
+                style = {"color": COLOURS[i % len(COLOURS)], "markersize": 4, "capsize": 2}
+                axes.errorbar(x, y, error, fmt="o-" if numbers else "o", label=label, **style)
+            if numbers:
+                _set_scale(axes.xaxis, log=log, ticks=(1, 2, 5))
+            else:
+                axes.set_xticks(range(len(values)), [str(value) for value in values])
+                axes.margins(x=0.2)
+            axes.tick_params(labelsize=8)
+            axes.set_xlabel(key, color=GREY)
+            axes.set_title(panel.reading, loc="left", **TITLE)
+            axes.set_title(f"{'lower' if panel.lower else 'higher'} is better", loc="right", **NOTE)
+        if any(label for panel in panels for label in panel.lines):
+            grid[-1].legend(frameon=False, fontsize=8, labelcolor=BLACK)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 import ast
 import contextlib
 import errno
-import importlib
 import inspect
 import io
 import os
@@ -88,12 +87,11 @@ def main(
         if run.mode in READING_MODES and not (run.mode == "eval" and run.flags.input):
             workdir.check_owner(run.workdir, run.config)
         name = "replay" if run.mode == "check" and run.flags.replay else run.mode
-        mode = importlib.import_module(modes[name])
         # A stop ends one process at once: what it has finished is on disk. Several processes agree
         # on where they stop, and a training, once it has compiled, saves first.
         agree = run.mode in READING_MODES and jax.process_count() > 1
         with preemption.defer() if agree else contextlib.nullcontext():
-            mode.run(run)
+            run._replace(mode=name, modes=modes).call()
         return 0
     except preemption.Stopped as stopped:
         logging.info(f"stopped    {stopped}; the same command resumes")

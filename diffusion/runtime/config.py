@@ -5,6 +5,7 @@ expected, what was found and what to do.
 """
 
 import difflib
+import importlib
 import inspect
 import os
 import pathlib
@@ -35,6 +36,7 @@ TRAINING_KEYS = (
 )
 MOVED = {"train.num_samples": "train.preview.num"}  # keys of earlier versions
 YOUNGER = (  # keys that earlier versions lacked
+    *("model.scale_shift", "model.normalization"),
     *("model.attention_head_dim", "model.downsample_padding", "model.flip_sin_to_cos"),
     *("model.freq_shift", "model.norm_eps", "model.null_class", "process.betas"),
     *("sampler.clip_range", "sampler.threshold_max", "data.levels", "train.profile"),
@@ -52,7 +54,8 @@ class Run(NamedTuple):
     """What the command line asked for.
 
     config: the validated configuration; overrides: the keys typed as flags, {"sampler.steps": 20};
-    config_given: whether --config was typed; flags: the other flags, by attribute.
+    config_given: whether --config was typed; flags: the other flags, by attribute; modes: {mode:
+    its module}.
     """
 
     mode: str
@@ -61,6 +64,11 @@ class Run(NamedTuple):
     flags: Any
     overrides: Mapping[str, Any] = {}
     config_given: bool = False
+    modes: Mapping[str, str] = {}
+
+    def call(self) -> None:
+        """Runs the mode, whose module is imported now."""
+        importlib.import_module(self.modes[self.mode]).run(self)
 
 
 # Command line

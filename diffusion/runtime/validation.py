@@ -95,7 +95,9 @@ VALIDATORS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "process.betas": (lambda x: all(isinstance(b, int | float) and 0 < b <= 1 for b in x), BETAS),
     "sampler.threshold": (lambda x: x <= 1, "a fraction in [0, 1], 0 for none"),
     "sampler.threshold_max": (lambda x: x == 0 or x >= 1, "a number of 1 or more, or 0 for none"),
-    **dict.fromkeys(("eval.seeds", "frontier.seeds"), SEEDS),
+    **dict.fromkeys(("eval.seeds", "frontier.seeds", "sweep.seeds"), SEEDS),
+    "sweep.equal": _one_of("steps", "flops"),
+    "sweep.evaluations": COUNT,
     "optim.posthoc": (
         lambda x: all(map(_is_length, x)) and len({*x}) == len(x),
         "a tuple of distinct numbers between 0 and 0.28, or () for none",

@@ -230,6 +230,8 @@ def test_only_the_ancestral_scheduler_tells_the_variance():
         ("model.ch", {"model_ch": 16}),
         ("model.ch", {"model_ch_mult": (2, 2)}),
         ("model.fourier", {"model_fourier": (1, 2)}),
+        ("model.scale_shift", {"model_scale_shift": True}),
+        ("model.normalization", {"model_normalization": "rms"}),
     ],
 )
 def test_what_diffusers_has_no_form_for_is_named(key, changes):

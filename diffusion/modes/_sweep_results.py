@@ -1,0 +1,204 @@
+"""What comes out of a sweep: readings over seeds, and differences beyond their noise, in words."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from diffusion.modes._sweep_cells import Cell
+
+CONFIDENCE = 0.95  # of a difference that counts
+HIGHER = ("precision", "recall")  # is better
+
+
+def main_readings(names: Sequence[str]) -> list[str]:
+    """Returns the readings that tables and pictures show: bits/dim, loss, distances, fidelity.
+
+    Of precision, recall and the share that a classifier is unsure of those by the features of the
+    first distance; all others are in sweep.json and sweep.csv.
+    """
+    distances = [n for n in names if n.startswith(("fd_", "fid")) and "infinity" not in n]
+    kind = distances[0].partition(",")[0].partition("_")[2] if distances else ""
+    beside = [n for n in names if n.startswith(("precision", "recall")) and kind in n]
+    beside += [n for n in names if n.startswith("unsure")]
+    return [*(n for n in ("bits/dim", "loss") if n in names), *distances, *beside]
+
+
+class CellReadings(NamedTuple):
+    """A setting with the readings of its seeds, {name: values, NaN where a training failed}."""
+
+    label: str
+    values: dict[str, Any]
+    seeds: list[int]
+    readings: dict[str, np.ndarray]
+    failures: list[str]
+
+
+class Effect(NamedTuple):
+    """What one value of a key does to a reading, against the reference value of that key.
+
+    difference and its error are means over the cells that differ in nothing else; margin: what a
+    difference has to exceed at CONFIDENCE, by Student's t of the seeds' scatter.
+    """
+
+    key: str
+    value: Any
+    reference: Any
+    reading: str
+    difference: float
+    margin: float
+
+    @property
+    def counts(self) -> bool:
+        """Returns whether the difference is beyond the seeds' noise."""
+        return abs(self.difference) > self.margin
+
+
+def by_setting(cells: Sequence[Cell], read: Mapping[str, Mapping[str, Any]]) -> list[CellReadings]:
+    """Joins the seeds of each setting; read: {name of a cell: its readings, or {"failed": why}}."""
+    joined: dict[str, list[Cell]] = {}
+    for cell in cells:
+        joined.setdefault(cell.label, []).append(cell)
+    out = []
+    for label, group in joined.items():
+        found = [read[cell.name] for cell in group]
+        names = dict.fromkeys(k for each in found if "failed" not in each for k in each)
+        values = {k: np.array([each.get(k, np.nan) for each in found], float) for k in names}
+        failures = [each["failed"] for each in found if "failed" in each]
+        seeds = [cell.seed for cell in group]
+        out.append(CellReadings(label, group[0].values, seeds, values, failures))
+    return out
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float | None]:
+    """Returns the mean over the seeds that were read, and its standard error; None of one seed."""
+    values = values[np.isfinite(values)]
+    if len(values) < 2:
+        return (float(values[0]) if len(values) else float("nan")), None
+    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def effects(settings: Sequence[CellReadings], configured: Mapping[str, Any]) -> list[Effect]:
+    """Returns the effect of each value of each key on each of the `main_readings`.
+
+    The reference of a key is its configured value, or else its first one. A value whose trainings
+    failed has none.
+    """
+    keys = dict.fromkeys(key for each in settings for key in each.values)
+    full = [{key: configured[key] for key in keys} | each.values for each in settings]
+    out = []
+    for key in keys:
+        values = list({repr(v[key]): v[key] for v in full}.values())
+        same = [v for v in values if v == configured[key]]
+        reference = same[0] if same else values[0]
+        for value in (v for v in values if v != reference):
+            pairs = [
+                (settings[i], settings[j])
+                for i, a in enumerate(full)
+                for j, b in enumerate(full)
+                if a[key] == value and b == a | {key: reference}
+            ]
+            names = dict.fromkeys(n for a, b in pairs for n in a.readings if n in b.readings)
+            for name in main_readings(list(names)):
+                if effect := _compare(pairs, name):
+                    out.append(Effect(key, value, reference, name, *effect))
+    return out
+
+
+def _compare(pairs: list, name: str) -> tuple[float, float] | None:
+    """Returns (mean difference, margin), the margin infinite where no seed is repeated."""
+    differences, variance, freedom = [], 0.0, 0
+    for pair in pairs:
+        sides = [
+            x.readings[name][np.isfinite(x.readings[name])] for x in pair if name in x.readings
+        ]
+        if len(sides) < 2 or not all(len(side) for side in sides):
+            continue
+        differences.append(sides[0].mean() - sides[1].mean())
+        # Welch's variance of a difference of means; its freedom is at least the smaller side's.
+        variance += sum(s.var(ddof=1) / len(s) if len(s) > 1 else np.inf for s in sides)
+        freedom += min(len(s) for s in sides) - 1
+    if not differences:
+        return None
+    error = np.sqrt(variance) / len(differences)
+    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, freedom) if freedom else np.inf
+    margin = quantile * error if np.isfinite(error) else np.inf
+    return float(np.mean(differences)), float(margin)
+
+
+def sentences(found: Sequence[Effect], settings: Sequence[CellReadings]) -> list[str]:
+    """Returns what matters, by how much, whether beyond the seeds' noise: a line for each value."""
+    lines = [
+        f"differences with the margin of {CONFIDENCE:.0%} (Student's t over seeds); of twenty "
+        "comparisons one exceeds it by chance"
+    ]
+    for key in dict.fromkeys(effect.key for effect in found):
+        of_key = [effect for effect in found if effect.key == key]
+        for value in list({repr(e.value): e.value for e in of_key}.values()):
+            each = [e for e in of_key if repr(e.value) == repr(value)]
+            counted = [_describe(e) for e in each if e.counts]
+            what = f"{key}={value} against {each[0].reference}"
+            rest = [e.reading for e in each if not e.counts]
+            within = f"within the seeds' noise: {', '.join(rest)}" if rest else ""
+            lines.append(f"{what}: {'; '.join(filter(None, [*counted, within]))}")
+    for each in settings:
+        if each.failures:
+            n, total = len(each.failures), len(each.seeds)
+            lines.append(f"{each.label}: {n} of {total} trainings failed: {each.failures[0]}")
+    return lines
+
+
+def is_better(reading: str, difference: float) -> bool:
+    """Returns whether a reading that has changed by the difference is better."""
+    return (difference > 0) == reading.startswith(HIGHER)
+
+
+def _describe(e: Effect) -> str:
+    word = "better" if is_better(e.reading, e.difference) else "worse"
+    return f"{e.reading} {e.difference:+.3g} +- {e.margin:.2g} ({word})"
+
+
+def summary(settings: Sequence[CellReadings]) -> list[dict[str, Any]]:
+    """Returns the settings for sweep.json; numbers that are missing are null."""
+    out = []
+    for each in settings:
+        readings = {}
+        for name, values in each.readings.items():
+            mean, error = mean_and_error(values)
+            numbers = [float(v) if np.isfinite(v) else None for v in values]
+            mean_ = mean if np.isfinite(mean) else None
+            readings[name] = {"mean": mean_, "error": error, "each": numbers}
+        cell = {"cell": each.label, "values": each.values, "seeds": each.seeds}
+        out.append(cell | {"readings": readings, "failures": each.failures})
+    return out
+
+
+def to_csv(settings: Sequence[CellReadings]) -> str:
+    """Returns a row for each cell: setting, seed and its readings."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    names = list(dict.fromkeys(name for each in settings for name in each.readings))
+    table.writerow(["setting", "seed", *names])
+    for each in settings:
+        for i, seed in enumerate(each.seeds):
+            numbers = [each.readings[n][i] if n in each.readings else np.nan for n in names]
+            cells = [f"{x:.8g}" if np.isfinite(x) else "" for x in numbers]
+            table.writerow([each.label, seed, *cells])
+    return text.getvalue()
+
+
+def table(settings: Sequence[CellReadings], names: Sequence[str]) -> list[str]:
+    """Returns the lines of a table, a setting a row and a reading a column."""
+    width = max(len(each.label) for each in settings) + 2
+    lines = [" " * width + "".join(f"{name:>24}" for name in names)]
+    for each in settings:
+        cells = []
+        for name in names:
+            mean, error = mean_and_error(each.readings.get(name, np.array([])))
+            text = "failed" if np.isnan(mean) else f"{mean:.4g}"
+            cells.append(text + (f" +- {error:.2g}" if error is not None else ""))
+        lines.append(f"{each.label:{width}}" + "".join(f"{cell:>24}" for cell in cells))
+    return lines

@@ -1,0 +1,145 @@
+"""--mode=sweep: its cells are the single runs, whatever stops it and however many share it."""
+
+import json
+import re
+import shutil
+
+import pytest
+from PIL import Image
+
+from diffusion.modes import likelihood, sweep
+from diffusion.modes._sweep_cells import make_cells
+from diffusion.runtime import preemption
+from diffusion.runtime.config import Run, with_overrides
+from diffusion.utils.errors import NonFiniteError
+from tests.runs import TINY, assert_same, latest_state, logged, run
+from tests.test_configs import config_of
+
+pytestmark = pytest.mark.slow
+FEW = ("--config.train.sample_every=0", "--config.train.steps=6", "--config.bpd.quick=4")
+GRID = "--config.sweep.grid=process.T=4,6;seed=0"
+ARGS = ("--mode=sweep", TINY, GRID, *FEW)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(work directory, stdout) of a sweep of two trainings."""
+    workdir = tmp_path_factory.mktemp("sweep") / "whole"
+    out, err = run(*ARGS, f"--workdir={workdir}")
+    assert err == ""
+    return workdir, out
+
+
+def results(workdir):
+    """Returns sweep.json without what a clock says and without the configuration."""
+    content = json.loads((workdir / "sweep.json").read_text())
+    for cell in content["cells"]:
+        assert cell["readings"].pop("seconds")["mean"] > 0
+    del content["config"]
+    return content
+
+
+def test_a_cell_is_the_single_run_bit_for_bit(whole, tmp_path):
+    T = ("--config.process.T=4", "--config.sampler.steps=4", "--config.seed=0")
+    run(TINY, *FEW, *T, f"--workdir={tmp_path}")
+    cell = whole[0] / "cells" / "process.T=4,seed=0"
+    assert_same(latest_state(cell), latest_state(tmp_path))
+    assert logged(cell) == logged(tmp_path) and len(logged(cell)) == 3
+
+
+def test_results_are_the_readings_of_the_cells(whole):
+    workdir, out = whole
+    content = results(workdir)
+    assert content["keys"] == ["process.T"] and [c["cell"] for c in content["cells"]] == [
+        "process.T=4",
+        "process.T=6",
+    ]
+    for cell in content["cells"]:
+        folder = workdir / "cells" / f"{cell['cell']},seed=0"
+        bits = json.loads((folder / "eval" / "00000006" / "bpd.json").read_text())["bits_per_dim"]
+        scores = json.loads((folder / "eval" / "00000006" / "metrics.json").read_text())["scores"]
+        readings = {name: each["each"] for name, each in cell["readings"].items()}
+        assert readings["bits/dim"] == [min(x["mean"] for x in bits.values())] and len(bits) == 2
+        assert list(scores["ema"]) == ["train"]
+        for name, score in scores["ema"]["train"].items():
+            assert readings[name] == [score["value"]]
+        assert readings["loss"] == [logged(folder)[6]]
+        assert readings["training steps"] == [6]
+    header, *rows = (workdir / "sweep.csv").read_text().splitlines()
+    assert len(rows) == 2 and "bits/dim" in header
+    assert "cell       2/2: process.T=6, seed 0, about " in out
+    with Image.open(workdir / "process.T.png") as image:
+        assert image.width > image.height > 300
+    assert (workdir / "sweep.md").read_text().count("process.T=") >= 3
+
+
+def test_stopped_and_shared_it_comes_to_the_same(whole, tmp_path, monkeypatch):
+    """A sweep that ended after its first training; part 1 of 2 is stopped again while it reads."""
+    workdir = shutil.copytree(whole[0], tmp_path / "sweep")
+    for path in ("cells/process.T=6,seed=0", "cells/process.T=4,seed=0/eval"):
+        shutil.rmtree(workdir / path)
+    for path in ("cells/process.T=4,seed=0/sweep_readings.json", "sweep.json"):
+        (workdir / path).unlink()
+    args = (*ARGS, f"--workdir={workdir}")
+
+    def stopped(run):
+        raise preemption.Stopped("for a test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(likelihood, "run", stopped)
+        run(*args, "--config.sweep.part=1/2", code=75)
+    out, _ = run(*args, "--config.sweep.part=1/2")
+    assert "nothing to do: trained for 6 steps already" in out
+    assert "1 of 2 trainings are left to other parts" in out
+    assert not (workdir / "sweep.json").exists()
+    run(*args, "--config.sweep.part=2/2")
+    assert results(workdir) == results(whole[0])
+    out, _ = run("--mode=sweep", f"--workdir={workdir}", "--config.sweep.part=1/1")
+    assert ", 0 to do" in out and "compiling" not in out
+    assert results(workdir) == results(whole[0])
+
+
+def test_what_was_read_otherwise_is_read_again(whole):
+    config = with_overrides(config_of("digits", "tiny"), {"sweep.grid": "process.T=4,6;seed=0"})
+    config = with_overrides(config, {"train.sample_every": 0, "train.steps": 6, "bpd.quick": 4})
+    for changes, found in (({}, True), ({"sweep.evaluations": 3}, False), ({"eval.num": 7}, False)):
+        other = Run("sweep", with_overrides(config, changes), whole[0], None)
+        (cell, *_) = make_cells(other.config)
+        assert (sweep.load_readings(other, cell) is not None) == found, changes
+
+
+def test_equal_flops_are_fewer_steps_of_a_dearer_network(tmp_path, monkeypatch):
+    """The config's own 12 steps: of a network with twice its FLOPs a step 6, with 5 times 2."""
+    trained, flops = {}, {8: 4.0, 16: 8.0, 32: 20.0}
+
+    def call(self):
+        trained[self.config.model.ch] = self.config.train.steps
+        raise NonFiniteError("no training in this test")
+
+    monkeypatch.setattr(sweep, "count_flops", lambda config: flops[config.model.ch])
+    sweep_run = sweep.Run.call
+    monkeypatch.setattr(
+        sweep.Run, "call", lambda self: (sweep_run if self.mode == "sweep" else call)(self)
+    )
+    args = ("--config.sweep.grid=model.ch=8,16,32;seed=0", "--config.sweep.equal=flops")
+    out, _ = run("--mode=sweep", TINY, *args, "--config.train.steps=12", f"--workdir={tmp_path}")
+    assert trained == {8: 12, 16: 6, 32: 2}
+    assert "model.ch=8: 1 of 1 trainings failed: no training in this test" in out
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("--config.sweep.name=t",), "sweep.name: 't' is not known"),
+        (("--config.sweep.grid=process.T=4,0",), "sweep: process.T=0: process.T: expected an int"),
+        (("--config.sweep.grid=target=eps,y",), "sweep: target=y: target: 'y' is not known"),
+        (("--config.sweep.grid=model.ch_mult=(1,),(1,2,2,2,2)",), "expected a height and width"),
+        (("--config.sweep.name=T", "--config.sweep.part=2/1"), "sweep.part: expected I/N"),
+        (("--config.sweep.name=T", "--config.sweep.equal=time"), "sweep.equal: expected steps or"),
+        (("--config.sweep.name=T", "--config.sweep.seeds=(1,1)"), "sweep.seeds: expected a tuple"),
+    ],
+)
+def test_what_cannot_be_swept_is_one_line_before_anything_is_trained(tmp_path, args, message):
+    out, err = run("--mode=sweep", TINY, *args, f"--workdir={tmp_path}", code=2)
+    assert message in err and err.count("\n") == 1 and out == ""
+    assert not list(tmp_path.iterdir()) and not re.search("Traceback", err)
