@@ -43,11 +43,12 @@ def run(run: Run) -> None:
     """
     cells = make_cells(run.config)
     mine = share(cells, run.config.sweep.part)
-    for cell in mine:
+    for cell in {cell.label: cell for cell in mine}.values():
         check(run, cell)
     todo = [cell for cell in mine if broadcast_from_primary(load_readings(run, cell) is None)]
     if is_primary():
-        save_json(run.workdir / "config.json", run.config.to_dict())
+        everything = with_overrides(run.config, {"sweep.part": "1/1"})  # for --workdir alone
+        save_json(run.workdir / "config.json", everything.to_dict())
     settings = len({cell.label for cell in cells})
     part = (
         "" if len(mine) == len(cells) else f", {len(mine)} of them in part {run.config.sweep.part}"

@@ -94,7 +94,7 @@ def test_stopped_and_shared_it_comes_to_the_same(whole, tmp_path, monkeypatch):
     assert not (workdir / "sweep.json").exists()
     run(*args, "--config.sweep.part=2/2")
     assert results(workdir) == results(whole[0])
-    out, _ = run("--mode=sweep", f"--workdir={workdir}", "--config.sweep.part=1/1")
+    out, _ = run("--mode=sweep", f"--workdir={workdir}")
     assert ", 0 to do" in out and "compiling" not in out
     assert results(workdir) == results(whole[0])
 
