@@ -12,7 +12,7 @@ from diffusion.runtime.config import flatten, lookup, suggest, with_overrides
 from diffusion.utils.errors import ConfigError
 
 Levels = tuple | Callable[[ConfigDict], tuple]  # values of a key, or what they are for a config
-MAX_NAME = 120  # characters of a cell's folder
+MAX_CELL_NAME = 120  # characters of a cell's folder
 
 
 class Cell(NamedTuple):
@@ -102,8 +102,8 @@ def make_cells(config: ConfigDict) -> list[Cell]:
     cells = [Cell(v, _changes(config, v, bool(c.name)), s) for v in each for s in seeds]
     names = [cell.name for cell in cells]
     for name in names:
-        if names.count(name) > 1 or len(name) > MAX_NAME:
-            wanted = f"expected names of folders that differ, of at most {MAX_NAME} characters"
+        if names.count(name) > 1 or len(name) > MAX_CELL_NAME:
+            wanted = f"expected names of folders that differ, of at most {MAX_CELL_NAME} characters"
             raise ConfigError(f"sweep.grid: {wanted}, found {name}; vary fewer keys at once")
     return cells
 

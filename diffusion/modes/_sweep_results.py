@@ -10,7 +10,7 @@ from scipy import stats
 
 from diffusion.modes._sweep_cells import Cell
 
-CONFIDENCE = 0.95  # of a difference that counts
+MARGIN_LEVEL = 0.95  # of a difference that counts
 HIGHER = ("precision", "recall")  # is better
 
 
@@ -41,7 +41,7 @@ class Effect(NamedTuple):
     """What one value of a key does to a reading, against the reference value of that key.
 
     difference and its error are means over the cells that differ in nothing else; margin: what a
-    difference has to exceed at CONFIDENCE, by Student's t of the seeds' scatter.
+    difference has to exceed at MARGIN_LEVEL, by Student's t of the seeds' scatter.
     """
 
     key: str
@@ -124,7 +124,7 @@ def _compare(pairs: list, name: str) -> tuple[float, float] | None:
     if not differences:
         return None
     error = np.sqrt(variance) / len(differences)
-    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, freedom) if freedom else np.inf
+    quantile = stats.t.ppf((1 + MARGIN_LEVEL) / 2, freedom) if freedom else np.inf
     margin = quantile * error if np.isfinite(error) else np.inf
     return float(np.mean(differences)), float(margin)
 
@@ -132,7 +132,7 @@ def _compare(pairs: list, name: str) -> tuple[float, float] | None:
 def sentences(found: Sequence[Effect], settings: Sequence[CellReadings]) -> list[str]:
     """Returns what matters, by how much, whether beyond the seeds' noise: a line for each value."""
     lines = [
-        f"differences with the margin of {CONFIDENCE:.0%} (Student's t over seeds); of twenty "
+        f"differences with the margin of {MARGIN_LEVEL:.0%} (Student's t over seeds); of twenty "
         "comparisons one exceeds it by chance"
     ]
     for key in dict.fromkeys(effect.key for effect in found):
@@ -190,7 +190,7 @@ def to_csv(settings: Sequence[CellReadings]) -> str:
     return text.getvalue()
 
 
-def table(settings: Sequence[CellReadings], names: Sequence[str]) -> list[str]:
+def readings_table(settings: Sequence[CellReadings], names: Sequence[str]) -> list[str]:
     """Returns the lines of a table, a setting a row and a reading a column."""
     width = max(len(each.label) for each in settings) + 2
     lines = [" " * width + "".join(f"{name:>24}" for name in names)]

@@ -32,7 +32,7 @@ from diffusion.utils.multihost import broadcast_from_primary, is_primary
 from diffusion.utils.progress import human_time
 
 LOSS_SHARE = 0.1  # of the training at its end over which the loss is averaged
-VERSION = 1  # of how cells are read; another one reads them again
+READING_VERSION = 1  # of how cells are read; another one reads them again
 
 
 def run(run: Run) -> None:
@@ -190,7 +190,7 @@ def reading_setting(run: Run, cell: Cell) -> dict[str, Any]:
     flat = flatten({name: config[name] for name in sections})
     names = {k: config[k] for k in ("target", "variance", "seed")}
     sweep = {k: config.sweep[k] for k in ("equal", "evaluations", "chain")}
-    setting = flat | names | sweep | {"version": VERSION}
+    setting = flat | names | sweep | {"version": READING_VERSION}
     return json.loads(json.dumps(setting, default=list))
 
 
@@ -231,7 +231,7 @@ def write_results(run: Run, cells: list[Cell]) -> None:
     save_json(run.workdir / "sweep.json", content | {"config": run.config.to_dict()})
     save_text(run.workdir / "sweep.csv", results.to_csv(settings))
     shown = results.main_readings(names)
-    lines = results.table(settings, shown)
+    lines = results.readings_table(settings, shown)
     text = [f"# Sweep: {name}", "", "```", *lines, "```", "", *(f"- {line}" for line in said), ""]
     save_text(run.workdir / "sweep.md", "\n".join(text))
     for key in keys if shown else ():

@@ -85,7 +85,7 @@ def test_a_failed_training_leaves_the_other_seeds_and_is_named():
     assert "a=1: 1 of 3 trainings failed: loss is nan" in lines
     assert "a=2: 1 of 1 trainings failed: x" in lines
     assert results.summary(settings)[1]["readings"]["loss"]["each"] == [None, 5.0, 6.0]
-    assert "failed" in results.table(settings, ["loss"])[-1]
+    assert "failed" in results.readings_table(settings, ["loss"])[-1]
 
 
 def test_sentences_say_what_is_better():
