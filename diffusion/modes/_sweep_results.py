@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from diffusion.metrics.agreement import MIN_CELLS, Agreement, rank_agreement
 from diffusion.modes._sweep_cells import Cell
 
 MARGIN_LEVEL = 0.95  # of a difference that counts
+PEOPLE = "people's errors"  # of a study of a cell's samples
 HIGHER = ("precision", "recall")  # is better
 
 
@@ -70,6 +72,33 @@ def by_setting(cells: Sequence[Cell], read: Mapping[str, Mapping[str, Any]]) -> 
         failures = [each["failed"] for each in found if "failed" in each]
         seeds = [cell.seed for cell in group]
         out.append(CellReadings(label, group[0].values, seeds, values, failures))
+    return out
+
+
+def score_agreement(settings: Sequence[CellReadings]) -> Agreement | None:
+    """Returns the rank correlations of the main readings and people's errors over the settings.
+
+    Of the settings that have them all; None where these are fewer than MIN_CELLS.
+    """
+    names = list(dict.fromkeys(name for each in settings for name in each.readings))
+    shown = [*main_readings(names), *(name for name in names if name.startswith(PEOPLE))]
+    means = {
+        n: [mean_and_error(s.readings.get(n, np.array([])))[0] for s in settings] for n in shown
+    }
+    complete = np.isfinite(np.array([*means.values()])).all(0) if means else np.zeros(0, bool)
+    if complete.sum() < MIN_CELLS:
+        return None
+    scores = {name: np.array(values)[complete] for name, values in means.items()}
+    scores = {name: values for name, values in scores.items() if np.ptp(values) > 0}
+    return rank_agreement(scores) if len(scores) > 1 else None
+
+
+def agreement_to_json(agreement: Agreement) -> dict[str, Any]:
+    """Returns an agreement for sweep.json."""
+    out: dict[str, Any] = {"names": [*agreement.names]}
+    for kind in ("spearman", "kendall"):
+        each = getattr(agreement, kind)._asdict()
+        out[kind] = {name: matrix.tolist() for name, matrix in each.items()}
     return out
 
 

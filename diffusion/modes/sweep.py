@@ -22,7 +22,7 @@ from diffusion.dispatch import dispatch_sizes, group_inputs
 from diffusion.modes import _sweep_results as results
 from diffusion.modes._nonfinite import compile_update, not_halted
 from diffusion.modes._sweep_cells import Cell, cell_config, make_cells, share
-from diffusion.plotting.curves import SweepPanel, plot_sweep
+from diffusion.plotting.curves import SweepPanel, plot_agreement, plot_sweep
 from diffusion.runtime import validation
 from diffusion.runtime.config import Run, flatten, with_overrides
 from diffusion.utils import logging
@@ -203,6 +203,15 @@ def load_readings(run: Run, cell: Cell) -> dict[str, Any] | None:
     return content["readings"] if content["setting"] == reading_setting(run, cell) else None
 
 
+def study_errors(run: Run, name: str) -> dict[str, float]:
+    """Returns the error rate of people in the newest study of a cell, {} where nobody was asked."""
+    paths = sorted((run.workdir / "cells" / name / "study").glob("*/results.json"))
+    if not paths:
+        return {}
+    conditions = _read_json(paths[-1])["conditions"]
+    return {results.PEOPLE: float(np.mean([each["rate"] for each in conditions]))}
+
+
 def _read_json(path: epath.Path) -> Any:
     try:
         return json.loads(path.read_text())
@@ -216,6 +225,7 @@ def _read_json(path: epath.Path) -> Any:
 def write_results(run: Run, cells: list[Cell]) -> None:
     """Writes and prints the results of all cells, or says how many are missing."""
     found = {cell.name: load_readings(run, cell) for cell in cells}
+    found = {name: each and each | study_errors(run, name) for name, each in found.items()}
     missing = sum(readings is None for readings in found.values())
     if missing:
         logging.info(f"done       {missing} of {len(cells)} trainings are left to other parts")
@@ -226,8 +236,13 @@ def write_results(run: Run, cells: list[Cell]) -> None:
     keys = list(dict.fromkeys(key for each in settings for key in each.values))
     names = list(dict.fromkeys(name for each in settings for name in each.readings))
     name = run.config.sweep.name or run.config.sweep.grid
+    agreement = results.score_agreement(settings)
     content = {"name": name, "equal": run.config.sweep.equal, "keys": keys}
     content |= {"cells": results.summary(settings), "sentences": said}
+    if agreement:
+        content["agreement"] = results.agreement_to_json(agreement)
+        args = agreement.names, *agreement.spearman
+        plot_agreement(run.workdir / "agreement.png", *args)
     save_json(run.workdir / "sweep.json", content | {"config": run.config.to_dict()})
     save_text(run.workdir / "sweep.csv", results.to_csv(settings))
     shown = results.main_readings(names)

@@ -314,6 +314,24 @@ def plot_sweep(png_path: PathLike, key: str, panels: Sequence[SweepPanel]) -> No
             grid[-1].legend(frameon=False, fontsize=8, labelcolor=BLACK)
 
 
+def plot_agreement(
+    png_path: PathLike, names: Sequence[str], value: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> None:
+    """Plots rank correlations [k, k] of scores as coloured cells, with their intervals in them."""
+    with _panels(png_path, 1, (2.6 + 1.1 * len(names), 1.6 + 0.8 * len(names))) as (axes,):
+        axes.grid(False)
+        axes.imshow(value, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
+        for i, j in np.ndindex(value.shape):
+            if i != j:
+                text = f"{value[i, j]:.2f}\n[{low[i, j]:.2f}, {high[i, j]:.2f}]"
+                colour = "white" if abs(value[i, j]) > 0.6 else BLACK
+                axes.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
+        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+        axes.set_yticks(range(len(names)), names)
+        axes.tick_params(labelsize=8)
+        axes.set_title("rank correlation over settings (Spearman)", loc="left", **TITLE)
+
+
 @contextlib.contextmanager
 def _panels(png_path: PathLike, n: int, size: tuple) -> Iterator[list]:
     """Yields n axes side by side in the common style; writes the figure, of size inches, after."""

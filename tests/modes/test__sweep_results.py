@@ -106,3 +106,19 @@ def test_the_csv_has_every_reading():
         {"setting": "a=0", "seed": "0", "loss": "1.5", "kid": "2"},
         {"setting": "a=1", "seed": "0", "loss": "0.12345679", "kid": ""},
     ]
+
+
+def test_scores_agree_over_settings_by_their_order_and_with_people():
+    """fd rises, precision falls, and people err less where fd is large, of the four settings shown."""
+    read, cells = {}, []
+    for i, fd in enumerate((1.0, 2.0, 4.0, 8.0, 3.0)):
+        cells.append(Cell({"a": i}, {}, 0))
+        read[cells[-1].name] = {"fd_x": fd, "precision_x": -fd, "loss": 1.0}
+        if i < 4:
+            read[cells[-1].name][results.PEOPLE] = 1 / fd
+    found = results.score_agreement(results.by_setting(cells, read))
+    assert found.names == ("fd_x", "precision_x", results.PEOPLE)  # the loss has no order
+    np.testing.assert_allclose(found.spearman.value, [[1, -1, -1], [-1, 1, 1], [-1, 1, 1]])
+    assert results.agreement_to_json(found)["spearman"]["value"][0][1] == -1
+    few = results.by_setting(cells[2:], read)
+    assert results.score_agreement(few) is None
