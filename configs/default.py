@@ -183,8 +183,10 @@ def get_config() -> ConfigDict:
                 "batch_size": 250,  # images at a time
                 "seeds": (0,),  # each draws a set of samples; errors are over the sets
                 "weights": ("ema",),  # any of ema, raw and ema:LENGTH
-                "features": ("available",),  # all; or of inception, classifier, random, pixels
+                # All that can be had; or of inception, dinov2, classifier, random, pixels.
+                "features": ("available",),
                 "inception": "",  # file of the Inception weights; "": download
+                "dinov2": "",  # file of the weights of DINOv2 ViT-B/14 or ViT-L/14; "": none
                 "references": ("train", "test"),  # splits, statistics (npz) or folders of images
                 "reference_num": 0,  # images of a reference; 0: all
                 "resize": False,  # bring images of files to the data's size, as prepare does

@@ -12,11 +12,19 @@ from typing import Any
 import jax
 import numpy as np
 
+from diffusion.convert.dinov2_names import from_dinov2
 from diffusion.convert.inception_names import from_inception
 from diffusion.convert.unet_names import Name, parameter_names
 from diffusion.convert.validation import summarize
 
-__all__ = ["from_diffusers", "from_inception", "from_official", "to_diffusers", "to_official"]
+__all__ = [
+    "from_diffusers",
+    "from_dinov2",
+    "from_inception",
+    "from_official",
+    "to_diffusers",
+    "to_official",
+]
 
 # What diffusers called the layers of an attention before 0.12 (its models/attention_processor.py).
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

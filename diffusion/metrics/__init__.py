@@ -1,7 +1,7 @@
 """METRICS: scores of generated images, computed from two FeatureSets.
 
-The caller chooses the features (Inception, random convolutions, pixels); `metric_name` gives a
-score its public name, so that only the distance of Inception features is called a FID.
+The caller chooses the features (Inception, DINOv2, random convolutions, pixels); `metric_name`
+gives a score its public name, so that only the distance of Inception features is called a FID.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,14 @@ from diffusion.metrics.inception_score import (
 
 JACKKNIFE_GROUPS = 10
 CLASSIFIER_SCORES = "unsure", "class_distance"  # they have one kind of features only
-FID_NUM_IMAGES = 50_000  # images of a FID whose name has no count
+FID_NUM_IMAGES = 50_000  # images of a distance below whose name has no count
+# {kind of features: name of their Frechet distance}, where others publish it.
+PUBLISHED_DISTANCES = {
+    "inception": "fid",
+    "spatial": "sfid",
+    "dinov2_b14": "fd_dinov2_b14",
+    "dinov2_l14": "fd_dinov2_l14",
+}
 
 
 class Score(NamedTuple):
@@ -76,6 +83,16 @@ def _about_kid(generated, reference):
     of = f"{number} random subsets of {size:,}" if number > 1 else f"all {size:,}"
     fewer = size < pairwise.KID_SUBSET_SIZE
     return f"{of} images" + fewer * f" (torch-fidelity's with --kid-subset-size={size})"
+
+
+def _mmd(generated, reference):
+    bandwidth = pairwise.median_distance(reference.features)
+    return {"mmd": Score(*pairwise.gaussian_mmd(generated.features, reference.features, bandwidth))}
+
+
+def _about_mmd(generated, reference):
+    bandwidth = pairwise.median_distance(reference.features)
+    return f"Gaussian kernel of bandwidth {bandwidth:.4g}, the median distance of the real images"
 
 
 def _classes(generated, reference):
@@ -152,18 +169,18 @@ def evaluate(
 def metric_name(score: str, kind: str, n: int) -> str:
     """Returns the public name of a score of n generated images by the kind of features.
 
-    Kinds are "inception", "spatial" (Inception's map, arXiv:2103.03841) or any other. Examples:
-    fid, fid@5000 below 50,000 images, sfid, fid_infinity, kid, kid_spatial, fd_random.
+    Kinds are "inception", "spatial" (Inception's map, arXiv:2103.03841), "dinov2_b14",
+    "dinov2_l14" (that of the published FD-DINOv2) or any other. Examples: fid, fid@5000 below
+    50,000 images, sfid, fid_infinity, kid, kid_spatial, fd_dinov2_l14@5000, fd_random.
     """
     if score in CLASSIFIER_SCORES:
         return score
-    family, _, suffix = score.partition("_")
-    if family != "fd" or kind not in ("inception", "spatial"):
-        return score if kind == "inception" else f"{score}_{kind}"
-    name = {"inception": "fid", "spatial": "sfid"}[kind]
-    if suffix:
-        return f"{name}_{suffix}"
-    return name if n >= FID_NUM_IMAGES else f"{name}@{n}"
+    if score == "fd" and kind in PUBLISHED_DISTANCES:
+        name = PUBLISHED_DISTANCES[kind]
+        return name if n >= FID_NUM_IMAGES else f"{name}@{n}"
+    if score == "fd_infinity" and kind in ("inception", "spatial"):
+        return f"{PUBLISHED_DISTANCES[kind]}_infinity"
+    return score if kind == "inception" else f"{score}_{kind}"
 
 
 METRICS = {
@@ -171,6 +188,7 @@ METRICS = {
     "fd_infinity": Metric(_fd_infinity, "features", "stats", lower=True),
     "is": Metric(_is, "classes", "", lower=False),
     "kid": Metric(_kid, "features", "features", lower=True, about=_about_kid),
+    "mmd": Metric(_mmd, "features", "features", lower=True, about=_about_mmd),
     "precision_recall": Metric(_precision_recall, "features", "features", lower=False),
     "classes": Metric(
         _classes, "classes", "classes", lower=True, about=_about_classes, kind="classifier"

@@ -25,14 +25,18 @@ from diffusion.data.prepare.image_decoding import (
     normalize_image,
 )
 from diffusion.data.prepare.sources import open_source
-from diffusion.metrics import classifier, features, inception
+from diffusion.metrics import classifier, dinov2, features, inception
 from diffusion.metrics.feature_set import FeatureSet, add, begin, from_arrays, to_arrays
 from diffusion.sharding import batch_sharded, local_rows, make_global_array, replicated
 from diffusion.utils import io, partial_results
 from diffusion.utils.errors import DataError
 from diffusion.utils.multihost import broadcast_from_primary, is_primary
 
-NETWORKS = {"inception": ("inception", "spatial"), "classifier": ("classifier",)}  # their kinds
+NETWORKS = {  # their kinds; of dinov2 the one of its weights
+    "inception": ("inception", "spatial"),
+    "dinov2": tuple(dinov2.SIZES),
+    "classifier": ("classifier",),
+}
 
 
 class ImageSet(NamedTuple):
@@ -161,12 +165,15 @@ def make_extractor(
     shape: tuple[int, int, int],
     mesh: Mesh,
     weights: Mapping[str, Any] | None = None,
+    fingerprints: Mapping[str, str] = MappingProxyType({}),
 ) -> FeatureExtractor:
     """Returns an extractor that computes all features of images of this shape in one program.
 
     Names are keys of features.FEATURES, or of `weights`: "inception", which also gives "spatial",
-    with those of `inception.fold`, and "classifier" with those of `classifier.train`. Raises
-    ValueError for unknown names, and for images that are too small for a kind of features.
+    with those of `inception.fold`, "dinov2" with those of `convert.from_dinov2`, and "classifier"
+    with those of `classifier.train`. fingerprints: {name: digest}, where it is not to be made of
+    the weights. Raises ValueError for unknown names, and for images that are too small for a kind
+    of features.
     """
     names, weights = tuple(names), weights or {}
     known = (*NETWORKS, *features.FEATURES)
@@ -184,25 +191,32 @@ def make_extractor(
             taps = inception.Inception().apply(variables, inception.preprocess(images))
             out["inception"] = taps["2048"], taps["logits_unbiased"]
             out["spatial"] = taps["spatial"], None
+        if "dinov2" in names:
+            variables = {"params": weights["dinov2"]}
+            kind = dinov2.kind_of(weights["dinov2"])
+            network = dinov2.DinoV2(*dinov2.SIZES[kind])
+            out[kind] = network.apply(variables, dinov2.preprocess(images)), None
         return out
 
     everywhere = replicated(mesh)
-    fingerprints = {
-        kind: _fingerprint(tree) for name, tree in weights.items() for kind in NETWORKS[name]
-    }
+    digests = {name: fingerprints.get(name) or _fingerprint(tree) for name, tree in weights.items()}
     replicate = functools.partial(jax.make_array_from_process_local_data, everywhere)
     weights = jax.tree.map(replicate, weights)
     shardings = everywhere, batch_sharded(mesh)
     compiled = jax.jit(apply, in_shardings=shardings, out_shardings=everywhere)
     shapes = jax.eval_shape(apply, weights, jax.ShapeDtypeStruct((1, *shape), np.uint8))
-    order = itertools.chain(*(NETWORKS.get(name, (name,)) for name in names))
+    kinds_of = {name: [k for k in NETWORKS.get(name, (name,)) if k in shapes] for name in names}
+    order = itertools.chain(*kinds_of.values())
     kinds = {kind: tuple(0 if a is None else a.shape[1] for a in shapes[kind]) for kind in order}
+    fingerprints = {kind: digest for name, digest in digests.items() for kind in kinds_of[name]}
     return FeatureExtractor(functools.partial(compiled, weights), kinds, tuple(shape), fingerprints)
 
 
 def _fingerprint(weights: Any) -> str:
-    content = b"".join(np.asarray(array).tobytes() for array in jax.tree.leaves(weights))
-    return hashlib.sha256(content).hexdigest()[:8]
+    digest = hashlib.sha256()
+    for array in jax.tree.leaves(weights):
+        digest.update(np.asarray(array).tobytes())
+    return digest.hexdigest()[:8]
 
 
 def extract(

@@ -1,4 +1,4 @@
-"""The networks whose features images are scored by: Inception's, and a classifier of the data."""
+"""The networks whose features images are scored by: Inception, DINOv2, a classifier of the data."""
 
 import io
 import math
@@ -11,14 +11,15 @@ from ml_collections import ConfigDict
 
 from diffusion import convert, data, experiment
 from diffusion.convert import files
+from diffusion.convert.validation import integrity_errors
 from diffusion.data.loader import load_dataset
 from diffusion.experiment import Experiment
-from diffusion.metrics import classifier, inception
+from diffusion.metrics import classifier, dinov2, inception
 from diffusion.runtime import preemption
 from diffusion.runtime.config import cache_dir
-from diffusion.utils import logging
+from diffusion.utils import digests, logging
 from diffusion.utils.errors import DataError, DDPMError
-from diffusion.utils.io import save_npz
+from diffusion.utils.io import local_copy, save_npz
 from diffusion.utils.multihost import barrier, is_primary
 from diffusion.utils.progress import QUIET_S, Progress
 
@@ -37,6 +38,25 @@ def load_inception(path: str) -> tuple[Any, str]:
                 problem = str(error)
         barrier("inception weights")
     return weights, problem
+
+
+def load_dinov2(path: str) -> tuple[Any, str, str]:
+    """Returns (the parameters, the file's SHA-256, "") or (None, "", why there are none)."""
+    if not path:
+        how = "fetch model.safetensors of facebook/dinov2-large and give eval.dinov2=FILE"
+        wanted = "expected the network's weights, for 'dinov2', found none"
+        return None, "", f"eval.dinov2: {wanted}; {how}"
+    try:
+        file = local_copy(path)
+        arrays = files.read(file)
+        with integrity_errors(path):
+            params = convert.from_dinov2(arrays)
+            digest = digests.sha256_of_file(file)
+    except (DDPMError, OSError) as error:
+        return None, "", f"eval.dinov2: {error}"
+    unverified = f"its SHA-256 {digest[:16]}... is not compared with a published one"
+    logging.info(f"weights    {dinov2.kind_of(params)} of {path}: {unverified}")
+    return params, digest, ""
 
 
 def has_classes(images: data.ImageDataset) -> bool:

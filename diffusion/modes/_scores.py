@@ -16,7 +16,12 @@ from diffusion.metrics.extraction import FeatureExtractor, ImageSet
 from diffusion.metrics.feature_set import FeatureSet
 from diffusion.modes import _sampling
 from diffusion.modes._common import Trained, batch_size
-from diffusion.modes._feature_networks import has_classes, load_classifier, load_inception
+from diffusion.modes._feature_networks import (
+    has_classes,
+    load_classifier,
+    load_dinov2,
+    load_inception,
+)
 from diffusion.runtime import preemption
 from diffusion.runtime.config import cache_dir, call_for_key, with_overrides
 from diffusion.utils import digests, logging
@@ -30,7 +35,8 @@ QUICK = {"sampler.name": "ddim", "sampler.grid": "uniform", "sampler.times": (),
 QUICK_STEPS, QUICK_REFERENCE_NUM = 20, 10_000
 BESIDE = ("precision_recall", "density_coverage", "classes")  # a distance, in frontiers
 RANKING = ("inception", "classifier")  # features that frontiers judge by, if they are there
-AVAILABLE = "available"  # in eval.features: all that need no weights, and Inception's with theirs
+AVAILABLE = "available"  # in eval.features: all that need no weights, and others with theirs
+PRETRAINED = {"inception": "Inception", "dinov2": "DINOv2"}  # {features: their network}
 
 
 class Scorer(NamedTuple):
@@ -63,12 +69,13 @@ class Scorer(NamedTuple):
 def make_scorer(config: ConfigDict, exp: Experiment, shape: tuple[int, int, int]) -> Scorer:
     """Builds the extractor of eval.features for images (h, w, c).
 
-    Without Inception weights the other features are used; `missing` says so where the config names
-    Inception's. A classifier is left out for images of another shape than the data's. Raises
-    ConfigError; DataError if Inception's are all that it names, or if it names a classifier, for
-    which the data have no classes.
+    Without the weights of Inception or DINOv2 the other features are used; `missing` says so where
+    the config names these features or their file. A classifier is left out for images of another
+    shape than the data's. Raises ConfigError; DataError if all that it names is missing, or if it
+    names a classifier, for which the data have no classes.
     """
-    named, weights, missing = list(config.eval.features), {}, None
+    named, missing = list(config.eval.features), None
+    weights, fingerprints = {}, {}
     names = [*extraction.NETWORKS, *features.FEATURES] if AVAILABLE in named else named
     if "classifier" in names:
         weights["classifier"], problem = _find_classifier(config, exp, shape)
@@ -77,17 +84,26 @@ def make_scorer(config: ConfigDict, exp: Experiment, shape: tuple[int, int, int]
             logging.info(f"warning    no classifier: {problem}")
         if not names:
             raise DataError(f"eval.features: expected other features than 'classifier'; {problem}")
-    if "inception" in names:
-        weights["inception"], problem = load_inception(config.eval.inception)
-        if not all_processes(weights["inception"] is not None):
-            problem = problem or "another process has no Inception weights"
-            missing = DataError(problem) if "inception" in named else None
-            if names == ["inception"]:
-                raise missing
-            names = [name for name in names if name != "inception"]
-            why = "the error follows the other scores" if missing else problem
-            logging.info(f"warning    no Inception weights: {why}")
-    args = names, shape, exp.mesh, weights
+    if "dinov2" not in named and not config.eval.dinov2:
+        names = [name for name in names if name != "dinov2"]
+    for name, network in PRETRAINED.items():
+        if name not in names:
+            continue
+        if name == "inception":
+            weights[name], problem = load_inception(config.eval.inception)
+        else:
+            weights[name], fingerprints[name], problem = load_dinov2(config.eval.dinov2)
+        if all_processes(weights[name] is not None):
+            continue
+        error = DataError(problem or f"another process has no {network} weights")
+        names = [each for each in names if each != name]
+        is_asked_for = name in named or name == "dinov2"  # by its name or by its file
+        missing = missing or (error if is_asked_for else None)
+        if not names:
+            raise missing
+        why = "the error follows the other scores" if is_asked_for else error
+        logging.info(f"warning    no {network} weights: {why}")
+    args = names, shape, exp.mesh, weights, fingerprints
     extractor = call_for_key(extraction.make_extractor, "eval.features", *args)
     return Scorer(config, exp, extractor, missing)
 
@@ -255,6 +271,9 @@ def score(
                 scores.setdefault(reference.name, {}).update(public)
                 if about := metrics.METRICS[name].about(images, real):
                     notes.append(f"{name} against {reference.name}: {about}")
+    for kind in generated:
+        if kind in extraction.NETWORKS["dinov2"]:
+            notes.append(f"{kind}: the weights' SHA-256 is not compared with a published one")
     sets = [("", generated), *((f" of {r.name}", r.feature_sets) for r in references)]
     for name, each in sets:
         for kind, images in each.items():

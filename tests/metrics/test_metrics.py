@@ -65,8 +65,9 @@ def test_set_against_itself_scores_best(name):
     for score, value in best.items():
         if score in found:
             np.testing.assert_allclose(found[score].value, value, atol=1e-10)
-    if name == "kid":  # two draws of one distribution would have 0; copies have less
-        assert found["kid_full"].value < 0 < found["kid_full"].error
+    if name in ("kid", "mmd"):  # two draws of one distribution would have 0; copies have less
+        full = found.get("kid_full") or found["mmd"]
+        assert full.value < 0 < full.error
 
 
 def test_error_of_the_inception_score(half_scores):
@@ -114,6 +115,12 @@ def test_kid_says_what_it_is_computed_from():
     assert about(200, 200) == f"all 200 images {fewer}"
 
 
+def test_mmd_says_its_bandwidth():
+    reference = HALF._replace(features=np.array([[0.0], [1.0], [3.0]]))
+    expected = "Gaussian kernel of bandwidth 2, the median distance of the real images"
+    assert METRICS["mmd"].about(HALF, reference) == expected
+
+
 MOMENTS_ONLY = from_stats(OTHER.stats)
 INCOMPLETE = add(begin(9, 6, 9), X[:8])
 SEVEN_FEATURES = from_stats(moments_from(np.zeros(7), np.eye(7), 9))
@@ -152,6 +159,12 @@ def test_incomparable_sets_raise(name, generated, reference, message):
         ("fd_infinity", "random", 50_000, "fd_infinity_random"),
         ("kid_full", "pixels", 10, "kid_full_pixels"),
         ("precision", "spatial", 10, "precision_spatial"),
+        ("fd", "dinov2_l14", 50_000, "fd_dinov2_l14"),
+        ("fd", "dinov2_l14", 5000, "fd_dinov2_l14@5000"),
+        ("fd", "dinov2_b14", 5000, "fd_dinov2_b14@5000"),
+        ("fd_infinity", "dinov2_b14", 5000, "fd_infinity_dinov2_b14"),
+        ("mmd", "inception", 10, "mmd"),
+        ("mmd", "dinov2_l14", 10, "mmd_dinov2_l14"),
     ],
 )
 def test_metric_name(score, kind, n, name):

@@ -7,7 +7,14 @@ import pytest
 from scipy.spatial import cKDTree
 
 from diffusion.metrics import pairwise
-from diffusion.metrics.pairwise import kid, polynomial_mmd, precision_recall, squared_radii
+from diffusion.metrics.pairwise import (
+    gaussian_mmd,
+    kid,
+    median_distance,
+    polynomial_mmd,
+    precision_recall,
+    squared_radii,
+)
 from tests.oracle import official
 
 
@@ -19,6 +26,11 @@ def density_coverage(generated, reference, k=5):
     """Returns the two scores, means over all balls."""
     density, covered = pairwise.density_coverage(generated, reference, k)
     return density.mean(), covered.mean()
+
+
+def mmd_of_two(x, y):
+    """Returns the MMD of a kernel of width 2."""
+    return gaussian_mmd(x, y, 2.0)
 
 
 @pytest.fixture
@@ -86,9 +98,73 @@ def test_kid_of_small_sets_has_an_error():
 
 def test_blocks_change_no_kernel_sum(monkeypatch):
     x, y = normal(40, 3), normal(31, 3, 1)
-    unblocked = polynomial_mmd(x, y)
+    unblocked = polynomial_mmd(x, y), *gaussian_mmd(x, y, 2.0)
     monkeypatch.setattr(pairwise, "MAX_PAIRS_PER_BLOCK", 100)
-    np.testing.assert_allclose(polynomial_mmd(x, y), unblocked, rtol=1e-12)
+    blocked = polynomial_mmd(x, y), *gaussian_mmd(x, y, 2.0)
+    np.testing.assert_allclose(blocked, unblocked, rtol=1e-12)
+
+
+def test_mmds_are_the_formulas_of_others():
+    """In plain NumPy: dgm-eval's polynomial one of as many features, CMMD's kernel, unbiased."""
+    x, y = (normal(n, 7, i, 0.3 * i).astype(np.float64) for i, n in enumerate((45, 45)))
+    off = ~np.eye(45, dtype=bool)
+    xx, yy, xy = ((a @ b.T / 7 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    expected = (xx[off].sum() + yy[off].sum()) / (45 * 44) - 2 * xy.sum() / 45**2
+    np.testing.assert_allclose(polynomial_mmd(x, y), expected, rtol=1e-10)
+    for m, n, sigma in ((45, 45, 10), (45, 31, 0.8)):
+        xx, yy, xy = (
+            np.exp(-np.square(a[:, None] - b).sum(-1) / (2 * sigma**2))
+            for a, b in ((x[:m], x[:m]), (y[:n], y[:n]), (x[:m], y[:n]))
+        )
+        within = xx[off[:m, :m]].mean() + yy[off[:n, :n]].mean()
+        value, _ = gaussian_mmd(x[:m] + 100, y[:n] + 100, sigma)
+        np.testing.assert_allclose(value, within - 2 * xy.mean(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("mean, scale", [(0, 1), (0.6, 1), (0.5, 1.5)])
+def test_gaussian_mmd_is_unbiased_and_its_errors_are_true(mean, scale):
+    """N(0, I) and N(mean, scale^2 I) in 3 dimensions, whose kernels have known expectations.
+
+    E exp(-|a - b|^2 / (2 s^2)) = (s^2 / (s^2 + v))^(d/2) exp(-|delta|^2 / (2 (s^2 + v))), with v
+    the sum of both variances.
+    """
+    d, sigma, runs = 3, 1.7, 600
+
+    def expected(v, delta):
+        return (sigma**2 / (sigma**2 + v)) ** (d / 2) * np.exp(-d * delta**2 / (2 * (sigma**2 + v)))
+
+    truth = expected(2, 0) + expected(2 * scale**2, 0) - 2 * expected(1 + scale**2, mean)
+    draws = [
+        gaussian_mmd(normal(25, d, i), scale * normal(20, d, 9000 + i) + mean, sigma)
+        for i in range(runs)
+    ]
+    value, error = np.array(draws).T
+    # The pairs of a feature with itself would add 0.05.
+    assert abs(value.mean() - truth) < 4 * value.std() / np.sqrt(runs) < 0.02
+    # Sets of one distribution have degenerate sums, of which the jackknife doubles the variance.
+    low, high = (1.2, 1.6) if truth == 0 else (0.9, 1.25)
+    assert low < np.sqrt((error**2).mean()) / value.std() < high
+
+
+def test_gaussian_mmd_of_itself_is_below_zero():
+    """Copies are nearer to each other than draws; the biased estimate would be 0."""
+    x = normal(30, 4)
+    value, error = gaussian_mmd(x, x, 2.0)
+    assert value < 0 < error
+
+
+def test_bandwidth_is_the_median_distance():
+    x = normal(60, 3, mean=1e3)
+    distances = [np.linalg.norm(x[i] - x[j]) for i in range(60) for j in range(i)]
+    np.testing.assert_allclose(median_distance(x), np.median(distances), rtol=1e-6)
+    # Of draws of N(0, I) in many dimensions all distances are near sqrt(2 d).
+    np.testing.assert_allclose(median_distance(normal(4000, 50)), 10, rtol=0.02)
+    # Of a sorted set they are of all its parts, not of the first thousand.
+    sorted_set = np.repeat([[0.0], [1.0], [5.0]], 700, 0)
+    assert median_distance(sorted_set) == pytest.approx(1)
+    for equal in (np.ones((5, 2)), np.full((40, 3), 1e4), np.repeat([[0.0], [1.0]], [90, 10], 0)):
+        with pytest.raises(ValueError, match="mmd: expected reference features that differ"):
+            median_distance(equal)
 
 
 SETS = {
@@ -181,7 +257,7 @@ def test_memory_is_bounded(monkeypatch):
     monkeypatch.setattr(pairwise, "MAX_PAIRS_PER_BLOCK", 2**14)
     x, y = normal(2000, 4), normal(1900, 4, 1)
     tracemalloc.start()
-    for run in (polynomial_mmd, precision_recall, density_coverage):
+    for run in (polynomial_mmd, mmd_of_two, precision_recall, density_coverage):
         run(x, y)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -211,6 +287,7 @@ def test_bounds_hold_the_exact_distances(d):
     [
         (polynomial_mmd, 2, "kid"),
         (kid, 4, "kid"),
+        (mmd_of_two, 3, "mmd"),
         (precision_recall, 4, "precision and recall"),
         (density_coverage, 6, "density and coverage"),
     ],
