@@ -1,0 +1,272 @@
+"""--mode=study: people say which of two pictures is real; error rates from their answers.
+
+Without --input it writes a page for these people and its key; with --input it reads the files of
+answers that they have downloaded from the page.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from diffusion import experiment
+from diffusion.data import ImageDataset
+from diffusion.experiment import Experiment
+from diffusion.metrics import extraction
+from diffusion.modes import _sampling, _split_pass
+from diffusion.modes._common import Trained, load_models
+from diffusion.modes._scores import digest_of
+from diffusion.modes._study_results import CHECK, evaluate_answers
+from diffusion.plotting.study_page import StudyPairs, picture_uri, study_id, study_page
+from diffusion.runtime.config import Run, flatten, with_overrides
+from diffusion.runtime.workdir import raise_together
+from diffusion.utils import io, logging
+from diffusion.utils.errors import ConfigError, DataError
+from diffusion.utils.multihost import is_primary
+from diffusion.utils.progress import human_bytes
+
+POOL = 1000  # real images, or more for more pairs, among which those of a class are looked for
+ANY_CLASS = -1
+READ = 256  # images of a file at a time
+
+
+class Condition(NamedTuple):
+    """What made some of the generated pictures.
+
+    Attributes:
+      setting: what they are a function of.
+      draw: n -> (images uint8[n, h, w, c], their classes int[n]); called by all processes, of which
+        the others than 0 get nothing.
+    """
+
+    name: str
+    setting: dict[str, Any]
+    draw: Callable[[int], tuple[np.ndarray, np.ndarray] | None]
+
+
+def run(run: Run) -> None:
+    """Writes workdir/study/STEP/study.{html,json}; with --input, results.{json,png} there.
+
+    Raises ConfigError, DataError, WorkdirError.
+    """
+    if not run.flags.input:
+        make_study(run)
+    elif is_primary():
+        evaluate_answers(run.workdir, run.flags.input)
+
+
+def make_study(run: Run) -> None:
+    """Draws samples, chooses real images and writes the page and its key.
+
+    Raises WorkdirError where the folder holds another study, of which the key would be lost.
+    """
+    config, c, exp = run.config, run.config.study, experiment.build(run.config)
+    configs = sampler_configs(config)
+    for each in configs.values():  # a wrong sampler is found before anything is read
+        experiment.make_sampler(each, exp)
+    split = open_split(config, exp)
+    files = [open_files(name, exp) for name in c.samples]
+    models = load_models(run, exp, c.weights or (config.weights,))
+    conditions = []
+    for model, (name, each) in itertools.product(models, configs.items()):
+        # Of one noise, two samplers would give nearly one picture.
+        seed = (c.seed + len(conditions)) % 2**32
+        name = f"{name}, {model.weights}" if len(models) > 1 else name
+        conditions.append(sampler_condition(name, model._replace(config=each), seed))
+    conditions += [
+        file_condition(name, *each, c.seed) for name, each in zip(c.samples, files, strict=True)
+    ]
+    if len(conditions) > c.num:
+        wanted = f"expected at least one pair for each of {len(conditions)} conditions"
+        raise ConfigError(f"study.num: {wanted}, found {c.num}; give more")
+    setting = [condition.setting for condition in conditions]
+    setting = {"conditions": setting, "data": [config.data.source, config.data.name], **flatten(c)}
+    setting = json.loads(json.dumps(setting))  # tuples become lists
+    folder = models[0].folder("study")
+    raise_together(difference(folder, "setting", setting) if is_primary() else "")
+    what = f"{c.num:,} pairs of {len(conditions)} condition{'s' * (len(conditions) > 1)}"
+    logging.info(f"study      {what}, {c.checks} attention checks, {c.practice} for practice")
+    needed = -(-c.num // len(conditions)) + -(-c.practice // len(conditions))
+    drawn = []
+    for condition in conditions:
+        logging.info(f"           {condition.name}: {needed:,} pictures")
+        drawn.append(condition.draw(needed))
+    problem = ""
+    if is_primary():
+        shown, key = compose(config, split, drawn)
+        key |= {"names": [condition.name for condition in conditions], "setting": setting}
+        problem = difference(folder, "study", key["study"])
+    raise_together(problem)
+    if is_primary():
+        page = study_page(shown)
+        io.save_json(folder / "study.json", key | {"step": models[0].step, "config": config})
+        io.save_text(folder / "study.html", page)
+        logging.info(f"done       {folder}/study.html ({human_bytes(len(page))}), study.json")
+        logging.info("           give people the first; the second says which pictures are real")
+
+
+def difference(folder: epath.Path, name: str, value: Any) -> str:
+    """Returns what is wrong where the folder's study.json has another value, "" if it has not."""
+    try:
+        key = json.loads((folder / "study.json").read_text())
+        same = key[name] == value
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    advice = "its answers need it: move the folder away to make a new one"
+    return "" if same else f"{folder}: expected this study or none, found another; {advice}"
+
+
+# What is shown
+
+
+def sampler_configs(config: ConfigDict) -> dict[str, ConfigDict]:
+    """Returns {name: config} of study.samplers, or of the config's own sampler. Raises ConfigError.
+
+    Where study.samples names pictures, its own sampler is one of several only if it is named too.
+    """
+    own, found = config.sampler, {}
+    if not config.study.samplers and not config.study.samples:
+        steps = len(own.times) or own.steps
+        return {f"{own.name}, {own.grid}, {steps} steps": config}
+    for text in config.study.samplers:
+        name, _, rest = text.partition(":")
+        grid, _, steps = rest.partition(":")
+        if steps and not steps.isdecimal():
+            wanted = 'NAME, NAME:GRID or NAME:GRID:STEPS such as "ddim:uniform:20"'
+            raise ConfigError(f"study.samplers: expected {wanted}, found {text!r}")
+        grid, steps = grid or own.grid, int(steps or own.steps)
+        keys = {"name": name, "grid": grid, "steps": steps, "times": ()}
+        changes = {f"sampler.{key}": value for key, value in keys.items()}
+        found[f"{name}, {grid}, {steps} steps"] = with_overrides(config, changes)
+    return found
+
+
+def sampler_condition(name: str, model: Trained, seed: int) -> Condition:
+    """Returns the condition of a sampler; its samples are kept as those of --mode=sample."""
+    config = model.config
+    setting = _sampling.sample_setting(config, model.step, model.weights, seed)
+
+    def draw(n):
+        trained = _split_pass.with_analytic(model)
+        folder = f"{model.step:08d}_{_sampling.sample_name(setting)}"
+        path = model.workdir / "samples" / folder
+        store = _sampling.SampleStore(path, setting, model.exp.image_shape)
+        sampler = _sampling.compile_sampler(config, trained.exp, min(n, config.sample.batch_size))
+        _sampling.fill(store, sampler, trained.params, n)
+        label = np.arange(n) % max(config.model.num_classes, 1)
+        label = label if config.sample.label < 0 else np.full(n, config.sample.label)
+        return (store.read()[:n], label) if is_primary() else None
+
+    return Condition(name, setting, draw)
+
+
+def open_files(name: str, exp: Experiment) -> tuple[extraction.ImageSet, str]:
+    """Opens the images that study.samples names; returns them and their digest. Raises DataError"""
+    path = io.local_copy(name)
+    images = extraction.image_set_from_files(str(path), exp.image_shape[2])
+    if images.shape != exp.image_shape:
+        wanted, found = ("x".join(map(str, shape)) for shape in (exp.image_shape, images.shape))
+        raise DataError(f"{name}: expected images of {wanted}, found {found}; resize them")
+    return images, digest_of(path)
+
+
+def file_condition(name: str, images: extraction.ImageSet, digest: str, seed: int) -> Condition:
+    """Returns the condition of given pictures, of which a random part is shown."""
+
+    def draw(n):
+        if images.n < n:
+            raise DataError(f"{name}: expected {n} images or more, found {images.n}; draw more")
+        chosen = np.sort(np.random.default_rng(seed).permutation(images.n)[:n])
+        parts = []
+        for i, batch in enumerate(images.batches(READ, slice(None), 0)):
+            parts.append(batch[chosen[chosen // READ == i] % READ])
+        return np.concatenate(parts), np.full(n, ANY_CLASS)
+
+    return Condition(name, {"sha256": digest}, draw)
+
+
+def open_split(config: ConfigDict, exp: Experiment) -> ImageDataset:
+    """Opens the split of the real images. Raises ConfigError where it has too few, DataError."""
+    c = config.study
+    images, needed = experiment.load_split(config, exp, c.split), c.num + c.practice + 2 * c.checks
+    if images.n < needed:
+        found = f"found {images.n:,}; give fewer or another --config.study.split"
+        raise ConfigError(f"study.num: expected {needed:,} images of {c.split} for it, {found}")
+    return images
+
+
+def choose_real(
+    config: ConfigDict, split: ImageDataset, classes: Sequence[int], rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns indices int[n] of a split's images of the wanted classes, and the images.
+
+    classes: of each image, or ANY_CLASS; without classes in the model, any will do.
+    """
+    matched = config.model.num_classes > 0
+    pool = max(POOL, 20 * len(classes)) if matched else len(classes)
+    index = np.sort(rng.permutation(split.n)[:pool])
+    images, labels = split.read(index)
+    free, chosen = [*rng.permutation(len(index))], []
+    for wanted in classes:
+        fitting = (i for i in free if not matched or wanted in (ANY_CLASS, labels[i]))
+        if (i := next(fitting, None)) is None:
+            found = f"found {sum(labels == wanted):,} among {len(index):,}"
+            where = f"of class {wanted} in {config.study.split}"
+            raise DataError(f"study.num: expected more images {where}, {found}; give fewer pairs")
+        free.remove(i)
+        chosen.append(i)
+    return index[chosen], images[chosen]
+
+
+def compose(
+    config: ConfigDict, split: ImageDataset, drawn: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> tuple[StudyPairs, dict[str, Any]]:
+    """Puts real and generated pictures side by side; returns them and the key for study.json.
+
+    Conditions take turns, in the pairs that count and in those for practice. A check is a real
+    image beside another one with its pixels in random order.
+
+    drawn: of each condition, images uint8[n, h, w, c] and their classes int[n].
+    """
+    c, rng = config.study, np.random.default_rng(config.study.seed)
+    made = [divmod(i, len(drawn))[::-1] for i in range(c.num)]  # (condition, picture of it)
+    for i in range(c.practice):
+        at, k = i % len(drawn), i // len(drawn) + -(-c.num // len(drawn))
+        made.append((at, k))
+    classes = [int(drawn[at][1][k]) for at, k in made] + [ANY_CLASS] * 2 * c.checks
+    index, real = choose_real(config, split, classes, rng)
+    n, pairs, about = len(made), [], []
+    for i in range(n + c.checks):
+        if i < n:
+            (at, k), beside = made[i], drawn[made[i][0]][0][made[i][1]]
+            source = {"condition": at, "sample": k}
+        else:
+            other = i + c.checks
+            beside, source = scramble(real[other], rng), {"condition": CHECK}
+            source |= {"scrambled": int(index[other])}
+        side = int(rng.integers(2))
+        uris = picture_uri(real[i]), picture_uri(beside)
+        pairs.append(uris[::-1] if side else uris)
+        about.append({"real": side, "image": int(index[i])} | source)
+    practice = range(c.num, n)
+    order = rng.permutation([*range(c.num), *range(n, n + c.checks)])  # of pairs and checks
+    shown = StudyPairs(
+        [pairs[i] for i in order],
+        [pairs[i] for i in practice],
+        [about[i]["real"] for i in practice],
+        c.seconds,
+    )
+    key = {"study": study_id(shown), "max_failed": c.max_failed}
+    key |= {"pairs": [about[i] for i in order], "practice": [about[i] for i in practice]}
+    return shown, key
+
+
+def scramble(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Returns an image uint8[h, w, c] with its pixels in random order."""
+    return rng.permutation(image.reshape(-1, image.shape[-1])).reshape(image.shape)
