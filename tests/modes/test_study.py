@@ -72,8 +72,7 @@ def answers(key, wrong, person):
     for i, pair in enumerate(key["pairs"]):
         choice = 1 - pair["real"] if i in wrong else pair["real"]
         rows.append({"pair": i, "left": i % 2, "choice": choice, "seconds": 1 + i % 3})
-    rows = sorted(rows, key=lambda row: hash((person, row["pair"])))
-    return {"study": key["study"], "person": person, "answers": rows}
+    return {"study": key["study"], "person": person, "answers": rows[::-1]}
 
 
 def pairs_of(key, condition):
