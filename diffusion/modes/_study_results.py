@@ -112,7 +112,7 @@ def summarise(study: Study, answers: Sequence[Answers], refused: dict[str, str])
     is_check = study.condition == CHECK
     failed = wrong[:, is_check].sum(1)
     passed = failed <= study.max_failed * is_check.sum()
-    what = f"more than {study.max_failed:.0%} of {is_check.sum()} checks failed"
+    what = f"more than {100 * study.max_failed:g} % of {is_check.sum()} checks failed"
     logging.info(f"people     {passed.sum()}, and {(~passed).sum()} left out ({what})")
     if not passed.any():
         found = f"found {len(answers)} who did not"
@@ -158,9 +158,11 @@ def rate_lines(name: str, shape: tuple[int, int], rate: ErrorRate, seconds: floa
     """Returns what the answers say of a condition; shape: people and pairs."""
     people, pairs = shape
     counts = f"{people} people, {pairs} pairs, {seconds:.1f} s for the median answer"
+    level = f"{100 * forced_choice.CONFIDENCE:g} % intervals"
+    what = f"of the generated pictures were called real; 50 % is chance; {level}:"
     lines = [
         f"{one_line(name, 80)}: {counts}",
-        f"           {rate.rate:.1%} of the generated pictures were called real; 50 % is chance",
+        f"           {100 * rate.rate:.1f} % {what}",
     ]
     for key, text in INTERVALS.items():
         lines.append(f"           {describe_interval(getattr(rate, key)):18} {text}")
@@ -191,9 +193,9 @@ def differences_of(names: Sequence[str], groups: Sequence[np.ndarray]) -> list[d
         value, people, both = forced_choice.estimate_difference(groups[0], wrong)
         found.append({"first": names[0], "second": name, "difference": value})
         found[-1] |= {"over_people": people, "over_both": both}
-        text = f"{describe_interval(both)} over people and pictures"
         compared = f"{one_line(name, 40)} - {one_line(names[0], 40)}"
-        logging.info(f"difference {compared}: {100 * value:+.1f} points, {text}")
+        logging.info(f"difference {compared}: {100 * value:+.1f} %")
+        logging.info(f"           {describe_interval(both):18} over people and pictures")
     return found
 
 

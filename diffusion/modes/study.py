@@ -34,18 +34,28 @@ ANY_CLASS = -1
 READ = 256  # images of a file at a time
 
 
+class Generated(NamedTuple):
+    """Generated pictures.
+
+    images: uint8[n, h, w, c]; classes: int[n], or ANY_CLASS; index: int[n], their places in the set
+    that they are from.
+    """
+
+    images: np.ndarray
+    classes: np.ndarray
+    index: np.ndarray
+
+
 class Condition(NamedTuple):
     """What made some of the generated pictures.
 
-    Attributes:
-      setting: what they are a function of.
-      draw: n -> (images uint8[n, h, w, c], their classes int[n]); called by all processes, of which
-        the others than 0 get nothing.
+    setting: what they are a function of; draw: called by all processes, of which the others than 0
+    may get None.
     """
 
     name: str
     setting: dict[str, Any]
-    draw: Callable[[int], tuple[np.ndarray, np.ndarray] | None]
+    draw: Callable[[], Generated | None]
 
 
 def run(run: Run) -> None:
@@ -65,57 +75,59 @@ def make_study(run: Run) -> None:
     Raises WorkdirError where the folder holds another study, of which the key would be lost.
     """
     config, c, exp = run.config, run.config.study, experiment.build(run.config)
-    configs = sampler_configs(config)
+    configs, weights = sampler_configs(config), c.weights or (config.weights,)
     for each in configs.values():  # a wrong sampler is found before anything is read
         experiment.make_sampler(each, exp)
+    total = len(configs) * len(weights) + len(c.samples)
+    if total > c.num:
+        wanted = f"expected at least one pair for each of {total} conditions"
+        raise ConfigError(f"study.num: {wanted}, found {c.num}; give more")
+    count = -(-c.num // total) + -(-c.practice // total)  # pictures of a condition
     split = open_split(config, exp)
-    files = [open_files(name, exp) for name in c.samples]
-    models = load_models(run, exp, c.weights or (config.weights,))
+    files = [file_condition(name, exp, count, c.seed) for name in c.samples]
+    models = load_models(run, exp, weights)
     conditions = []
     for model, (name, each) in itertools.product(models, configs.items()):
         # Of one noise, two samplers would give nearly one picture.
         seed = (c.seed + len(conditions)) % 2**32
         name = f"{name}, {model.weights}" if len(models) > 1 else name
-        conditions.append(sampler_condition(name, model._replace(config=each), seed))
-    conditions += [
-        file_condition(name, *each, c.seed) for name, each in zip(c.samples, files, strict=True)
-    ]
-    if len(conditions) > c.num:
-        wanted = f"expected at least one pair for each of {len(conditions)} conditions"
-        raise ConfigError(f"study.num: {wanted}, found {c.num}; give more")
-    setting = [condition.setting for condition in conditions]
-    setting = {"conditions": setting, "data": [config.data.source, config.data.name], **flatten(c)}
+        conditions.append(sampler_condition(name, model._replace(config=each), count, seed))
+    save_study(models[0], split, [*conditions, *files])
+
+
+def save_study(trained: Trained, split: ImageDataset, conditions: Sequence[Condition]) -> None:
+    """Draws all pictures and writes study.html and study.json into the model's folder."""
+    config, c, folder = trained.config, trained.config.study, trained.folder("study")
+    setting = {"conditions": [each.setting for each in conditions], "study": flatten(c)}
+    setting |= {"data": [config.data.source, config.data.name]}
     setting = json.loads(json.dumps(setting))  # tuples become lists
-    folder = models[0].folder("study")
-    raise_together(difference(folder, "setting", setting) if is_primary() else "")
+    raise_together(other_study(folder, "setting", setting) if is_primary() else "")
     what = f"{c.num:,} pairs of {len(conditions)} condition{'s' * (len(conditions) > 1)}"
     logging.info(f"study      {what}, {c.checks} attention checks, {c.practice} for practice")
-    needed = -(-c.num // len(conditions)) + -(-c.practice // len(conditions))
-    drawn = []
+    drawn, problem = [], ""
     for condition in conditions:
-        logging.info(f"           {condition.name}: {needed:,} pictures")
-        drawn.append(condition.draw(needed))
-    problem = ""
+        logging.info(f"           {condition.name}")
+        drawn.append(condition.draw())
     if is_primary():
         shown, key = compose(config, split, drawn)
-        key |= {"names": [condition.name for condition in conditions], "setting": setting}
-        problem = difference(folder, "study", key["study"])
+        key |= {"names": [each.name for each in conditions], "setting": setting}
+        key |= {"step": trained.step, "config": config}
+        problem = other_study(folder, "study", key["study"])
     raise_together(problem)
     if is_primary():
         page = study_page(shown)
-        io.save_json(folder / "study.json", key | {"step": models[0].step, "config": config})
+        io.save_json(folder / "study.json", key)
         io.save_text(folder / "study.html", page)
         logging.info(f"done       {folder}/study.html ({human_bytes(len(page))}), study.json")
         logging.info("           give people the first; the second says which pictures are real")
 
 
-def difference(folder: epath.Path, name: str, value: Any) -> str:
+def other_study(folder: epath.Path, name: str, value: Any) -> str:
     """Returns what is wrong where the folder's study.json has another value, "" if it has not."""
     try:
-        key = json.loads((folder / "study.json").read_text())
-        same = key[name] == value
+        same = json.loads((folder / "study.json").read_text())[name] == value
     except FileNotFoundError:
-        return ""
+        same = True
     except (OSError, ValueError, KeyError, TypeError):
         same = False
     advice = "its answers need it: move the folder away to make a new one"
@@ -147,48 +159,41 @@ def sampler_configs(config: ConfigDict) -> dict[str, ConfigDict]:
     return found
 
 
-def sampler_condition(name: str, model: Trained, seed: int) -> Condition:
-    """Returns the condition of a sampler; its samples are kept as those of --mode=sample."""
+def sampler_condition(name: str, model: Trained, n: int, seed: int) -> Condition:
+    """Returns the condition of a sampler; its n samples are kept as those of --mode=sample."""
     config = model.config
     setting = _sampling.sample_setting(config, model.step, model.weights, seed)
 
-    def draw(n):
+    def draw():
         trained = _split_pass.with_analytic(model)
-        folder = f"{model.step:08d}_{_sampling.sample_name(setting)}"
-        path = model.workdir / "samples" / folder
+        path = model.workdir / "samples" / f"{model.step:08d}_{_sampling.sample_name(setting)}"
         store = _sampling.SampleStore(path, setting, model.exp.image_shape)
         sampler = _sampling.compile_sampler(config, trained.exp, min(n, config.sample.batch_size))
         _sampling.fill(store, sampler, trained.params, n)
         label = np.arange(n) % max(config.model.num_classes, 1)
         label = label if config.sample.label < 0 else np.full(n, config.sample.label)
-        return (store.read()[:n], label) if is_primary() else None
+        return Generated(store.read()[:n], label, np.arange(n)) if is_primary() else None
 
     return Condition(name, setting, draw)
 
 
-def open_files(name: str, exp: Experiment) -> tuple[extraction.ImageSet, str]:
-    """Opens the images that study.samples names; returns them and their digest. Raises DataError"""
+def file_condition(name: str, exp: Experiment, n: int, seed: int) -> Condition:
+    """Returns the condition of n random images of a file or folder. Raises DataError."""
     path = io.local_copy(name)
-    images = extraction.image_set_from_files(str(path), exp.image_shape[2])
+    images = extraction.image_set_from_files(str(path), exp.image_shape[2], least=n)
     if images.shape != exp.image_shape:
         wanted, found = ("x".join(map(str, shape)) for shape in (exp.image_shape, images.shape))
         raise DataError(f"{name}: expected images of {wanted}, found {found}; resize them")
-    return images, digest_of(path)
 
-
-def file_condition(name: str, images: extraction.ImageSet, digest: str, seed: int) -> Condition:
-    """Returns the condition of given pictures, of which a random part is shown."""
-
-    def draw(n):
-        if images.n < n:
-            raise DataError(f"{name}: expected {n} images or more, found {images.n}; draw more")
-        chosen = np.sort(np.random.default_rng(seed).permutation(images.n)[:n])
-        parts = []
+    def draw():
+        rng = np.random.default_rng(seed)
+        index, parts = np.sort(rng.permutation(images.n)[:n]), []
         for i, batch in enumerate(images.batches(READ, slice(None), 0)):
-            parts.append(batch[chosen[chosen // READ == i] % READ])
-        return np.concatenate(parts), np.full(n, ANY_CLASS)
+            parts.append(batch[index[index // READ == i] % READ])
+        order = rng.permutation(n)  # sets may be sorted
+        return Generated(np.concatenate(parts)[order], np.full(n, ANY_CLASS), index[order])
 
-    return Condition(name, {"sha256": digest}, draw)
+    return Condition(name, {"sha256": digest_of(path)}, draw)
 
 
 def open_split(config: ConfigDict, exp: Experiment) -> ImageDataset:
@@ -225,45 +230,39 @@ def choose_real(
 
 
 def compose(
-    config: ConfigDict, split: ImageDataset, drawn: Sequence[tuple[np.ndarray, np.ndarray]]
+    config: ConfigDict, split: ImageDataset, drawn: Sequence[Generated]
 ) -> tuple[StudyPairs, dict[str, Any]]:
     """Puts real and generated pictures side by side; returns them and the key for study.json.
 
     Conditions take turns, in the pairs that count and in those for practice. A check is a real
     image beside another one with its pixels in random order.
-
-    drawn: of each condition, images uint8[n, h, w, c] and their classes int[n].
     """
-    c, rng = config.study, np.random.default_rng(config.study.seed)
-    made = [divmod(i, len(drawn))[::-1] for i in range(c.num)]  # (condition, picture of it)
-    for i in range(c.practice):
-        at, k = i % len(drawn), i // len(drawn) + -(-c.num // len(drawn))
-        made.append((at, k))
-    classes = [int(drawn[at][1][k]) for at, k in made] + [ANY_CLASS] * 2 * c.checks
+    c, rng, n = config.study, np.random.default_rng(config.study.seed), len(drawn)
+    used = [(i % n, i // n) for i in range(c.num)]  # (condition, number of its picture)
+    used += [(i % n, i // n + -(-c.num // n)) for i in range(c.practice)]
+    classes = [int(drawn[i].classes[k]) for i, k in used] + [ANY_CLASS] * 2 * c.checks
     index, real = choose_real(config, split, classes, rng)
-    n, pairs, about = len(made), [], []
-    for i in range(n + c.checks):
-        if i < n:
-            (at, k), beside = made[i], drawn[made[i][0]][0][made[i][1]]
-            source = {"condition": at, "sample": k}
-        else:
-            other = i + c.checks
-            beside, source = scramble(real[other], rng), {"condition": CHECK}
-            source |= {"scrambled": int(index[other])}
+    beside = [drawn[i].images[k] for i, k in used]
+    about = [{"condition": i, "sample": int(drawn[i].index[k])} for i, k in used]
+    for i in range(len(used) + c.checks, len(real)):
+        beside.append(scramble(real[i], rng))
+        about.append({"condition": CHECK, "scrambled": int(index[i])})
+    pairs = []
+    for i, key in enumerate(about):
         side = int(rng.integers(2))
-        uris = picture_uri(real[i]), picture_uri(beside)
+        uris = picture_uri(real[i]), picture_uri(beside[i])
         pairs.append(uris[::-1] if side else uris)
-        about.append({"real": side, "image": int(index[i])} | source)
-    practice = range(c.num, n)
-    order = rng.permutation([*range(c.num), *range(n, n + c.checks)])  # of pairs and checks
+        about[i] = {"real": side, "image": int(index[i])} | key
+    practice = range(c.num, len(used))
+    counted = rng.permutation([*range(c.num), *range(len(used), len(pairs))])
     shown = StudyPairs(
-        [pairs[i] for i in order],
+        [pairs[i] for i in counted],
         [pairs[i] for i in practice],
         [about[i]["real"] for i in practice],
         c.seconds,
     )
     key = {"study": study_id(shown), "max_failed": c.max_failed}
-    key |= {"pairs": [about[i] for i in order], "practice": [about[i] for i in practice]}
+    key |= {"pairs": [about[i] for i in counted], "practice": [about[i] for i in practice]}
     return shown, key
 
 

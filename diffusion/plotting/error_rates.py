@@ -28,7 +28,7 @@ def plot_error_rates(png_path: PathLike, rows: Sequence[ErrorRateRow]) -> None:
     """Plots each condition's rate, its intervals below one another and the people as dots."""
     from matplotlib.figure import Figure  # slow to import
 
-    figure = Figure(figsize=(8, 1.4 + 1.1 * len(rows)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8, 1.6 + 1.1 * len(rows)), dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.grid(True, axis="x", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -42,9 +42,8 @@ def plot_error_rates(png_path: PathLike, rows: Sequence[ErrorRateRow]) -> None:
         for i, (name, interval) in enumerate(row.intervals.items()):
             at, colour = y - 0.05 + 0.12 * i, INTERVAL_COLOURS[i]
             label = name if y == 0 else None
-            if interval:
-                ends = 100 * np.asarray(interval)
-                axes.plot(ends, [at, at], color=colour, linewidth=2.5, label=label)
+            ends = 100 * np.asarray(interval or (np.nan, np.nan))
+            axes.plot(ends, [at, at], color=colour, linewidth=2.5, label=label)
             axes.plot(100 * row.rate, at, "o", color=colour, markersize=5)
     axes.set_yticks(range(len(rows)), [row.name.replace("$", r"\$") for row in rows])
     axes.set_xlim(-2, 102)
@@ -52,6 +51,7 @@ def plot_error_rates(png_path: PathLike, rows: Sequence[ErrorRateRow]) -> None:
     axes.set_xlabel("pairs in which the generated picture was called real, %", color=GREY)
     axes.set_title("error rate", loc="left", **TITLE)
     axes.set_title("dashed: chance; small dots: people", loc="right", **NOTE)
-    axes.legend(frameon=False, fontsize=8, labelcolor=BLACK, loc="upper left")
+    style = {"frameon": False, "fontsize": 8, "labelcolor": BLACK, "ncols": 4}
+    figure.legend(loc="outside lower center", **style)
     with atomic_write(png_path) as file:
         figure.savefig(file, format="png")

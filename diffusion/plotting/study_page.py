@@ -69,7 +69,8 @@ BODY = """<main>
 <p>You will see {n} pairs of pictures. In each pair one picture is real, and a computer has made the
 other one. Choose the one that you take for real; if you do not know, guess.</p>
 <p>Click or touch a picture, or press <kbd>&larr;</kbd> or <kbd>&rarr;</kbd>, or <kbd>1</kbd> or
-<kbd>2</kbd>. {time}{practice}A few pairs are easy, to see whether you are still looking.</p>
+<kbd>2</kbd>. {time}{practice}A few pairs may be easy: they show
+whether you are still looking.</p>
 <form id="start">
 <p><label for="person">A name for your answers</label><br>
 <input id="person" required maxlength="32" pattern="[A-Za-z0-9_\\-]+" autocomplete="off"

@@ -18,7 +18,7 @@ WAIT_S = 20
 def wait(driver, condition):
     from selenium.webdriver.support.ui import WebDriverWait
 
-    return WebDriverWait(driver, WAIT_S, 0.01).until(condition)
+    return WebDriverWait(driver, WAIT_S, 0.03).until(condition)
 
 
 def element(driver, name):
