@@ -17,7 +17,7 @@ from scipy import special, stats
 
 from diffusion.utils.errors import one_line
 
-CONFIDENCE = 0.95  # of all intervals
+NOMINAL_COVERAGE = 0.95  # of all intervals
 RESAMPLES = 10_000  # of a bootstrap: an end then varies by about 1 % of the interval's length
 MAX_ANSWER_BYTES = 2**20
 MAX_SECONDS = 1e9  # that an answer may have taken
@@ -120,7 +120,7 @@ def _mismatch(expected: str, found: str) -> ValueError:
 
 
 class ErrorRate(NamedTuple):
-    """A rate of errors and its intervals at CONFIDENCE, fractions.
+    """A rate of errors and its intervals at NOMINAL_COVERAGE, fractions.
 
     Attributes:
       errors, answers: their counts.
@@ -148,7 +148,7 @@ class ErrorRate(NamedTuple):
 
 def clopper_pearson(errors: int, answers: int) -> Interval:
     """Returns the exact interval of a binomial proportion (Clopper and Pearson 1934)."""
-    found = stats.binomtest(errors, answers).proportion_ci(CONFIDENCE, "exact")
+    found = stats.binomtest(errors, answers).proportion_ci(NOMINAL_COVERAGE, "exact")
     return float(found.low), float(found.high)
 
 
@@ -235,12 +235,12 @@ def percentile_interval(replicates: np.ndarray, units: int = 0) -> Interval | No
 
     units: things that were drawn. A bootstrap of n things is too narrow by sqrt((n - 1) / n) and by
     what a normal quantile is below Student's; quantiles further out make up for it (Hesterberg
-    2015, doi:10.1080/00031305.2015.1089789). 0: the quantiles of CONFIDENCE, for a bootstrap that
-    is wide enough.
+    2015, doi:10.1080/00031305.2015.1089789). 0: the plain quantiles, for a bootstrap that is wide
+    enough.
     """
     if units == 1 or np.ptp(replicates) == 0:
         return None
-    tail = (1 - CONFIDENCE) / 2
+    tail = (1 - NOMINAL_COVERAGE) / 2
     if units:
         wide = math.sqrt(units / (units - 1)) * stats.t.ppf(tail, units - 1)
         tail = float(special.ndtr(wide))

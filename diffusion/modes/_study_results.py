@@ -135,7 +135,7 @@ def summarise(study: Study, answers: Sequence[Answers], refused: dict[str, str])
         "people": [person for person, ok in zip(people, passed, strict=True) if ok],
         "left_out": [person for person, ok in zip(people, passed, strict=True) if not ok],
         "refused": refused,
-        "confidence": forced_choice.CONFIDENCE,
+        "confidence": forced_choice.NOMINAL_COVERAGE,
         "max_failed": study.max_failed,
         "left_share": left_share(answers),
         "conditions": conditions,
@@ -158,7 +158,7 @@ def rate_lines(name: str, shape: tuple[int, int], rate: ErrorRate, seconds: floa
     """Returns what the answers say of a condition; shape: people and pairs."""
     people, pairs = shape
     counts = f"{people} people, {pairs} pairs, {seconds:.1f} s for the median answer"
-    level = f"{100 * forced_choice.CONFIDENCE:g} % intervals"
+    level = f"{100 * forced_choice.NOMINAL_COVERAGE:g} % intervals"
     what = f"of the generated pictures were called real; 50 % is chance; {level}:"
     lines = [
         f"{one_line(name, 80)}: {counts}",
