@@ -57,7 +57,7 @@ def parse_answers(content: bytes, studies: Mapping[str, int]) -> Answers:
         raise _mismatch(f"at most {MAX_ANSWER_BYTES:,} bytes", "more")
     try:
         text = content.decode("utf-8-sig")  # editors add a mark where answers were copied
-        file = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_refuse)
+        file = json.loads(text, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         raise _mismatch("complete JSON", one_line(error, 100)) from None
     study, person, answers = _fields(file, ("study", "person", "answers"))
@@ -98,10 +98,6 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found := dict(pairs)) < len(pairs):
         raise ValueError("a name twice in one object")
     return found
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(constant)
 
 
 def _is_number(x: Any, kinds: tuple[type, ...]) -> bool:

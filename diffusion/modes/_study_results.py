@@ -111,7 +111,7 @@ def summarise(study: Study, answers: Sequence[Answers], refused: dict[str, str])
     wrong = np.stack([each.choice for each in answers]) != study.real
     is_check = study.condition == CHECK
     failed = wrong[:, is_check].sum(1)
-    passed = failed <= study.max_failed * is_check.sum()
+    passed = failed <= study.max_failed * is_check.sum() + 1e-9
     what = f"more than {100 * study.max_failed:g} % of {is_check.sum()} checks failed"
     logging.info(f"people     {passed.sum()}, and {(~passed).sum()} left out ({what})")
     if not passed.any():
@@ -123,11 +123,11 @@ def summarise(study: Study, answers: Sequence[Answers], refused: dict[str, str])
     conditions, rows = [], []
     for i, (name, rate) in enumerate(zip(study.names, rates, strict=True)):
         median = float(np.median(seconds[:, study.condition == i]))
-        about = {"name": name, "pairs": groups[i].shape[1], "rate": rate.rate}
-        conditions.append(about | rate._asdict() | {"median_seconds": median})
-        intervals = {key: value for key, value in rate._asdict().items() if key in INTERVALS}
-        named = {INTERVALS[key]: value for key, value in intervals.items()}
-        rows.append(ErrorRateRow(one_line(name, 60), rate.rate, named, groups[i].mean(1)))
+        of_people = groups[i].mean(1).tolist()
+        about = {"name": name, "pairs": groups[i].shape[1], "rate": rate.rate, **rate._asdict()}
+        conditions.append(about | {"of_people": of_people, "median_seconds": median})
+        intervals = {text: getattr(rate, key) for key, text in INTERVALS.items()}
+        rows.append(ErrorRateRow(one_line(name, 60), rate.rate, intervals, of_people))
         for line in rate_lines(name, groups[i].shape, rate, median):
             logging.info(line)
     people = [each.person for each in answers]
@@ -172,7 +172,9 @@ def rate_lines(name: str, shape: tuple[int, int], rate: ErrorRate, seconds: floa
 def conclusion(rate: ErrorRate) -> str:
     """Returns what follows for other people and pictures."""
     if rate.over_both is None:
-        return "no conclusion beyond these people and pictures: there are too few, or all agree"
+        return (
+            "too few people or pictures, or all alike: Clopper-Pearson's interval is all there is"
+        )
     low, high = rate.over_both
     if high < CHANCE:
         return "other people would tell other such pictures from real ones"

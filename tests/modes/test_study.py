@@ -150,6 +150,7 @@ def test_known_answers_give_known_rates_and_intervals_around_them(workdir, tmp_p
     assert err == "" and "12, and 2 left out" in out
     assert found["left_out"] == ["b0", "b1"] and len(found["people"]) == 12
     assert [first["errors"], first["answers"]] == [54, 240] and first["rate"] == 54 / 240
+    assert first["of_people"] == [(3 + int(p[1:]) % 4) / 20 for p in found["people"]]
     assert second["rate"] == 0.5 and second["name"] == CONDITIONS[1]
     assert first["over_people"][0] < 54 / 240 < first["over_people"][1] < 0.3
     assert second["over_people"] is None  # all have the same rate
