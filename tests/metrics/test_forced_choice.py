@@ -170,7 +170,7 @@ HOSTILE = {
     "deep": b"[" * 500_000,
     "deep and closed": b"[" * 900 + b"]" * 900,
     "deep in an answer": TEXT.replace("20.25", "[" * 900 + "]" * 900).encode(),
-    "large": b" " * forced_choice.MAX_ANSWER_BYTES + b"{}",
+    "large": TEXT.encode() + b" " * forced_choice.MAX_ANSWER_BYTES,
     "a list": b"[]",
     "null": b"null",
     "repeated name": TEXT.replace('"left": 0', '"left": 0, "left": 0').encode(),
