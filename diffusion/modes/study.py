@@ -30,7 +30,7 @@ from diffusion.utils.multihost import is_primary
 from diffusion.utils.progress import human_bytes
 
 POOL = 1000  # real images, or more for more pairs, among which those of a class are looked for
-ANY_CLASS = -1
+ANY_CLASS = -1  # as sample.label has it
 READ = 256  # images of a file at a time
 
 
@@ -170,9 +170,9 @@ def sampler_condition(name: str, model: Trained, n: int, seed: int) -> Condition
         store = _sampling.SampleStore(path, setting, model.exp.image_shape)
         sampler = _sampling.compile_sampler(config, trained.exp, min(n, config.sample.batch_size))
         _sampling.fill(store, sampler, trained.params, n)
-        label = np.arange(n) % max(config.model.num_classes, 1)
-        label = label if config.sample.label < 0 else np.full(n, config.sample.label)
-        return Generated(store.read()[:n], label, np.arange(n)) if is_primary() else None
+        classes, label = config.model.num_classes, config.sample.label  # -1, too, for any class
+        labels = np.arange(n) % classes if classes and label < 0 else np.full(n, label)
+        return Generated(store.read()[:n], labels, np.arange(n)) if is_primary() else None
 
     return Condition(name, setting, draw)
 
@@ -207,23 +207,24 @@ def open_split(config: ConfigDict, exp: Experiment) -> ImageDataset:
 
 
 def choose_real(
-    config: ConfigDict, split: ImageDataset, classes: Sequence[int], rng: np.random.Generator
+    split: ImageDataset, classes: Sequence[int], rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns indices int[n] of a split's images of the wanted classes, and the images.
 
-    classes: of each image, or ANY_CLASS; without classes in the model, any will do.
+    classes: of each image; ANY_CLASS, and the "no class" that a model may have, are any.
+    Raises DataError.
     """
-    matched = config.model.num_classes > 0
-    pool = max(POOL, 20 * len(classes)) if matched else len(classes)
+    matched = [0 <= wanted < split.num_classes for wanted in classes]
+    pool = max(POOL, 20 * len(classes)) if any(matched) else len(classes)
     index = np.sort(rng.permutation(split.n)[:pool])
     images, labels = split.read(index)
     free, chosen = [*rng.permutation(len(index))], []
-    for wanted in classes:
-        fitting = (i for i in free if not matched or wanted in (ANY_CLASS, labels[i]))
+    for wanted, is_matched in zip(classes, matched, strict=True):
+        fitting = (i for i in free if not is_matched or labels[i] == wanted)
         if (i := next(fitting, None)) is None:
             found = f"found {sum(labels == wanted):,} among {len(index):,}"
-            where = f"of class {wanted} in {config.study.split}"
-            raise DataError(f"study.num: expected more images {where}, {found}; give fewer pairs")
+            what = f"expected more real images of class {wanted}, {found}"
+            raise DataError(f"study.num: {what}; give fewer pairs")
         free.remove(i)
         chosen.append(i)
     return index[chosen], images[chosen]
@@ -241,7 +242,7 @@ def compose(
     used = [(i % n, i // n) for i in range(c.num)]  # (condition, number of its picture)
     used += [(i % n, i // n + -(-c.num // n)) for i in range(c.practice)]
     classes = [int(drawn[i].classes[k]) for i, k in used] + [ANY_CLASS] * 2 * c.checks
-    index, real = choose_real(config, split, classes, rng)
+    index, real = choose_real(split, classes, rng)
     beside = [drawn[i].images[k] for i, k in used]
     about = [{"condition": i, "sample": int(drawn[i].index[k])} for i, k in used]
     for i in range(len(used) + c.checks, len(real)):

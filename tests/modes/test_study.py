@@ -17,8 +17,7 @@ from diffusion.modes import study
 from diffusion.plotting.image_grid import enlarge
 from diffusion.utils.errors import DataError
 from diffusion.utils.io import save_npz
-from tests.runs import run
-from tests.test_configs import config_of
+from tests.runs import TINY, run
 
 CONDITIONS = ("ddim, uniform, 4 steps", "ancestral, uniform, 20 steps")
 OPTIONS = (
@@ -247,14 +246,29 @@ def test_what_cannot_be_studied_is_refused_in_one_line(trained, option):
 
 
 def test_real_pictures_are_of_the_class_of_the_generated_ones():
-    """So that a pair is not told by what it shows."""
-    config, rng = config_of("digits", "conditional"), np.random.default_rng(0)
-    split = digits("test")
-    classes = [*range(10)] * 4 + [-1] * 5
-    index, images = study.choose_real(config, split, classes, rng)
+    """So that a pair is not told by what it shows; 10 is the class that is none."""
+    split, rng = digits("test"), np.random.default_rng(0)
+    classes = [*range(10)] * 4 + [-1, 10] * 3
+    index, images = study.choose_real(split, classes, rng)
     np.testing.assert_array_equal(split.read(index)[1][:40], classes[:40])
     np.testing.assert_array_equal(split.read(index)[0], images)
-    assert len({*index}) == 45
+    assert len({*index}) == 46
     few = ImageDataset(4, (8, 8, 1), 10, lambda i: (images[: len(i)], np.array([0, 1, 1, 2])))
-    with pytest.raises(DataError, match="more images of class 1 in test, found 2 among 4"):
-        study.choose_real(config, few, [1, 1, 1], rng)
+    with pytest.raises(DataError, match="more real images of class 1, found 2 among 4"):
+        study.choose_real(few, [1, 1, 1], rng)
+
+
+def test_real_pictures_are_of_the_classes_that_a_model_is_told_to_draw(tmp_path):
+    workdir = tmp_path / "run"
+    options = "--config.train.steps=4", "--config.train.sample_every=0"
+    run(f"{TINY},conditional", f"--workdir={workdir}", *options)
+    for label in (-1, 7):
+        options = f"--config.sample.label={label}", "--config.study.num=20"
+        run("--mode=study", f"--workdir={workdir}", *options)
+        (folder,) = (workdir / "study").iterdir()
+        key = json.loads((folder / "study.json").read_text())
+        pairs = [pair for pair in key["pairs"] if pair["condition"] == 0]
+        found = digits("test").read([pair["image"] for pair in pairs])[1]
+        wanted = [pair["sample"] % 10 if label < 0 else label for pair in pairs]
+        np.testing.assert_array_equal(found, wanted)
+        shutil.rmtree(folder)
