@@ -18,7 +18,7 @@ def test_an_interval_around_chance_is_centred_on_its_line(tmp_path):
     """And thrice as long from 20 to 80 % as from 40 to 60 %; a name is no formula."""
     widths = []
     for ends in ((0.2, 0.8), (0.4, 0.6)):
-        row = ErrorRateRow("a_b$^{", 0.5, {"exact": None, "over people": ends}, [0.1, 0.9])
+        row = ErrorRateRow("$^{$", 0.5, {"exact": None, "over people": ends}, [0.1, 0.9])
         plot_error_rates(tmp_path / "rates.png", [row])
         picture = np.asarray(Image.open(tmp_path / "rates.png").convert("RGB")).astype(float)
         chance, blue = columns(picture, RED), columns(picture, BLUE)

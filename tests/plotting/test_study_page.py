@@ -53,10 +53,8 @@ def choose(driver, side, how):
         press(driver, "12"[side])
     elif how == "click":
         element(driver, name).click()
-    elif how == "twice":  # the second key is no answer to a pair that nobody has seen
-        event = "new KeyboardEvent('keydown', {key: arguments[0]})"
-        script = f"for (const _ of [1, 2]) document.dispatchEvent({event})"
-        driver.execute_script(script, "12"[side])
+    elif how == "twice":  # a key as soon as the next pair is there is no answer to it
+        driver.execute_async_script(PRESS_TWICE, "12"[side])
     elif how == "enter":
         element(driver, name).send_keys(Keys.ENTER)
     else:
@@ -65,6 +63,19 @@ def choose(driver, side, how):
 
 
 WAYS = ("arrow", "digit", "click", "twice", "enter", "space")
+
+PRESS_TWICE = """
+const [key, done] = arguments, pair = document.getElementById('pair');
+const press = () => document.dispatchEvent(new KeyboardEvent('keydown', {key}));
+press();
+const observer = new MutationObserver(() => {
+  if (pair.classList.contains('covered')) return;
+  observer.disconnect();
+  press();
+  done();
+});
+observer.observe(pair, {attributes: true});
+"""
 
 
 def side_of(driver, uri):
