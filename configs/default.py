@@ -226,7 +226,19 @@ def get_config() -> ConfigDict:
                 "part": "1/1",  # this machine's share of the cells, and of how many
             },
             "report": {},
-            "study": {},
+            "study": {
+                "num": 40,  # pairs that count, of all conditions together
+                "checks": 6,  # pairs of a real picture and an obviously false one
+                "max_failed": 0.2,  # people who fail a larger share of these are left out
+                "practice": 4,  # pairs before them, with the answer
+                "seconds": 0.0,  # that a pair is shown; 0: until it is answered
+                "split": "test",  # real images are taken from here
+                # Conditions, each with its share of the pairs; all empty: the config's own sampler.
+                "samplers": (),  # NAME, NAME:GRID or NAME:GRID:STEPS
+                "weights": (),  # each with each sampler, as eval.weights; (): `weights`
+                "samples": (),  # files or folders of generated images of any origin
+                "seed": 0,  # of the noise, the choice of images and the order of pairs
+            },
         }
     )
 
@@ -270,6 +282,9 @@ TINY = {
     "frontier.num": 6,
     "frontier.seeds": (0, 1),
     "sweep.evaluations": 4,
+    "study.num": 6,
+    "study.checks": 2,
+    "study.practice": 1,
 }
 
 # The bound in continuous time as the objective; ends of the noise and features are the data's.

@@ -27,6 +27,7 @@ STEPS = (
     "(first step, number of steps), two ints of 1 or more, or () for none",
 )
 ZERO_OR_ONE = (lambda x: x in (0, 1), "0 or 1")
+NAMES = (lambda x: all(isinstance(n, str) and n for n in x), "a tuple of names, or () for none")
 SOME = (lambda x: len(x) > 0 and all(x), "a tuple that is not empty")
 
 WEIGHTS = 'ema, raw, or ema:LENGTH such as "ema:0.07", between 0 and 0.28'
@@ -53,6 +54,10 @@ def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
 # key -> (test, what the test wants), beyond the type of the default and "finite, 0 or more".
 VALIDATORS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("seed", "bpd.seed", "codec.seed", "figures.seed", "sample.seed"), SEED),
+    "study.seed": SEED,
+    "study.num": COUNT,
+    "study.max_failed": (lambda x: x <= 1, "a fraction in [0, 1]"),
+    **dict.fromkeys(("study.samplers", "study.samples"), NAMES),
     **dict.fromkeys(("model.ch", "model.num_res_blocks", "data.image_size", "process.T"), COUNT),
     **dict.fromkeys(("data.channels", "optim.clip_groups", "optim.accumulate"), COUNT),
     **dict.fromkeys(("train.batch_size", "train.log_every", "train.save_every"), COUNT),
@@ -103,6 +108,10 @@ VALIDATORS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a tuple of distinct numbers between 0 and 0.28, or () for none",
     ),
     **dict.fromkeys(("weights", "train.init_weights"), (_is_weights, WEIGHTS)),
+    "study.weights": (
+        lambda x: all(map(_is_weights, x)) and len({*x}) == len(x),
+        f"a tuple of {WEIGHTS}, or () for `weights`",
+    ),
     "eval.weights": (
         lambda x: len(x) > 0 and all(map(_is_weights, x)) and len({*x}) == len(x),
         f"a tuple of {WEIGHTS}",
