@@ -219,7 +219,10 @@ def get_config() -> ConfigDict:
                 "equal": "steps",  # of the cells' trainings; or flops
                 "part": "1/1",  # this machine's share of the cells, and of how many
             },
-            "report": {},
+            "report": {
+                "samples": 6,  # that its slider over t shows; 0: no slider
+                "frames": 20,  # of it, at evenly spaced steps of the chain
+            },
             "study": {},
         }
     )
