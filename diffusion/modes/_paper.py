@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from diffusion.plotting.report_page import NO_ERROR, OUTSIDE, WITHIN, Grade, Number
-from diffusion.runtime.config import TRAINING_KEYS, differences
+from diffusion.runtime.config import TRAINING_KEYS, fill_defaults, flatten
+from diffusion.utils.errors import one_line
 
 PAPER = "arXiv:2006.11239"
 
@@ -124,9 +125,13 @@ def paper_config(name: str) -> ConfigDict:
 
 
 def other_setting(config: Mapping[str, Any], name: str, keys: tuple[str, ...]) -> list[str]:
-    """Returns how a config differs from NAME:VARIANT, `process.T: was 1000, now 4000`, ..."""
-    found = differences(paper_config(name), config, keys)
-    return [line for line in found if not line.startswith(FREE)]
+    """Returns how a config, nested, differs from NAME:VARIANT: `process.T 4000 for 1000`, ..."""
+    own, paper = flatten(fill_defaults(config)), flatten(paper_config(name))
+    return [
+        f"{key} {one_line(own[key], 40)} for {one_line(value, 40)}"
+        for key, value in paper.items()
+        if key.startswith(keys) and not key.startswith(FREE) and own[key] != value
+    ]
 
 
 def experiment_of(config: Mapping[str, Any]) -> str:

@@ -4,16 +4,17 @@ Both are made of what other modes have left there. What they have not is listed 
 that makes it, and nothing is measured here; a slider alone is drawn by the model.
 """
 
-import json
 from collections.abc import Callable
 
 from diffusion.modes import _report_sections as sections
 from diffusion.modes._paper_tables import paper_tables
-from diffusion.modes._report_files import StoredFile, Subject, WorkFiles
+from diffusion.modes._report_files import StoredFile, Subject, WorkFiles, command
 from diffusion.modes._report_slider import make_slider
 from diffusion.plotting.report_markdown import report_markdown
 from diffusion.plotting.report_page import (
+    NOT_MEASURED,
     Cell,
+    Grade,
     Part,
     Report,
     Section,
@@ -47,10 +48,13 @@ SECTIONS: dict[str, Callable[[Subject], list[Part]]] = {
 def run(run: Run) -> None:
     """Writes workdir/report/{report.html, report.md} and the pictures of the latter.
 
-    Raises WorkdirError for a folder that is neither a work directory nor a sweep, or whose
+    Raises WorkdirError for a folder that is neither a work directory nor a complete sweep, or whose
     config.json or sweep.json is damaged. Other files that cannot be read are named in the report.
     """
     files = WorkFiles(run.workdir)
+    if not files.has(SWEEP) and (run.workdir / "cells").is_dir():
+        how = command(run.workdir, "sweep").text
+        raise WorkdirError(f"{run.workdir}: expected a complete sweep; run {how}")
     if files.has(SWEEP):
         report = sweep_report(files)
     elif load_config(run.workdir) is None:
@@ -137,28 +141,37 @@ def sweep_report(files: WorkFiles) -> Report:
 
 def sweep_content(file: StoredFile, files: WorkFiles) -> tuple[str, str, list[Section]]:
     """Returns the title, the line below it and the sections. Raises DataError."""
-    keys, cells = file.at("keys", kind=list), range(len(file.at("cells", kind=list)))
+    cells = range(len(file.at("cells", kind=list)))
     names = list(dict.fromkeys(name for i in cells for name in file.at("cells", i, "readings")))
     rows: list[list[Cell]] = []
     for i in cells:
-        values, seeds = file.at("cells", i, "values"), file.at("cells", i, "seeds", kind=list)
-        row: list[Cell] = [as_cell(values.get(key, "")) for key in keys]
-        row.append(", ".join(map(str, seeds)))
-        for name in names:
-            path = "cells", i, "readings", name
-            there = name in file.at(*path[:-1])
-            row.append(file.number(*path, "mean", error=(*path, "error")) if there else "")
-        rows.append(row)
-    name = file.at("name", kind=str)
+        seeds = ", ".join(map(str, file.at("cells", i, "seeds", kind=list)))
+        numbers = (sweep_reading(file, i, name) for name in names)
+        rows.append([file.at("cells", i, "cell", kind=str), seeds, *numbers])
     parts: list[Part] = [str(sentence) for sentence in file.at("sentences", kind=list)]
-    parts.append(Table("The cells", (*keys, "seeds", *names), rows))
-    pictures = sorted(path.name for path in files.workdir.glob("*.png"))
-    made = [Section("Results", parts)]
-    drawn = [p for p in (files.picture(each, each.removesuffix(".png")) for each in pictures) if p]
-    made += [Section("Plots", drawn)] if drawn else []
-    return f"Sweep {name}", f"{len(rows)} cells over {', '.join(map(str, keys))}.", made
+    parts.append(Table("The settings", ("setting", "seeds", *names), rows))
+    found = sorted(path.name for path in files.workdir.glob("*.png"))
+    plots = [files.picture(name, name.removesuffix(".png")) for name in found]
+    made = [Section("Results", parts), Section("Plots", [plot for plot in plots if plot])]
+    if any(NOT_MEASURED in map(grade_name, row) for row in rows):
+        how = command(files.workdir, "sweep")
+        table = Table("", ("not there", "the command that makes it"), [("readings", how)])
+        made.append(Section("What is missing", [table]))
+    keys = ", ".join(map(str, file.at("keys", kind=list)))
+    title = f"Sweep {file.at('name', kind=str)}"
+    return title, f"{len(rows)} settings of {keys}.", [each for each in made if each.parts]
 
 
-def as_cell(value: object) -> str:
-    """Returns a key's value as text."""
-    return value if isinstance(value, str) else json.dumps(value)
+def sweep_reading(file: StoredFile, i: int, name: str) -> Cell:
+    """Returns a reading of a setting, or that it is not there or that its trainings failed."""
+    path = "cells", i, "readings", name
+    if name not in file.at(*path[:-1]):
+        return Grade(NOT_MEASURED)
+    if file.at(*path).get("mean", 0) is None:
+        return "failed"
+    return file.number(*path, "mean", error=(*path, "error"))
+
+
+def grade_name(cell: Cell) -> str:
+    """Returns the name of a grade, "" for another cell."""
+    return cell.name if isinstance(cell, Grade) else ""
