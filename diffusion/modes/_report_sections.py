@@ -112,7 +112,8 @@ def training(s: Subject) -> list[Part]:
     if "train/loss" in steps:
         path = s.files.workdir / log.name
         args = functools.partial(curves.plot_loss, path), "train/loss"
-        parts.append(drawn("loss.png", "The training loss", log.name, *args))
+        picture = drawn("loss.png", "The training loss", log.name, *args)
+        parts.append(picture._replace(half=True))
     for name in read:
         found = [(step, reading(log, step, name)) for step in steps[name]]
         points = [(float(step), x.value, x.error or 0.0) for step, x in found]
@@ -183,14 +184,20 @@ def against(reference: str) -> str:
 
 def score_table(file: StoredFile, weights: str) -> Table:
     """Returns all scores of some weights in a metrics.json, a reference a column."""
-    by = file.at("scores", weights)
+    by = sorted(file.at("scores", weights), key=lambda reference: not reference)  # "" is last
     names = dict.fromkeys(
         name for reference in by for name in file.at("scores", weights, reference)
     )
     rows: list[list[Cell]] = [["samples", file.number("samples")]]
     rows[0] += [""] * (len(by) - 1)
     rows += [
-        [name, *(score(file, weights, r, name) if name in by[r] else "" for r in by)]
+        [
+            name,
+            *(
+                score(file, weights, r, name) if name in file.at("scores", weights, r) else ""
+                for r in by
+            ),
+        ]
         for name in names
     ]
     step = step_text(file.at("step", kind=int))

@@ -95,9 +95,9 @@ def workdir_report(run: Run, files: WorkFiles, slider: Slider | str) -> Report:
     made = [Section(title, parts) for title, parts in found.items() if parts]
     made[1:1] = missing(s)
     c = run.config
-    about = f"{c.data.name or c.data.source}, {c.process.T:,} steps of {c.process.schedule}, "
-    about += f"target {c.target}, loss {c.loss.name}, variance {c.variance}. "
-    about += "A number shows where it stands as a tooltip; every table names its files."
+    about = f"Data {c.data.name or c.data.source}; {c.process.T:,} steps, schedule "
+    about += f"{c.process.schedule}; target {c.target}; loss {c.loss.name}; variance {c.variance}. "
+    about += "Every table names the files of its numbers, and each number its place there."
     return Report(f"Report of {run.workdir.name}", about, made)
 
 

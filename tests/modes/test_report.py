@@ -178,9 +178,7 @@ def check_command(command):
     """The program takes the command line."""
     words = shlex.split(command)
     assert words[:2] == ["python", "main.py"]
-    load = lambda workdir: json.loads((workdir / "config.json").read_text())  # noqa: E731
-    load = load if "--config=" not in command else lambda _: None
-    run_ = config.resolve(main.define_flags(), words[1:], load)
+    run_ = config.resolve(main.define_flags(), words[1:], load_config)
     cli.check_flags(run_)
     validation.validate(run_.config)
     return words[2:]
@@ -523,6 +521,7 @@ def sweep_folder(folder, **changes):
     content = {"name": "steps", "keys": ["process.T"], "cells": cells}
     content |= {"sentences": ["More steps are <b>better</b>."]} | changes
     (folder / "sweep.json").write_text(json.dumps(content))
+    (folder / "config.json").write_text(default.get_config().to_json_best_effort())
     Image.new("RGB", (40, 30)).save(folder / "bits.png")
     return folder
 
