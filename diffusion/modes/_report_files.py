@@ -4,6 +4,7 @@ import csv
 import functools
 import io
 import json
+import re
 import shlex
 from typing import Any, NamedTuple
 
@@ -49,12 +50,18 @@ class StoredFile(NamedTuple):
     def source(self, *keys: Any) -> str:
         """Returns FILE#POINTER, the pointer by RFC 6901."""
         steps = (str(key).replace("~", "~0").replace("/", "~1") for key in keys)
-        return "#".join((self.name, "".join(f"/{step}" for step in steps)))
+        name = self.name.replace("%", "%25").replace("#", "%23")  # as in the path of an URI
+        return "#".join((name, "".join(f"/{step}" for step in steps)))
 
     def _unexpected(self, keys: tuple, wanted: str, found: Any) -> DataError:
         found = one_line(found if isinstance(found, str) else json.dumps(found), 60)
         what = f"expected {wanted}, found {found}"
         return DataError(f"{self.source(*keys)}: {what}; delete the file and make it again")
+
+
+def file_name(text: str) -> str:
+    """Returns a name for a file of a report: letters, digits, dots and dashes."""
+    return re.sub(r"[^\w.-]", "_", text)
 
 
 def command(workdir: epath.Path, mode: str, *options: str) -> Command:
@@ -146,7 +153,7 @@ class WorkFiles:
             why = error_text(error)
             self.problems.append(f"{name}: cannot be read: {why}; delete it and make it again")
             return None
-        return Picture(name.replace("/", "_"), content, title, name, note)
+        return Picture(file_name(name), content, title, name, note)
 
 
 def _parse_lines(text: str) -> dict[str, dict[str, float]]:

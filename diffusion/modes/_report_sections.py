@@ -11,7 +11,7 @@ from typing import Any
 
 from configs import default
 from diffusion.metrics import CLASSIFIER_SCORES
-from diffusion.modes._report_files import StoredFile, Subject
+from diffusion.modes._report_files import StoredFile, Subject, file_name
 from diffusion.plotting import curves
 from diffusion.plotting.report_page import Cell, Number, Part, Picture, Table
 from diffusion.runtime.config import flatten
@@ -118,10 +118,10 @@ def training(s: Subject) -> list[Part]:
         found = [(step, reading(log, step, name)) for step in steps[name]]
         points = [(float(step), x.value, x.error or 0.0) for step, x in found]
         short = name.removeprefix("eval/")
-        args = curves.plot_readings, short, {short: points}
-        picture = drawn(f"reading_{short}.png", f"{short} during the training", log.name, *args)
+        args = log.name, curves.plot_readings, short, {short: points}
+        picture = drawn(file_name(f"reading_{short}.png"), f"{short} during the training", *args)
         parts.append(picture._replace(half=True))
-    if not read:
+    if not read and (s.step or 0) < s.config.train.steps:
         s.lacks("Readings during the training", "train", "--config.train.eval_every=1000")
     last = [(name, at[-1]) for name, at in steps.items() if not name.endswith("_error")]
     rows = [(name, step_text(step), reading(log, step, name)) for name, step in last]
@@ -184,22 +184,12 @@ def against(reference: str) -> str:
 
 def score_table(file: StoredFile, weights: str) -> Table:
     """Returns all scores of some weights in a metrics.json, a reference a column."""
-    by = sorted(file.at("scores", weights), key=lambda reference: not reference)  # "" is last
-    names = dict.fromkeys(
-        name for reference in by for name in file.at("scores", weights, reference)
-    )
-    rows: list[list[Cell]] = [["samples", file.number("samples")]]
-    rows[0] += [""] * (len(by) - 1)
-    rows += [
-        [
-            name,
-            *(
-                score(file, weights, r, name) if name in file.at("scores", weights, r) else ""
-                for r in by
-            ),
-        ]
-        for name in names
-    ]
+    order = sorted(file.at("scores", weights), key=lambda reference: not reference)  # "" is last
+    by = {reference: file.at("scores", weights, reference) for reference in order}
+    rows: list[list[Cell]] = [["samples", file.number("samples"), *[""] * (len(by) - 1)]]
+    for name in dict.fromkeys(name for named in by.values() for name in named):
+        cells = (score(file, weights, r, name) if name in by[r] else "" for r in by)
+        rows.append([name, *cells])
     step = step_text(file.at("step", kind=int))
     title = f"Samples of step {step}, {weights} weights, {sampler_text(file)}"
     return Table(title, ("score", *map(against, by)), rows)
@@ -279,9 +269,10 @@ def figures(s: Subject) -> list[Part]:
     names = [*(n for n in FIGURES if n in done), *(n for n in done if n not in FIGURES)]
     for name in names:
         for each in file.at("figures", name, "files", kind=list):
+            each = pathlib.PurePath(str(each)).name
             title, path = FIGURES.get(name, name), f"{folder}/{each}"
-            if str(each).endswith(PICTURES):
-                kind = str(each).rpartition(".")[0].removeprefix(name).strip("_")
+            if each.endswith(PICTURES):
+                kind = each.rpartition(".")[0].removeprefix(name).strip("_")
                 title += f", by {kind}" if kind else ""
                 parts.append(s.files.picture(path, title))
     quality, distances = (s.files.read(f"{folder}/{n}.json") for n in ("quality", "memorisation"))

@@ -133,7 +133,7 @@ def number_text(value: float, error: float | None = None) -> str:
         if decimals > 8:
             return f"{value:.4g} ± {error:.2g}"
         return " ± ".join(f"{x:,.{max(0, decimals)}f}" for x in (value, error))
-    if math.isfinite(value) and (value == round(value) or 1000 <= abs(value) < 1e15):
+    if abs(value) < 1e15 and (abs(value) >= 1000 or value == round(value)):
         return f"{value:,.0f}"
     return f"{value:#.4g}"
 
