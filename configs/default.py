@@ -225,7 +225,10 @@ def get_config() -> ConfigDict:
                 "chain": False,  # read samples of config.sampler as well, as the sweep T does
                 "part": "1/1",  # this machine's share of the cells, and of how many
             },
-            "report": {},
+            "report": {
+                "samples": 6,  # that its slider over t shows; 0: no slider
+                "frames": 20,  # of it, at evenly spaced steps of the chain
+            },
             "study": {
                 "num": 40,  # pairs that count, of all conditions together
                 "checks": 6,  # pairs of a real picture and an obviously false one

@@ -18,6 +18,7 @@ from diffusion.metrics.baselines import Baseline
 from diffusion.modes import _codec
 from diffusion.modes._baselines import load_baselines, worse_than
 from diffusion.modes._common import Trained, load_trained
+from diffusion.modes._paper import TABLE_4
 from diffusion.modes._split_pass import (
     ChainModel,
     MeanAndStderr,
@@ -238,23 +239,6 @@ def write(
     path = folder / "rate_distortion.png"
     codecs = _codec.measured_curves(folder)
     curves.plot_rate_distortion(path, bound.rate.mean, bound.rmse.mean, codecs)
-
-
-# Table 4 of the paper, CIFAR-10 test set, T = 1000: (step r, rate, RMSE). After r transmissions,
-# x_T the first of them, x_k with k = T - r + 1 is known: in the last row, x_1. (Were it x_0, the
-# distortion would be 0. Its rate 1.78 lacks L_0 = 1.97 of the 3.75 in total, Section 4.3.)
-TABLE_4 = (
-    (1000, 1.77581, 0.95136),
-    (900, 0.11994, 12.02277),
-    (800, 0.05415, 18.47482),
-    (700, 0.02866, 24.43656),
-    (600, 0.01507, 30.80948),
-    (500, 0.00716, 38.03236),
-    (400, 0.00282, 46.12765),
-    (300, 0.00081, 54.18826),
-    (200, 0.00013, 60.97170),
-    (100, 0.00000, 67.60125),
-)
 
 
 class Table4Row(NamedTuple):

@@ -101,6 +101,29 @@ def plot_loss(jsonl_path: PathLike, png_path: PathLike, name: str = "loss") -> N
         axes.set_xlabel("step", color=GREY)
 
 
+def plot_readings(png_path: PathLike, name: str, lines: Mapping[str, Sequence[Point]]) -> None:
+    """Plots a score against the training step, a line a series, with error bars.
+
+    lines: {series: (step, score, its standard error)}, by step; what is not finite is left out. An
+    axis is logarithmic where its values are positive and span a factor of 100 (steps) or 5 (score).
+    """
+    with _panels(png_path, 1, (6, 3.6)) as (axes,):
+        drawn = []
+        for (label, points), colour in zip(lines.items(), COLOURS, strict=False):
+            finite = [point for point in points if np.isfinite(point).all()]
+            x, y, error = np.reshape(finite, (-1, 3)).T
+            style = {"color": colour, "markersize": 4, "linewidth": 1.8, "capsize": 2}
+            axes.errorbar(x, y, error, fmt="o-", label=label, elinewidth=1, **style)
+            drawn += finite
+        steps, scores, _ = np.reshape(drawn, (-1, 3)).T
+        _set_scale(axes.xaxis, _spans(steps, 100), ticks=(1,), integer=True)
+        _set_scale(axes.yaxis, _spans(scores, 5), ticks=(1, 2, 5))
+        axes.set_title(name, loc="left", **TITLE)
+        axes.set_xlabel("step", color=GREY)
+        if len(lines) > 1:
+            axes.legend(frameon=False, fontsize=8, labelcolor=BLACK)
+
+
 def plot_rate_distortion(
     png_path: PathLike,
     rate: np.ndarray,

@@ -71,7 +71,7 @@ VALIDATORS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "codec.decode": _one_of("x_0", "ode"),
     **dict.fromkeys(("figures.num", "figures.rows", "figures.jump", "figures.repeats"), COUNT),
     **dict.fromkeys(("sampler.estimate", "bpd.quick", "eval.num", "eval.keep"), TWO),
-    "figures.scored": TWO,
+    **dict.fromkeys(("figures.scored", "report.frames"), TWO),
     "frontier.num": (lambda x: x >= 6, "an int of 6 or more"),  # five neighbours and itself
     **dict.fromkeys(
         ("bpd.estimate", "bpd.ode", "bpd.continuous", "eval.reference_num", "eval.quick"),
