@@ -164,7 +164,7 @@ summary { cursor: pointer; }
 code { overflow-wrap: anywhere; font-size: .9em; }
 td code { display: inline-block; min-width: 14rem; }
 code span { display: inline-block; max-width: 100%; } /* no break after the dashes of a flag */
-td:first-child { min-width: 8rem; } td:has(.grade) { min-width: 11rem; }
+td { vertical-align: top; } td:first-child { min-width: 8rem; } td:has(.grade) { min-width: 11rem; }
 .n { white-space: nowrap; }
 .source { margin: 0 0 1rem; font-size: .8rem; overflow-wrap: anywhere; }
 .good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
