@@ -1,5 +1,6 @@
 """The paper's tables with what a work directory has measured beside them."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -52,11 +53,13 @@ class Measured(NamedTuple):
 
 def paper_tables(s: Subject) -> list[Part]:
     """Shows the tables of the paper that are of these data, every row with its grade."""
-    data, parts, others = s.config.data.name, [], []
+    data, parts = s.config.data.name, []
+    these = f"not comparable, as these data are {data or s.config.data.source or 'not known'}"
+    if not any(map(functools.partial(is_of, data), TABLES.values())):
+        return [f"Tables 1 to 4: {these}, and the paper's are CIFAR-10 and LSUN."]
     own, found = experiment_of(s.config), measured(s)
     for name, rows in TABLES.items():
-        if not any(row.config.partition(":")[0] == data for row in rows):
-            others.append(name)
+        if not is_of(data, rows):
             continue
         cells = [line for row in rows for line in row_cells(s, name, row, own, found)]
         if not own:
@@ -64,20 +67,13 @@ def paper_tables(s: Subject) -> list[Part]:
             cells += [["here", score, m.number, "", reasons, ""] for score, m in found.items()]
         parts.append(Table(TITLES[name], COLUMNS, cells))
     if data == "cifar10":
-        parts += [*lossless(s, own, found), *fid_curve(s)]
-    else:
-        others.append("Table 4")
-    if others:
-        these = f"these data are {data or s.config.data.source or 'not known'}"
-        names = ", ".join(others) if parts else "Tables 1 to 4"
-        parts.append(f"{names}: not comparable, as {these}, and the paper's are {of(others)}.")
-    return parts
+        return [*parts, *lossless(s, own, found), *fid_curve(s), f"Table 3: {these}."]
+    return [*parts, f"Tables 1, 2 and 4: {these}."]
 
 
-def of(tables: Sequence[str]) -> str:
-    """Returns which data some tables of the paper are of."""
-    sets = (("LSUN", ["Table 3"]), ("CIFAR-10", ["Table 1", "Table 2", "Table 4"]))
-    return " and ".join(name for name, those in reversed(sets) if {*those} & {*tables})
+def is_of(data: str, rows: Sequence[PaperRow]) -> bool:
+    """Returns whether a table has a row of a data set."""
+    return any(row.config.partition(":")[0] == data for row in rows)
 
 
 def some(reasons: Sequence[str]) -> str:
@@ -195,16 +191,16 @@ def lossless(s: Subject, own: str, found: dict[str, Measured]) -> list[Part]:
             for value, name in zip(values, ("rate", "rmse"), strict=True)
         ]
         cells = ["", ""]
-        line = [Grade(NOT_MEASURED), how if step == T else ""]
+        last = Grade(NOT_MEASURED)
         if curve and len(curve.at(kind=list)) == T:
             cells = [Measured(number, other) for number in rate_and_rmse(curve, step - 1)]
             both = [grade(*pair) for pair in zip(cells, papers, strict=True)]
-            line = [Grade(both[0].name, "; ".join(dict.fromkeys(g.about for g in both))), ""]
+            last = Grade(both[0].name, "; ".join(dict.fromkeys(g.about for g in both)))
             cells = [cell.number for cell in cells]
-        rows.append([step_text(step), cells[0], papers[0], cells[1], papers[1], *line])
+        rows.append([step_text(step), cells[0], papers[0], cells[1], papers[1], last])
     columns = "reverse steps", "rate (bits/dim)", "the paper's", "RMSE (0-255)", "the paper's"
     title = "Table 4: progressive coding, CIFAR-10 test"
-    return [*parts, Table(title, (*columns, *COLUMNS[4:]), rows)]
+    return [*parts, Table(title, (*columns, "grade"), rows)]
 
 
 def fid_curve(s: Subject) -> list[Part]:

@@ -75,7 +75,8 @@ def summary(s: Subject) -> list[Part]:
         for weights in file.at("scores"):
             for reference in file.at("scores", weights):
                 for name in filter(is_main, file.at("scores", weights, reference)):
-                    words = f"{name} {against(reference)}, {weights} weights"
+                    words = f"{name} {against(reference)}" if reference else name
+                    words += f", {weights} weights"
                     rows.append([words, step_of(folder), score(file, weights, reference, name)])
     return [Table("", ("", "step", "number"), rows)] if rows else []
 
@@ -343,7 +344,7 @@ def compression(s: Subject) -> list[Part]:
         keys = [key for key in ("file", "initial", "plan", "bound", "ratio") if key in file.at()]
         rows = [(key, file.number(key)) for key in keys]
         parts.append(Table("An archive", ("", "bits/dim"), rows))
-    if not (folder or archive):
+    if s.step is not None and not (folder or archive):
         output = f"--output={s.files.workdir}/test.ddpm"
         s.lacks("Real files of the test split", "compress", "--input=test", output)
     return [part for part in parts if part]

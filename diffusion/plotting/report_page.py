@@ -163,6 +163,8 @@ caption, summary { text-align: left; font-weight: 600; padding: .3rem 0; }
 summary { cursor: pointer; }
 code { overflow-wrap: anywhere; font-size: .9em; }
 td code { display: inline-block; min-width: 14rem; }
+code span { display: inline-block; max-width: 100%; } /* no break after the dashes of a flag */
+td { vertical-align: top; } td:first-child { min-width: 8rem; } td:has(.grade) { min-width: 11rem; }
 .n { white-space: nowrap; }
 .source { margin: 0 0 1rem; font-size: .8rem; overflow-wrap: anywhere; }
 .good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
@@ -244,10 +246,11 @@ def _cell_html(cell: Cell) -> str:
         return f'<span class="n" {listed} title="{where}">{html.escape(shown(cell))}</span>'
     if isinstance(cell, Grade):
         name, about = html.escape(cell.name), html.escape(cell.about)
-        mark = f'<span class="{GRADES[cell.name]}">{name}</span>'
+        mark = f'<span class="grade {GRADES[cell.name]}">{name}</span>'
         return f"{mark}: {about}" if about else mark
     if isinstance(cell, Command):
-        return f"<code>{html.escape(cell.text)}</code>"
+        words = (f"<span>{html.escape(word)}</span>" for word in cell.text.split(" "))
+        return f"<code>{' '.join(words)}</code>"
     return html.escape(cell)
 
 
