@@ -22,7 +22,7 @@ from diffusion.dispatch import dispatch_sizes, group_inputs
 from diffusion.modes import _sweep_results as results
 from diffusion.modes._nonfinite import compile_update, not_halted
 from diffusion.modes._sweep_cells import Cell, cell_config, make_cells, share
-from diffusion.plotting.curves import SweepPanel, plot_agreement, plot_sweep
+from diffusion.plotting.sweep_curves import SweepPanel, plot_agreement, plot_sweep
 from diffusion.runtime import validation
 from diffusion.runtime.config import Run, flatten, with_overrides
 from diffusion.utils import logging

@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -86,15 +86,15 @@ def plot_loss(jsonl_path: PathLike, png_path: PathLike, name: str = "loss") -> N
     curve = smooth(np.log(x) if log_x else x, np.log(y) if log_y else y)
     curve = np.exp(curve) if log_y else curve
 
-    with _panels(png_path, 1, (8, 4.5)) as (axes,):
+    with figure_panels(png_path, 1, (8, 4.5)) as (axes,):
         axes.plot(steps, np.where(finite, values, np.nan), color=BLUE, alpha=0.3, linewidth=0.8)
         axes.plot(x, curve, "o-", color=BLUE, linewidth=2.2, markersize=5, markevery=[-1])
         _label_end(axes, x[-1], curve[-1])
         bad = steps[~finite]
         at_the_axis = axes.get_xaxis_transform()
         axes.plot(bad, np.zeros(len(bad)), "|", color=RED, markersize=12, transform=at_the_axis)
-        _set_scale(axes.xaxis, log_x, ticks=(1,), integer=True)
-        _set_scale(axes.yaxis, log_y, ticks=(1,) if _spans(y, 1000) else (1, 2, 5))
+        set_scale(axes.xaxis, log_x, ticks=(1,), integer=True)
+        set_scale(axes.yaxis, log_y, ticks=(1,) if _spans(y, 1000) else (1, 2, 5))
         axes.set_title(name, loc="left", **TITLE)
         note = f"{len(bad):,} not finite" if len(bad) else "as logged, and smoothed"
         axes.set_title(note, loc="right", color=RED if len(bad) else GREY, fontsize=9)
@@ -107,7 +107,7 @@ def plot_readings(png_path: PathLike, name: str, lines: Mapping[str, Sequence[Po
     lines: {series: (step, score, its standard error)}, by step; what is not finite is left out. An
     axis is logarithmic where its values are positive and span a factor of 100 (steps) or 5 (score).
     """
-    with _panels(png_path, 1, (6, 3.6)) as (axes,):
+    with figure_panels(png_path, 1, (6, 3.6)) as (axes,):
         drawn = []
         for (label, points), colour in zip(lines.items(), COLOURS, strict=False):
             finite = [point for point in points if np.isfinite(point).all()]
@@ -116,8 +116,8 @@ def plot_readings(png_path: PathLike, name: str, lines: Mapping[str, Sequence[Po
             axes.errorbar(x, y, error, fmt="o-", label=label, elinewidth=1, **style)
             drawn += finite
         steps, scores, _ = np.reshape(drawn, (-1, 3)).T
-        _set_scale(axes.xaxis, _spans(steps, 100), ticks=(1,), integer=True)
-        _set_scale(axes.yaxis, _spans(scores, 5), ticks=(1, 2, 5))
+        set_scale(axes.xaxis, _spans(steps, 100), ticks=(1,), integer=True)
+        set_scale(axes.yaxis, _spans(scores, 5), ticks=(1, 2, 5))
         axes.set_title(name, loc="left", **TITLE)
         axes.set_xlabel("step", color=GREY)
         if len(lines) > 1:
@@ -140,7 +140,7 @@ def plot_rate_distortion(
     rmse_over_steps = (REVERSE_STEPS, steps, "distortion (RMSE)", rmse)
     rate_over_steps = (REVERSE_STEPS, steps, "rate (bits/dim)", rate)
     rmse_over_rate = ("rate (bits/dim)", rate, "distortion (RMSE)", rmse)
-    with _panels(png_path, 3, (12, 3.6)) as grid:
+    with figure_panels(png_path, 3, (12, 3.6)) as grid:
         for axes, panel in zip(
             grid, (rmse_over_steps, rate_over_steps, rmse_over_rate), strict=True
         ):
@@ -159,7 +159,7 @@ def plot_codecs(png_path: PathLike, curves: Mapping[str, Sequence[tuple[float, f
     curves: name -> (bits/dim, root mean squared error on 0..255) of its files, by rate. A file
     without errors is a vertical line.
     """
-    with _panels(png_path, 1, (7, 4.6)) as (axes,):
+    with figure_panels(png_path, 1, (7, 4.6)) as (axes,):
         for i, (name, points) in enumerate(curves.items()):
             style = {"color": COLOURS[i % len(COLOURS)], "linewidth": 2 if i < 2 else 1.2}
             lossy = [point for point in points if min(point) > 0]
@@ -168,7 +168,7 @@ def plot_codecs(png_path: PathLike, curves: Mapping[str, Sequence[tuple[float, f
             for rate in (rate for rate, error in points if error == 0):
                 axes.axvline(rate, linestyle=":", **style)
         for axis in (axes.xaxis, axes.yaxis):
-            _set_scale(axis, log=True, ticks=(1, 2, 5))
+            set_scale(axis, log=True, ticks=(1, 2, 5))
         axes.set_title("distortion (RMSE)", loc="left", **TITLE)
         axes.set_title("dotted: lossless", loc="right", **NOTE)
         axes.set_xlabel("rate (bits/dim)", color=GREY)
@@ -188,7 +188,7 @@ def plot_distances(png_path: PathLike, panels: Mapping[str, Mapping[str, np.ndar
 
     panels: name of the space -> name of the set -> float[n] >= 0.
     """
-    with _panels(png_path, len(panels), (max(6, 4 * len(panels)), 3.6)) as grid:
+    with figure_panels(png_path, len(panels), (max(6, 4 * len(panels)), 3.6)) as grid:
         for axes, (space, sets) in zip(grid, panels.items(), strict=True):
             for colour, (name, away) in zip(COLOURS, sets.items(), strict=False):
                 axes.ecdf(away, label=f"{name} ({len(away):,})", color=colour, linewidth=2)
@@ -207,7 +207,7 @@ def plot_code_lengths(
     """Plots (name, bits/dim, error) of models and of what they are compared with as bars."""
     rows = [*((BLUE, *row) for row in models), *((GREY, *row) for row in others)]
     rows = sorted((row for row in rows if np.isfinite(row[2])), key=lambda row: row[2])
-    with _panels(png_path, 1, (8, 0.6 + 0.4 * len(rows))) as (axes,):
+    with figure_panels(png_path, 1, (8, 0.6 + 0.4 * len(rows))) as (axes,):
         for i, (colour, name, bits, error) in enumerate(rows):
             axes.barh(i, bits, xerr=error or None, color=colour, height=0.7, alpha=0.85)
             style = {"color": colour, "verticalalignment": "center", "fontsize": 9}
@@ -233,7 +233,7 @@ class FrontierPanel(NamedTuple):
 
 def plot_frontier(png_path: PathLike, panels: Sequence[FrontierPanel]) -> None:
     """Plots scores against costs, with error bars; the points of each Pareto front are ringed."""
-    with _panels(png_path, len(panels), (4.6 * len(panels), 4.6)) as grid:
+    with figure_panels(png_path, len(panels), (4.6 * len(panels), 4.6)) as grid:
         for panel, axes in zip(panels, grid, strict=True):
             _plot_frontier_panel(axes, panel)
         rings = "ringed: no better score at its cost; dotted: real images"
@@ -256,8 +256,8 @@ def _plot_frontier_panel(axes, panel: FrontierPanel) -> None:
         mean, error = panel.floor
         axes.axhline(mean, color=BLACK, linewidth=1.2, linestyle=":")
         axes.axhspan(mean - error, mean + error, color=BLACK, alpha=0.08, linewidth=0)
-    _set_scale(axes.xaxis, log=True, ticks=(1, 2, 5))
-    _set_scale(axes.yaxis, log=panel.lower, ticks=(1, 2, 5))
+    set_scale(axes.xaxis, log=True, ticks=(1, 2, 5))
+    set_scale(axes.yaxis, log=panel.lower, ticks=(1, 2, 5))
     axes.tick_params(labelsize=8)
     axes.set_xlabel(panel.cost, color=GREY)
     axes.set_title(panel.score, loc="left", **TITLE)
@@ -278,7 +278,7 @@ class AveragePanel(NamedTuple):
 
 def plot_averages(png_path: PathLike, panels: Sequence[AveragePanel]) -> None:
     """Plots scores against the relative length of an average, with error bars; the best ringed."""
-    with _panels(png_path, len(panels), (4.6 * len(panels), 4.2)) as grid:
+    with figure_panels(png_path, len(panels), (4.6 * len(panels), 4.2)) as grid:
         for panel, axes in zip(panels, grid, strict=True):
             x = list(panel.lengths.values())
             y, error = np.transpose([panel.readings[name] for name in panel.lengths])
@@ -290,7 +290,7 @@ def plot_averages(png_path: PathLike, panels: Sequence[AveragePanel]) -> None:
                 mean, width = panel.readings[name]
                 axes.axhline(mean, color=colour, linewidth=1.2, linestyle="--", label=name)
                 axes.axhspan(mean - width, mean + width, color=colour, alpha=0.1, linewidth=0)
-            _set_scale(axes.xaxis, log=True, ticks=(1, 2, 5))
+            set_scale(axes.xaxis, log=True, ticks=(1, 2, 5))
             axes.tick_params(labelsize=8)
             axes.set_xlabel("relative length of the average", color=GREY)
             axes.set_title(panel.score, loc="left", **TITLE)
@@ -299,64 +299,8 @@ def plot_averages(png_path: PathLike, panels: Sequence[AveragePanel]) -> None:
                 axes.legend(frameon=False, fontsize=8, labelcolor=BLACK)
 
 
-class SweepPanel(NamedTuple):
-    """A reading over the values of a setting.
-
-    lines: {what else was set: [(value, reading, error)]}; the readings of failed trainings are NaN.
-    """
-
-    reading: str
-    lines: Mapping[str, Sequence[tuple[Any, float, float]]]
-    lower: bool  # whether lower is better
-
-
-def plot_sweep(png_path: PathLike, key: str, panels: Sequence[SweepPanel]) -> None:
-    """Plots readings with error bars: over numbers, which may span decades, or over names."""
-    values = list(
-        dict.fromkeys(p[0] for panel in panels for line in panel.lines.values() for p in line)
-    )
-    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-    log = numbers and min(values) > 0 and max(values) >= 10 * min(values)
-    with _panels(png_path, len(panels), (4.4 * len(panels), 4.0)) as grid:
-        for panel, axes in zip(panels, grid, strict=True):
-            for i, (label, line) in enumerate(panel.lines.items()):
-                x, y, error = zip(*line, strict=True)
-                x = x if numbers else [values.index(value) for value in x]
-                style = {"color": COLOURS[i % len(COLOURS)], "markersize": 4, "capsize": 2}
-                axes.errorbar(x, y, error, fmt="o-" if numbers else "o", label=label, **style)
-            if numbers:
-                _set_scale(axes.xaxis, log=log, ticks=(1, 2, 5))
-            else:
-                axes.set_xticks(range(len(values)), [str(value) for value in values])
-                axes.margins(x=0.2)
-            axes.tick_params(labelsize=8)
-            axes.set_xlabel(key, color=GREY)
-            axes.set_title(panel.reading, loc="left", **TITLE)
-            axes.set_title(f"{'lower' if panel.lower else 'higher'} is better", loc="right", **NOTE)
-        if any(label for panel in panels for label in panel.lines):
-            grid[-1].legend(frameon=False, fontsize=8, labelcolor=BLACK)
-
-
-def plot_agreement(
-    png_path: PathLike, names: Sequence[str], value: np.ndarray, low: np.ndarray, high: np.ndarray
-) -> None:
-    """Plots rank correlations [k, k] of scores as coloured cells, with their intervals in them."""
-    with _panels(png_path, 1, (2.6 + 1.1 * len(names), 1.6 + 0.8 * len(names))) as (axes,):
-        axes.grid(False)
-        axes.imshow(value, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
-        for i, j in np.ndindex(value.shape):
-            if i != j:
-                text = f"{value[i, j]:.2f}\n[{low[i, j]:.2f}, {high[i, j]:.2f}]"
-                colour = "white" if abs(value[i, j]) > 0.6 else BLACK
-                axes.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
-        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
-        axes.set_yticks(range(len(names)), names)
-        axes.tick_params(labelsize=8)
-        axes.set_title("rank correlation over settings (Spearman)", loc="left", **TITLE)
-
-
 @contextlib.contextmanager
-def _panels(png_path: PathLike, n: int, size: tuple) -> Iterator[list]:
+def figure_panels(png_path: PathLike, n: int, size: tuple) -> Iterator[list]:
     """Yields n axes side by side in the common style; writes the figure, of size inches, after."""
     from matplotlib.figure import Figure  # slow to import
 
@@ -374,7 +318,7 @@ def _panels(png_path: PathLike, n: int, size: tuple) -> Iterator[list]:
 
 def _plot_panels(png_path: PathLike, panels: Sequence[tuple]) -> None:
     """Plots (name of x, x, name of y, y) of each panel."""
-    with _panels(png_path, len(panels), (max(6, 4 * len(panels)), 3.6)) as grid:
+    with figure_panels(png_path, len(panels), (max(6, 4 * len(panels)), 3.6)) as grid:
         for axes, panel in zip(grid, panels, strict=True):
             _plot_panel(axes, *panel)
 
@@ -393,7 +337,7 @@ def _label_end(axes, x: float, y: float) -> None:
     axes.annotate(f"{y:.4g}", (x, y), (8, 0), textcoords="offset points", **style)
 
 
-def _set_scale(axis, log: bool, ticks: tuple[int, ...], integer: bool = False) -> None:
+def set_scale(axis, log: bool, ticks: tuple[int, ...], integer: bool = False) -> None:
     """Sets a linear axis, or a logarithmic one with `ticks` in every decade, without 10^n."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 

@@ -1,0 +1,73 @@
+"""Plots of sweeps: readings over the values of a setting, and how scores agree."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diffusion.plotting.curves import (
+    BLACK,
+    COLOURS,
+    GREY,
+    NOTE,
+    TITLE,
+    figure_panels,
+    set_scale,
+)
+from diffusion.utils.io import PathLike
+
+
+class SweepPanel(NamedTuple):
+    """A reading over the values of a setting.
+
+    lines: {what else was set: [(value, reading, error)]}; the readings of failed trainings are NaN.
+    """
+
+    reading: str
+    lines: Mapping[str, Sequence[tuple[Any, float, float]]]
+    lower: bool  # whether lower is better
+
+
+def plot_sweep(png_path: PathLike, key: str, panels: Sequence[SweepPanel]) -> None:
+    """Plots readings with error bars: over numbers, which may span decades, or over names."""
+    values = list(
+        dict.fromkeys(p[0] for panel in panels for line in panel.lines.values() for p in line)
+    )
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    log = numbers and min(values) > 0 and max(values) >= 10 * min(values)
+    with figure_panels(png_path, len(panels), (4.4 * len(panels), 4.0)) as grid:
+        for panel, axes in zip(panels, grid, strict=True):
+            for i, (label, line) in enumerate(panel.lines.items()):
+                x, y, error = zip(*line, strict=True)
+                x = x if numbers else [values.index(value) for value in x]
+                style = {"color": COLOURS[i % len(COLOURS)], "markersize": 4, "capsize": 2}
+                axes.errorbar(x, y, error, fmt="o-" if numbers else "o", label=label, **style)
+            if numbers:
+                set_scale(axes.xaxis, log=log, ticks=(1, 2, 5))
+            else:
+                axes.set_xticks(range(len(values)), [str(value) for value in values])
+                axes.margins(x=0.2)
+            axes.tick_params(labelsize=8)
+            axes.set_xlabel(key, color=GREY)
+            axes.set_title(panel.reading, loc="left", **TITLE)
+            axes.set_title(f"{'lower' if panel.lower else 'higher'} is better", loc="right", **NOTE)
+        if any(label for panel in panels for label in panel.lines):
+            grid[-1].legend(frameon=False, fontsize=8, labelcolor=BLACK)
+
+
+def plot_agreement(
+    png_path: PathLike, names: Sequence[str], value: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> None:
+    """Plots rank correlations [k, k] of scores as coloured cells, with their intervals in them."""
+    with figure_panels(png_path, 1, (2.6 + 1.1 * len(names), 1.6 + 0.8 * len(names))) as (axes,):
+        axes.grid(False)
+        axes.imshow(value, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
+        for i, j in np.ndindex(value.shape):
+            if i != j:
+                text = f"{value[i, j]:.2f}\n[{low[i, j]:.2f}, {high[i, j]:.2f}]"
+                colour = "white" if abs(value[i, j]) > 0.6 else BLACK
+                axes.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
+        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+        axes.set_yticks(range(len(names)), names)
+        axes.tick_params(labelsize=8)
+        axes.set_title("rank correlation over settings (Spearman)", loc="left", **TITLE)
