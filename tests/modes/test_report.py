@@ -475,27 +475,35 @@ def test_strings_of_files_are_text(tmp_path):
 
 
 def test_files_that_cannot_be_read_are_named(made, tmp_path):
-    """Each alone costs its own section; the rest of the report is there."""
+    """All of them at once, in several ways; alone, a file costs its own section."""
     step, whole = "00000008", shutil.copytree(made[0], tmp_path / "run")
     names = [f"eval/{step}/{n}" for n in ("metrics.json", "bpd.json", "rate_distortion.csv")]
-    names += [f"figures/{step}/{n}" for n in ("how.json", "quality.json", "samples.png")]
-    names += [f"frontier/{step}/frontier.csv", "data.json", "metrics.jsonl"]
-    off = "--config.report.samples=0"
-    for name in names:
-        content = (whole / name).read_bytes()
-        for damaged in (content[: len(content) // 2], b"\xff\xfe", b"[1]", b'{"scores": 3}'):
-            if name == "metrics.jsonl" and damaged[:1] != b"\xff":  # torn lines are passed over
-                continue
-            (whole / name).write_bytes(damaged)
-            page, out = report(whole, off)
-            problems = [line for line in out.splitlines() if line.startswith("warning")]
-            if name[-4:] != ".csv" or damaged[0] == 0xFF:
-                assert len(problems) >= 1, (name, damaged)
-            assert sum(len(cell) for cell in page.cells) > 1000
-            for problem in problems:
-                assert problem.removeprefix("warning    ") in page.cells
-                assert len(problem) < 400 and "Traceback" not in problem
+    names += [f"figures/{step}/{n}" for n in ("how.json", "quality.json", "memorisation.png")]
+    names += [f"frontier/{step}/frontier.csv", "data.json"]
+    contents = {name: (whole / name).read_bytes() for name in names}
+    ways = {  # and which kinds of files are none after it
+        "halves": (lambda content: content[: len(content) // 2], (".json", ".png")),
+        "no text": (lambda _: b"\xff\xfe", (".json", ".png", ".csv")),
+        "list": (lambda _: b"[1]", (".json", ".png")),
+        "strings": (lambda content: re.sub(rb"\d+", b'"x"', content), (".json", ".png")),
+    }
+    for damage, kinds in ways.values():
+        for name, content in contents.items():
+            (whole / name).write_bytes(damage(content))
+        page, out = report(whole, "--config.report.samples=0")
+        problems = [line[11:] for line in out.splitlines() if line.startswith("warning")]
+        assert all(problem in page.cells and len(problem) < 400 for problem in problems)
+        # how.json says which other files there are.
+        for name in (n for n in names if n.endswith(kinds) and not n.startswith("figures")):
+            assert any(problem.startswith(name) for problem in problems), (name, problems)
+        assert any("figures" in problem for problem in problems)
+    for name, content in contents.items():
         (whole / name).write_bytes(content)
+    (whole / names[1]).write_text("{")
+    page, out = report(whole, "--config.report.samples=0")
+    assert out.count("warning") == 1 and len(page.numbers) > 100
+    files = {number["data-source"].partition("#")[0] for number in page.numbers}
+    assert names[0] in files and names[1] not in files
 
 
 def refused(code, *args):
