@@ -260,7 +260,6 @@ def test_second_report_is_the_same_and_keeps_the_slider(made, tmp_path):
     assert before == after
     (workdir / "report" / "slider.png").write_bytes(b"torn")
     assert "drawing" in report(workdir)[1]
-    assert "drawing" in report(workdir, "--config.report.frames=3")[1]
     page, out = report(workdir, "--config.report.samples=0")
     assert "report.samples is 0" in " ".join(page.texts) and "input" not in page.tags
 
@@ -554,7 +553,7 @@ def test_sweep_s_report_has_its_table_plots_and_sentences(tmp_path):
     assert "More steps are <b>better</b>." in page.texts and len(page.images) == 1
     sources = {number["data-source"] for number in page.numbers}
     assert "sweep.json#/cells/0/readings/bits~1dim/mean" in sources
-    assert page.rows[-2] == ["process.T=1000", "0, 1", "failed", "not measured"]
+    assert ["process.T=1000", "0, 1", "failed", "not measured"] in page.rows
     assert [shlex.split(code)[2] for code in page.codes] == ["--mode=sweep"]
     for damaged in ("{", "[]", '{"name": "x", "keys": ["a"], "cells": [3], "sentences": []}'):
         (folder / "sweep.json").write_text(damaged)
