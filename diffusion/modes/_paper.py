@@ -10,7 +10,7 @@ from diffusion.plotting.report_page import NO_ERROR, OUTSIDE, WITHIN, Grade, Num
 from diffusion.runtime.config import TRAINING_KEYS, fill_defaults, flatten
 from diffusion.utils.errors import one_line
 
-PAPER = "arXiv:2006.11239"
+ARXIV = "arXiv:2006.11239"
 
 
 class PaperRow(NamedTuple):
@@ -68,7 +68,7 @@ TITLES = {
     "Table 3": "Table 3: LSUN at 256x256",
 }
 # Section 4.3, of the L_simple model: {what: (key of bpd.json, printed)}.
-LOSSLESS = {
+SECTION_4_3 = {
     "rate (bits/dim)": ("rate", "1.78"),
     "distortion (bits/dim)": ("L_0", "1.97"),
     "RMSE (0-255)": ("rmse", "0.95"),
@@ -92,8 +92,8 @@ TABLE_4 = (
 FID_CURVE = ((46_800, 9.16), (93_600, 5.78), (187_000, 4.08), (421_000, 3.31), (796_000, 3.19))
 
 # What does not decide whether a training is the paper's: chance, and how the work is cut up.
-FREE = ("seed", "data.source", "optim.clip_groups", "optim.accumulate", "model.remat")
-FREE += ("train.init_weights",)
+IRRELEVANT_KEYS = ("seed", "data.source", "optim.clip_groups", "optim.accumulate", "model.remat")
+IRRELEVANT_KEYS += ("train.init_weights",)
 SAMPLING = ("sampler.name", "sampler.grid", "sampler.steps", "sampler.times", "sampler.clip")
 SAMPLING += ("sampler.threshold", "sampler.variance", "sampler.guidance", "eval.reference_num")
 SAMPLING += ("eval.resize", "sample.label")
@@ -102,11 +102,11 @@ SAMPLING += ("eval.resize", "sample.label")
 def printed(text: str, where: str) -> Number:
     """Returns a number as the paper prints it, "9.46 ± 0.11" or "≤ 3.75"; where: "Table 1/IS"."""
     value, _, error = text.removeprefix("≤ ").partition(" ± ")
-    source = f"{PAPER}#/{where}"
+    source = f"{ARXIV}#/{where}"
     return Number(float(value), source, float(error) if error else None, source, text)
 
 
-def compare(ours: Number, paper: Number) -> Grade:
+def compare_with_paper(ours: Number, paper: Number) -> Grade:
     """Returns the grade of a number that was measured in the paper's setting.
 
     It is within where the difference is at most the paper's ±; without one, the difference is said.
@@ -130,7 +130,7 @@ def other_setting(config: Mapping[str, Any], name: str, keys: tuple[str, ...]) -
     return [
         f"{key} {one_line(own[key], 40)} for {one_line(value, 40)}"
         for key, value in paper.items()
-        if key.startswith(keys) and not key.startswith(FREE) and own[key] != value
+        if key.startswith(keys) and not key.startswith(IRRELEVANT_KEYS) and own[key] != value
     ]
 
 

@@ -10,48 +10,48 @@ from diffusion.modes._paper import (
     BPD_TRAIN,
     FID,
     FID_CURVE,
-    LOSSLESS,
     PLACES,
     SAMPLES,
     SAMPLING,
+    SECTION_4_3,
     TABLE_4,
     TABLES,
     TITLES,
     PaperRow,
-    compare,
+    compare_with_paper,
     experiment_of,
     other_setting,
     printed,
 )
-from diffusion.modes._report_files import StoredFile, Subject, command
+from diffusion.modes._report_files import StoredFile, Subject, mode_command
 from diffusion.modes._report_sections import drawn, rate_and_rmse, step_text
 from diffusion.plotting import curves
 from diffusion.plotting.report_page import (
     NOT_MEASURED,
     OTHER,
-    Cell,
     Command,
     Grade,
     Number,
-    Part,
+    ReportPart,
     Table,
+    TableCell,
 )
 from diffusion.runtime.config import TRAINING_KEYS
 
 MAX_REASONS = 4  # that a grade gives
 FILES = "bpd.json", "rate_distortion.csv"
-COLUMNS = "model", "score", "here", "the paper's", "grade", "what measures it"
-INCEPTION = "--config.eval.features=('inception',)"
+PAPER_COLUMNS = "model", "score", "here", "the paper's", "grade", "what measures it"
+INCEPTION_FLAG = "--config.eval.features=('inception',)"
 
 
-class Measured(NamedTuple):
+class OwnNumber(NamedTuple):
     """A number of ours; other: how its setting differs from the paper's, [] if it does not."""
 
     number: Number
     other: Sequence[str]
 
 
-def paper_tables(s: Subject) -> list[Part]:
+def paper_tables(s: Subject) -> list[ReportPart]:
     """Shows the tables of the paper that are of these data, every row with its grade."""
     data, parts = s.config.data.name, []
     these = f"not comparable, as these data are {data or s.config.data.source or 'not known'}"
@@ -65,7 +65,7 @@ def paper_tables(s: Subject) -> list[Part]:
         if not own:
             reasons = Grade(OTHER, some(other_setting(s.config, data, TRAINING_KEYS)))
             cells += [["here", score, m.number, "", reasons, ""] for score, m in found.items()]
-        parts.append(Table(TITLES[name], COLUMNS, cells))
+        parts.append(Table(TITLES[name], PAPER_COLUMNS, cells))
     if data == "cifar10":
         return [*parts, *lossless(s, own, found), *fid_curve(s), f"Table 3: {these}."]
     return [*parts, f"Tables 1, 2 and 4: {these}."]
@@ -83,10 +83,10 @@ def some(reasons: Sequence[str]) -> str:
 
 
 def row_cells(
-    s: Subject, table: str, row: PaperRow, own: str, found: dict[str, Measured]
-) -> list[list[Cell]]:
+    s: Subject, table: str, row: PaperRow, own: str, found: dict[str, OwnNumber]
+) -> list[list[TableCell]]:
     """Returns a line for each score of a row of the paper's, or one where it has none."""
-    lines: list[list[Cell]] = []
+    lines: list[list[TableCell]] = []
     for score in row.scores or (FID,):
         text = row.scores.get(score, "")
         paper = printed(text, f"{table}/{row.name}/{score}") if text else "unstable"
@@ -101,22 +101,22 @@ def row_cells(
     return lines
 
 
-def grade(ours: Measured, paper: Number | str) -> Grade:
+def grade(ours: OwnNumber, paper: Number | str) -> Grade:
     """Returns how a number compares, or why it does not."""
     if ours.other:
         return Grade(OTHER, some(ours.other))
     if isinstance(paper, str):
         return Grade(OTHER, "the paper has no number")
-    return compare(ours.number, paper)
+    return compare_with_paper(ours.number, paper)
 
 
 def making(s: Subject, score: str) -> Command:
     """Returns the command that measures a score of the work directory as the paper did."""
     if score in (BPD, BPD_TRAIN):
         split = ["--config.bpd.split=train"] if score == BPD_TRAIN else []
-        return command(s.files.workdir, "bpd", *split)
+        return mode_command(s.files.workdir, "bpd", *split)
     num = [] if s.config.eval.num >= SAMPLES else [f"--config.eval.num={SAMPLES}"]
-    return command(s.files.workdir, "eval", INCEPTION, *num)
+    return mode_command(s.files.workdir, "eval", INCEPTION_FLAG, *num)
 
 
 def training_of(name: str) -> Command:
@@ -126,12 +126,12 @@ def training_of(name: str) -> Command:
     return Command(f"python main.py --config={config} --workdir=runs/{name.replace(':', '-')}")
 
 
-def measured(s: Subject) -> dict[str, Measured]:
+def measured(s: Subject) -> dict[str, OwnNumber]:
     """Returns what a work directory has measured of the paper's scores.
 
     FID is the least of the steps that were evaluated, as the paper's; the others are of its step.
     """
-    found: dict[str, Measured] = {}
+    found: dict[str, OwnNumber] = {}
     files = [s.files.read(f"{f}/metrics.json") for f in s.files.having("eval", "metrics.json")]
     files = [file for file in files if file and "ema" in file.at("scores")]
     least = min(reversed(files), key=fid_of, default=None)
@@ -139,14 +139,14 @@ def measured(s: Subject) -> dict[str, Measured]:
         path = "scores", "ema", *keys
         if keys[1] in least.at("scores", "ema").get(keys[0], {}):
             number = least.number(*path, "value", error=(*path, "error"))
-            found[score] = Measured(number, other_sampling(s, least))
+            found[score] = OwnNumber(number, other_sampling(s, least))
     if (folder := s.newest("eval", "bpd.json")) and (file := s.files.read(f"{folder}/bpd.json")):
         bound = next(iter(file.at("bits_per_dim")))
         path = "bits_per_dim", bound
         score = BPD_TRAIN if file.at("split", kind=str) == "train" else BPD
         number = file.number(*path, "mean", error=(*path, "error"))
         part = file.at("config", "bpd", "num", kind=int)
-        found[score] = Measured(number, [f"of {part:,} images"] if part else [])
+        found[score] = OwnNumber(number, [f"of {part:,} images"] if part else [])
     return found
 
 
@@ -167,7 +167,7 @@ def other_sampling(s: Subject, file: StoredFile) -> list[str]:
 # Section 4.3, Table 4 and the curve of FID
 
 
-def lossless(s: Subject, own: str, found: dict[str, Measured]) -> list[Part]:
+def lossless(s: Subject, own: str, found: dict[str, OwnNumber]) -> list[ReportPart]:
     """Shows Section 4.3's rate and distortion, and Table 4: both are of L_simple on test."""
     folder = s.newest("eval", "bpd.json") if BPD in found else ""
     file, curve = (s.files.read(f"{folder}/{name}") if folder else None for name in FILES)
@@ -175,15 +175,15 @@ def lossless(s: Subject, own: str, found: dict[str, Measured]) -> list[Part]:
     if own != "cifar10":
         other = other_setting(s.config, "cifar10", TRAINING_KEYS) + other
     how = making(s, BPD) if own == "cifar10" else training_of("cifar10")
-    rows: list[list[Cell]] = []
-    for what, (key, text) in LOSSLESS.items():
+    rows: list[list[TableCell]] = []
+    for what, (key, text) in SECTION_4_3.items():
         paper, line = printed(text, f"Section 4.3/{key}"), [Grade(NOT_MEASURED), how]
         if file:
             ours = file.number(key, "mean", error=(key, "error"))
-            line = [grade(Measured(ours, other), paper), ""]
+            line = [grade(OwnNumber(ours, other), paper), ""]
         rows.append([what, ours if file else "", paper, *line])
     title = "Section 4.3: lossless codelength of L_simple, CIFAR-10 test"
-    parts: list[Part] = [Table(title, ("", *COLUMNS[2:]), rows)]
+    parts: list[ReportPart] = [Table(title, ("", *PAPER_COLUMNS[2:]), rows)]
     T, rows = TABLE_4[0][0], []
     for step, *values in TABLE_4:
         papers = [
@@ -193,7 +193,7 @@ def lossless(s: Subject, own: str, found: dict[str, Measured]) -> list[Part]:
         cells = ["", ""]
         last = Grade(NOT_MEASURED)
         if curve and len(curve.at(kind=list)) == T:
-            cells = [Measured(number, other) for number in rate_and_rmse(curve, step - 1)]
+            cells = [OwnNumber(number, other) for number in rate_and_rmse(curve, step - 1)]
             both = [grade(*pair) for pair in zip(cells, papers, strict=True)]
             last = Grade(both[0].name, "; ".join(dict.fromkeys(g.about for g in both)))
             cells = [cell.number for cell in cells]
@@ -203,10 +203,10 @@ def lossless(s: Subject, own: str, found: dict[str, Measured]) -> list[Part]:
     return [*parts, Table(title, (*columns, "grade"), rows)]
 
 
-def fid_curve(s: Subject) -> list[Part]:
+def fid_curve(s: Subject) -> list[ReportPart]:
     """Shows FID against training steps, beside an independent training's."""
     lines: dict[str, list[curves.Point]] = {}
-    rows: list[list[Cell]] = []
+    rows: list[list[TableCell]] = []
     for folder in s.files.having("eval", "metrics.json"):
         file = s.files.read(f"{folder}/metrics.json")
         for name in file.at("scores").get("ema", {}).get("train", {}) if file else ():

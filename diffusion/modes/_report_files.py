@@ -17,7 +17,7 @@ from diffusion.utils.errors import DataError, error_text, one_line
 from diffusion.utils.io import read_bytes
 
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # as metrics.jsonl has them
-KINDS = {dict: "an object", list: "a list", str: "a text"}
+JSON_KINDS = {dict: "an object", list: "a list", str: "a text"}
 
 
 class StoredFile(NamedTuple):
@@ -35,7 +35,7 @@ class StoredFile(NamedTuple):
             except (KeyError, IndexError, TypeError):
                 raise self._unexpected(keys, "a value", "none") from None
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise self._unexpected(keys, KINDS.get(kind, "a number"), value)
+            raise self._unexpected(keys, JSON_KINDS.get(kind, "a number"), value)
         return value
 
     def number(self, *keys: Any, error: tuple = ()) -> Number:
@@ -64,7 +64,7 @@ def file_name(text: str) -> str:
     return re.sub(r"[^\w.-]", "_", text)
 
 
-def command(workdir: epath.Path, mode: str, *options: str) -> Command:
+def mode_command(workdir: epath.Path, mode: str, *options: str) -> Command:
     """Returns the command line of a mode on a work directory."""
     words = [f"--mode={mode}"] * (mode != "train") + [f"--workdir={workdir}", *options]
     return Command(f"python main.py {shlex.join(words)}")
@@ -86,7 +86,7 @@ class Subject(NamedTuple):
 
     def lacks(self, what: str, mode: str, *options: str) -> None:
         """Notes what is missing, and how it is made."""
-        self.missing.append((what, command(self.files.workdir, mode, *options)))
+        self.missing.append((what, mode_command(self.files.workdir, mode, *options)))
 
     def lacks_newest(self, folder: str, what: str, mode: str) -> None:
         """Notes results that are missing, "" as folder, or not of the newest checkpoint."""

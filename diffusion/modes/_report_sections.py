@@ -13,7 +13,7 @@ from configs import default
 from diffusion.metrics import CLASSIFIER_SCORES
 from diffusion.modes._report_files import StoredFile, Subject, file_name
 from diffusion.plotting import curves
-from diffusion.plotting.report_page import Cell, Number, Part, Picture, Table
+from diffusion.plotting.report_page import Number, Picture, ReportPart, Table, TableCell
 from diffusion.runtime.config import flatten
 
 FIGURES = {  # of modes.figures: {name: title}
@@ -60,9 +60,9 @@ def thinned(rows: Sequence[Any]) -> list[Any]:
     return [rows[round(i * (len(rows) - 1) / (MAX_ROWS - 1))] for i in range(MAX_ROWS)]
 
 
-def summary(s: Subject) -> list[Part]:
+def main_numbers(s: Subject) -> list[ReportPart]:
     """Shows the numbers that are looked for first."""
-    rows: list[list[Cell]] = []
+    rows: list[list[TableCell]] = []
     folder = s.newest("eval", "bpd.json")
     if file := folder and s.files.read(f"{folder}/bpd.json"):
         for what in file.at("bits_per_dim"):
@@ -77,11 +77,13 @@ def summary(s: Subject) -> list[Part]:
                 for name in filter(is_main, file.at("scores", weights, reference)):
                     words = f"{name} {against(reference)}" if reference else name
                     words += f", {weights} weights"
-                    rows.append([words, step_of(folder), score(file, weights, reference, name)])
+                    rows.append(
+                        [words, step_of(folder), score_number(file, weights, reference, name)]
+                    )
     return [Table("", ("", "step", "number"), rows)] if rows else []
 
 
-def samples(s: Subject) -> list[Part]:
+def sample_pictures(s: Subject) -> list[ReportPart]:
     """Shows the newest pictures of the training, and those of --mode=eval."""
     folder, words = s.files.workdir / "samples", {"ema": "averaged", "raw": "raw"}
     names = sorted(p.name for p in folder.glob("*.png")) if folder.is_dir() else []
@@ -97,7 +99,7 @@ def samples(s: Subject) -> list[Part]:
     return [part for part in parts if part]
 
 
-def training(s: Subject) -> list[Part]:
+def training_curves(s: Subject) -> list[ReportPart]:
     """Shows what metrics.jsonl has: the loss, the readings and the last value of everything."""
     log = s.files.read("metrics.jsonl")
     if not log or not log.at():
@@ -109,14 +111,14 @@ def training(s: Subject) -> list[Part]:
             steps.setdefault(name, []).append(step)
     steps.pop("time", None)
     read = [name for name in steps if name.startswith("eval/") and not name.endswith("_error")]
-    parts: list[Part] = []
+    parts: list[ReportPart] = []
     if "train/loss" in steps:
         path = s.files.workdir / log.name
         args = functools.partial(curves.plot_loss, path), "train/loss"
         picture = drawn("loss.png", "The training loss", log.name, *args)
         parts.append(picture._replace(half=True))
     for name in read:
-        found = [(step, reading(log, step, name)) for step in steps[name]]
+        found = [(step, logged_number(log, step, name)) for step in steps[name]]
         points = [(float(step), x.value, x.error or 0.0) for step, x in found]
         short = name.removeprefix("eval/")
         args = log.name, curves.plot_readings, short, {short: points}
@@ -125,12 +127,12 @@ def training(s: Subject) -> list[Part]:
     if not read and (s.step or 0) < s.config.train.steps:
         s.lacks("Readings during the training", "train", "--config.train.eval_every=1000")
     last = [(name, at[-1]) for name, at in steps.items() if not name.endswith("_error")]
-    rows = [(name, step_text(step), reading(log, step, name)) for name, step in last]
+    rows = [(name, step_text(step), logged_number(log, step, name)) for name, step in last]
     parts.append(Table("The last of each value", ("", "step", "number"), rows))
     own = [name for name in ("train/loss", "train/grad_norm", "train/lr") if name in steps]
     for title, names in (("readings", read), ("loss", own)):
         rows = [
-            [step_text(step), *(reading(log, step, n) if n in record else "" for n in names)]
+            [step_text(step), *(logged_number(log, step, n) if n in record else "" for n in names)]
             for step, record in log.at().items()
             if set(names) & set(record)
         ]
@@ -140,13 +142,13 @@ def training(s: Subject) -> list[Part]:
     return parts
 
 
-def reading(log: StoredFile, step: str, name: str) -> Number:
+def logged_number(log: StoredFile, step: str, name: str) -> Number:
     """Returns a value of metrics.jsonl, with the error that was logged beside it."""
     error = (step, f"{name}_error") if f"{name}_error" in log.at(step) else ()
     return log.number(step, name, error=error)
 
 
-def scores(s: Subject) -> list[Part]:
+def scores(s: Subject) -> list[ReportPart]:
     """Shows the scores of the newest checkpoint that has some, of others, and of given images."""
     newest, parts = s.newest("eval", "metrics.json"), []
     if file := newest and s.files.read(f"{newest}/metrics.json"):
@@ -164,7 +166,10 @@ def scores(s: Subject) -> list[Part]:
             for reference in references:
                 for name in file.at("scores", weights, reference):
                     if is_main(name):
-                        n, cell = file.number("samples"), score(file, weights, reference, name)
+                        n, cell = (
+                            file.number("samples"),
+                            score_number(file, weights, reference, name),
+                        )
                         rows.append((about, n, name, against(reference), cell))
     if rows:
         columns = "images", "how many", "score", "", "number"
@@ -187,9 +192,9 @@ def score_table(file: StoredFile, weights: str) -> Table:
     """Returns all scores of some weights in a metrics.json, a reference a column."""
     order = sorted(file.at("scores", weights), key=lambda reference: not reference)  # "" is last
     by = {reference: file.at("scores", weights, reference) for reference in order}
-    rows: list[list[Cell]] = [["samples", file.number("samples"), *[""] * (len(by) - 1)]]
+    rows: list[list[TableCell]] = [["samples", file.number("samples"), *[""] * (len(by) - 1)]]
     for name in dict.fromkeys(name for named in by.values() for name in named):
-        cells = (score(file, weights, r, name) if name in by[r] else "" for r in by)
+        cells = (score_number(file, weights, r, name) if name in by[r] else "" for r in by)
         rows.append([name, *cells])
     step = step_text(file.at("step", kind=int))
     title = f"Samples of step {step}, {weights} weights, {sampler_text(file)}"
@@ -205,13 +210,13 @@ def sampler_text(file: StoredFile) -> str:
     return f"{words}, {len(seeds)} seeds" if len(seeds) > 1 else words
 
 
-def score(file: StoredFile, *keys: str) -> Number:
+def score_number(file: StoredFile, *keys: str) -> Number:
     """Returns a score of metrics.json with its error."""
     path = "scores", *keys
     return file.number(*path, "value", error=(*path, "error"))
 
 
-def likelihood(s: Subject) -> list[Part]:
+def likelihood(s: Subject) -> list[ReportPart]:
     """Shows bits/dim beside the baselines, their terms, and rate and distortion over t."""
     folder, parts = s.newest("eval", "bpd.json"), []
     s.lacks_newest(folder, "Bits/dim", "bpd")
@@ -261,7 +266,7 @@ def rate_and_rmse(curve: StoredFile, i: int) -> tuple[Number, Number]:
     )
 
 
-def figures(s: Subject) -> list[Part]:
+def figures(s: Subject) -> list[ReportPart]:
     """Shows the figures of the newest checkpoint that has some, and the numbers behind them."""
     folder, parts = s.newest("figures", "how.json"), []
     s.lacks_newest(folder, "The figures", "figures")
@@ -294,7 +299,7 @@ def figures(s: Subject) -> list[Part]:
     return [part for part in parts if part]
 
 
-def zip_numbers(file: StoredFile, lists: Sequence[tuple[str, ...]]) -> list[list[Cell]]:
+def zip_numbers(file: StoredFile, lists: Sequence[tuple[str, ...]]) -> list[list[TableCell]]:
     """Returns a row for each index of the lists below the keys; shorter ones end earlier."""
     lengths = [len(file.at(*keys, kind=list)) for keys in lists]
     return thinned(
@@ -305,7 +310,7 @@ def zip_numbers(file: StoredFile, lists: Sequence[tuple[str, ...]]) -> list[list
     )
 
 
-def frontier(s: Subject) -> list[Part]:
+def frontier(s: Subject) -> list[ReportPart]:
     """Shows the table and the picture of --mode=frontier."""
     folder = s.newest("frontier", "frontier.csv")
     s.lacks_newest(folder, "Quality against cost of samplers", "frontier")
@@ -327,7 +332,7 @@ def frontier(s: Subject) -> list[Part]:
     return [part for part in (picture, table) if part]
 
 
-def compression(s: Subject) -> list[Part]:
+def codec_tables(s: Subject) -> list[ReportPart]:
     """Shows what --mode=compress has measured."""
     folder, parts = s.newest("eval", "codec.json"), []
     if file := folder and s.files.read(f"{folder}/codec.json"):
@@ -350,9 +355,9 @@ def compression(s: Subject) -> list[Part]:
     return [part for part in parts if part]
 
 
-def settings(s: Subject) -> list[Part]:
+def settings(s: Subject) -> list[ReportPart]:
     """Shows the data, the versions and the configuration."""
-    parts: list[Part] = []
+    parts: list[ReportPart] = []
     if data := s.files.read("data.json"):
         rows = [(key, data.number(key)) for key in ("images", "classes") if data.at().get(key)]
         rows += [(k, str(data.at().get(k))) for k in ("shape", "mark") if k in data.at()]

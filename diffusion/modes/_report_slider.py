@@ -21,8 +21,8 @@ from diffusion.utils.errors import ConfigError, DataError, WorkdirError
 from diffusion.utils.io import read_bytes, save_bytes, save_json
 from diffusion.utils.multihost import broadcast_from_primary, is_primary
 
-MAX_SIDE = 128  # pixels of a sample on the page, larger ones are averaged over blocks
-NAME = "slider.png"
+MAX_SHOWN_SIDE = 128  # pixels of a sample on the page, larger ones are averaged over blocks
+SPRITE = "slider.png"
 
 
 class Frames(NamedTuple):
@@ -73,7 +73,7 @@ def make_slider(run: Run) -> Slider | str:
         logging.info(f"drawing    {what}")
         frames = draw_frames(trained, c.samples, c.frames)
         if is_primary():
-            save_bytes(folder / NAME, sprite_png(frames))
+            save_bytes(folder / SPRITE, sprite_png(frames))
             save_json(folder / "slider.json", {"setting": setting, "t": frames.t.tolist()})
     return read_slider(folder, trained.step) if is_primary() else ""
 
@@ -81,7 +81,7 @@ def make_slider(run: Run) -> Slider | str:
 def is_kept(folder: epath.Path, setting: dict[str, Any]) -> bool:
     """Returns whether a report of the same setting has left its slider."""
     try:
-        with Image.open(io.BytesIO(read_bytes(folder / NAME))) as image:
+        with Image.open(io.BytesIO(read_bytes(folder / SPRITE))) as image:
             image.load()
         return json.loads((folder / "slider.json").read_text())["setting"] == setting
     except Exception:  # Pillow raises anything for a damaged file
@@ -90,7 +90,7 @@ def is_kept(folder: epath.Path, setting: dict[str, Any]) -> bool:
 
 def sprite_png(frames: Frames) -> bytes:
     """Returns a PNG of all frames, one below the other: x_t above the predicted x_0."""
-    n, k = frames.x.shape[1], -(-max(frames.x.shape[2:4]) // MAX_SIDE)
+    n, k = frames.x.shape[1], -(-max(frames.x.shape[2:4]) // MAX_SHOWN_SIDE)
     pages = [
         image_grid(reduced(np.concatenate(pair), k), n)
         for pair in zip(frames.x, frames.x_0, strict=True)
@@ -114,7 +114,7 @@ def png_bytes(image: np.ndarray) -> bytes:
 
 def read_slider(folder: epath.Path, step: int) -> Slider:
     """Returns the slider that is kept in a folder."""
-    sprite, note = read_bytes(folder / NAME), json.loads((folder / "slider.json").read_text())
+    sprite, note = read_bytes(folder / SPRITE), json.loads((folder / "slider.json").read_text())
     t, setting = note["t"], note["setting"]
     with Image.open(io.BytesIO(sprite)) as image:
         pixels = np.asarray(image.convert("RGB"))
@@ -122,6 +122,6 @@ def read_slider(folder: epath.Path, step: int) -> Slider:
     title = f"The reverse process of {setting['samples']} samples, step {step:,}"
     words = "Above xₜ, below the image predicted from it"
     sampler = f"{setting['sampler.name']}, seed {setting['sample.seed']}"
-    made = Picture(NAME, sprite, title, "the newest checkpoint", f"{words}; by {sampler}")
+    made = Picture(SPRITE, sprite, title, "the newest checkpoint", f"{words}; by {sampler}")
     last = made._replace(name="slider_last.png", content=png_bytes(pixels[-h:]))
     return Slider(made, last, (h, pixels.shape[1]), [f"t = {x:,}" for x in t])

@@ -8,18 +8,18 @@ from collections.abc import Callable
 
 from diffusion.modes import _report_sections as sections
 from diffusion.modes._paper_tables import paper_tables
-from diffusion.modes._report_files import StoredFile, Subject, WorkFiles, command
+from diffusion.modes._report_files import StoredFile, Subject, WorkFiles, mode_command
 from diffusion.modes._report_slider import make_slider
 from diffusion.plotting.report_markdown import report_markdown
 from diffusion.plotting.report_page import (
     NOT_MEASURED,
-    Cell,
     Grade,
-    Part,
-    Report,
+    ReportPage,
+    ReportPart,
     Section,
     Slider,
     Table,
+    TableCell,
     pictures_of,
     report_html,
 )
@@ -27,20 +27,20 @@ from diffusion.runtime.config import Run
 from diffusion.runtime.workdir import load_config
 from diffusion.utils import checkpoint_files, logging
 from diffusion.utils.errors import DataError, WorkdirError, one_line
-from diffusion.utils.io import save_bytes, save_text
+from diffusion.utils.io import absolute, save_bytes, save_text
 from diffusion.utils.multihost import is_primary
 
 SWEEP = "sweep.json"
-SECTIONS: dict[str, Callable[[Subject], list[Part]]] = {
-    "Summary": sections.summary,
+SECTIONS: dict[str, Callable[[Subject], list[ReportPart]]] = {
+    "Summary": sections.main_numbers,
     "The paper's tables": paper_tables,
-    "Samples": sections.samples,
-    "Training": sections.training,
+    "Samples": sections.sample_pictures,
+    "Training": sections.training_curves,
     "Scores": sections.scores,
     "Bits per dimension": sections.likelihood,
     "Figures": sections.figures,
     "Samplers": sections.frontier,
-    "Compression": sections.compression,
+    "Compression": sections.codec_tables,
     "Data, versions and configuration": sections.settings,
 }
 
@@ -53,7 +53,7 @@ def run(run: Run) -> None:
     """
     files = WorkFiles(run.workdir)
     if not files.has(SWEEP) and (run.workdir / "cells").is_dir():
-        how = command(run.workdir, "sweep").text
+        how = mode_command(run.workdir, "sweep").text
         raise WorkdirError(f"{run.workdir}: expected a complete sweep; run {how}")
     if files.has(SWEEP):
         report = sweep_report(files)
@@ -69,7 +69,7 @@ def run(run: Run) -> None:
         write_report(report, files)
 
 
-def write_report(report: Report, files: WorkFiles) -> None:
+def write_report(report: ReportPage, files: WorkFiles) -> None:
     """Writes the page, the Markdown and its pictures."""
     folder = files.workdir / "report"
     for name, content in pictures_of(report).items():
@@ -81,7 +81,7 @@ def write_report(report: Report, files: WorkFiles) -> None:
     logging.info(f"done       {folder}/report.html, report.md")
 
 
-def workdir_report(run: Run, files: WorkFiles, slider: Slider | str) -> Report:
+def workdir_report(run: Run, files: WorkFiles, slider: Slider | str) -> ReportPage:
     """Gathers what a work directory has; reports what it lacks."""
     steps = checkpoint_files.step_folders(run.workdir / "checkpoints")
     step = next(iter(steps), None)
@@ -98,10 +98,12 @@ def workdir_report(run: Run, files: WorkFiles, slider: Slider | str) -> Report:
     about = f"Data {c.data.name or c.data.source}; {c.process.T:,} steps, schedule "
     about += f"{c.process.schedule}; target {c.target}; loss {c.loss.name}; variance {c.variance}. "
     about += "Every table names the files of its numbers, and each number its place there."
-    return Report(f"Report of {run.workdir.name}", about, made)
+    return ReportPage(f"Report of {absolute(run.workdir).name}", about, made)
 
 
-def parts_of(title: str, make: Callable[[Subject], list[Part]], s: Subject) -> list[Part]:
+def parts_of(
+    title: str, make: Callable[[Subject], list[ReportPart]], s: Subject
+) -> list[ReportPart]:
     """Returns the parts of a section; files of another form than expected are a problem."""
     try:
         return make(s)
@@ -116,7 +118,7 @@ def parts_of(title: str, make: Callable[[Subject], list[Part]], s: Subject) -> l
 
 def missing(s: Subject) -> list[Section]:
     """Returns what is missing, with the commands that make it, and the files that are damaged."""
-    parts: list[Part] = []
+    parts: list[ReportPart] = []
     if s.missing:
         parts.append(Table("", ("not there", "the command that makes it"), s.missing))
     if s.files.problems:
@@ -128,13 +130,13 @@ def missing(s: Subject) -> list[Section]:
 # Sweeps
 
 
-def sweep_report(files: WorkFiles) -> Report:
+def sweep_report(files: WorkFiles) -> ReportPage:
     """Returns the report of a sweep's folder. Raises WorkdirError if sweep.json is damaged."""
     file = files.read(SWEEP)
     if not file:
         raise WorkdirError(f"{files.workdir}/{files.problems[0]}")
     try:
-        return Report(*sweep_content(file, files))
+        return ReportPage(*sweep_content(file, files))
     except DataError as error:
         raise WorkdirError(f"{files.workdir}/{error}") from error
 
@@ -143,18 +145,18 @@ def sweep_content(file: StoredFile, files: WorkFiles) -> tuple[str, str, list[Se
     """Returns the title, the line below it and the sections. Raises DataError."""
     cells = range(len(file.at("cells", kind=list)))
     names = list(dict.fromkeys(name for i in cells for name in file.at("cells", i, "readings")))
-    rows: list[list[Cell]] = []
+    rows: list[list[TableCell]] = []
     for i in cells:
         seeds = ", ".join(map(str, file.at("cells", i, "seeds", kind=list)))
         numbers = (sweep_reading(file, i, name) for name in names)
         rows.append([file.at("cells", i, "cell", kind=str), seeds, *numbers])
-    parts: list[Part] = [str(sentence) for sentence in file.at("sentences", kind=list)]
+    parts: list[ReportPart] = [str(sentence) for sentence in file.at("sentences", kind=list)]
     parts.append(Table("The settings", ("setting", "seeds", *names), rows))
     found = sorted(path.name for path in files.workdir.glob("*.png"))
     plots = [files.picture(name, name.removesuffix(".png")) for name in found]
     made = [Section("Results", parts), Section("Plots", [plot for plot in plots if plot])]
     if any(NOT_MEASURED in map(grade_name, row) for row in rows):
-        how = command(files.workdir, "sweep")
+        how = mode_command(files.workdir, "sweep")
         table = Table("", ("not there", "the command that makes it"), [("readings", how)])
         made.append(Section("What is missing", [table]))
     keys = ", ".join(map(str, file.at("keys", kind=list)))
@@ -162,7 +164,7 @@ def sweep_content(file: StoredFile, files: WorkFiles) -> tuple[str, str, list[Se
     return title, f"{len(rows)} settings of {keys}.", [each for each in made if each.parts]
 
 
-def sweep_reading(file: StoredFile, i: int, name: str) -> Cell:
+def sweep_reading(file: StoredFile, i: int, name: str) -> TableCell:
     """Returns a reading of a setting, or that it is not there or that its trainings failed."""
     path = "cells", i, "readings", name
     if name not in file.at(*path[:-1]):
@@ -172,6 +174,6 @@ def sweep_reading(file: StoredFile, i: int, name: str) -> Cell:
     return file.number(*path, "mean", error=(*path, "error"))
 
 
-def grade_name(cell: Cell) -> str:
+def grade_name(cell: TableCell) -> str:
     """Returns the name of a grade, "" for another cell."""
     return cell.name if isinstance(cell, Grade) else ""

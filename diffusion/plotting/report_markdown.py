@@ -4,21 +4,21 @@ import html
 import re
 
 from diffusion.plotting.report_page import (
-    Cell,
     Command,
     Grade,
     Number,
-    Part,
     Picture,
-    Report,
+    ReportPage,
+    ReportPart,
     Slider,
     Table,
+    TableCell,
     shown,
     sources_of,
 )
 
 
-def report_markdown(report: Report) -> str:
+def report_markdown(report: ReportPage) -> str:
     """Returns the report as GitHub's Markdown; its pictures are the files of `pictures_of`."""
     blocks = [f"# {as_text(report.title)}", _paragraph(report.about)]
     for section in report.sections:
@@ -38,7 +38,7 @@ def _paragraph(text: str) -> str:
     return re.sub(r"^(?=[-+=]|\d+[.)])", "&#8203;", as_text(text))  # no list
 
 
-def _part(part: Part) -> str:
+def _part(part: ReportPart) -> str:
     if isinstance(part, str):
         return _paragraph(part)
     if isinstance(part, Picture):
@@ -68,7 +68,7 @@ def _table(table: Table) -> str:
     return "\n\n".join(filter(None, (title, lines, _paragraph(origin), end)))
 
 
-def _cell(cell: Cell) -> str:
+def _cell(cell: TableCell) -> str:
     if isinstance(cell, Number):
         return as_text(shown(cell))
     if isinstance(cell, Grade):

@@ -48,7 +48,7 @@ class Command(NamedTuple):
     text: str
 
 
-Cell = str | Number | Grade | Command
+TableCell = str | Number | Grade | Command
 
 
 class Table(NamedTuple):
@@ -56,7 +56,7 @@ class Table(NamedTuple):
 
     title: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
+    rows: Sequence[Sequence[TableCell]]
     folded: bool = False
     note: str = ""
 
@@ -92,17 +92,17 @@ class Slider(NamedTuple):
     labels: Sequence[str]
 
 
-Part = str | Table | Picture | Slider  # a str is a paragraph
+ReportPart = str | Table | Picture | Slider  # a str is a paragraph
 
 
 class Section(NamedTuple):
     """A part of a report under a heading."""
 
     title: str
-    parts: Sequence[Part]
+    parts: Sequence[ReportPart]
 
 
-class Report(NamedTuple):
+class ReportPage(NamedTuple):
     """What a report says. about: a paragraph below its title."""
 
     title: str
@@ -110,7 +110,7 @@ class Report(NamedTuple):
     sections: Sequence[Section]
 
 
-def pictures_of(report: Report) -> dict[str, bytes]:
+def pictures_of(report: ReportPage) -> dict[str, bytes]:
     """Returns {file name: content} of the pictures that Markdown shows."""
     parts = itertools.chain.from_iterable(section.parts for section in report.sections)
     found = (part.sprite if isinstance(part, Slider) else part for part in parts)
@@ -146,7 +146,7 @@ def shown(number: Number) -> str:
 # HTML
 
 
-STYLE = """
+REPORT_STYLE = """
 h1 { line-height: 1.2; overflow-wrap: anywhere; } h2 { margin: 2.2rem 0 .6rem; }
 :root { --good: #17703a; --bad: #b3261e; }
 @media (prefers-color-scheme: dark) { :root { --good: #6fd195; --bad: #ff9a91; } }
@@ -180,7 +180,7 @@ td { vertical-align: top; } td:first-child { min-width: 8rem; } td:has(.grade) {
   .wide { overflow: visible; } :root { --good: #0a5; --bad: #a00; }
 }
 """
-SCRIPT = """
+SLIDER_SCRIPT = """
 for (const slider of document.querySelectorAll(".slider")) {
   const range = slider.querySelector("input"), sprite = slider.querySelector(".window img");
   const labels = JSON.parse(slider.dataset.labels), output = slider.querySelector("output");
@@ -196,7 +196,7 @@ for (const slider of document.querySelectorAll(".slider")) {
 """
 
 
-def report_html(report: Report) -> str:
+def report_html(report: ReportPage) -> str:
     """Returns the report as one HTML document."""
     titles = [html.escape(section.title) for section in report.sections]
     links = "".join(f'<a href="#section-{i}">{title}</a>' for i, title in enumerate(titles))
@@ -208,10 +208,10 @@ def report_html(report: Report) -> str:
             inner = "\n".join(map(_part_html, parts))
             blocks.append(f'<div class="pictures">\n{inner}\n</div>' if pictures else inner)
         blocks.append("</section>")
-    return html_page(report.title, "\n".join(blocks), STYLE, SCRIPT)
+    return html_page(report.title, "\n".join(blocks), REPORT_STYLE, SLIDER_SCRIPT)
 
 
-def _part_html(part: Part) -> str:
+def _part_html(part: ReportPart) -> str:
     if isinstance(part, str):
         return f"<p>{html.escape(part)}</p>"
     return {Table: _table_html, Picture: _picture_html, Slider: _slider_html}[type(part)](part)
@@ -236,7 +236,7 @@ def _origin(sources: Sequence[str], note: str) -> str:
     return "; ".join(filter(None, (note, sources and f"from {', '.join(sources)}")))
 
 
-def _cell_html(cell: Cell) -> str:
+def _cell_html(cell: TableCell) -> str:
     if isinstance(cell, Number):
         data = {"source": cell.source, "value": repr(cell.value)}
         if cell.error is not None:

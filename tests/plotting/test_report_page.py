@@ -16,7 +16,7 @@ from diffusion.plotting.report_page import (
     Command,
     Grade,
     Number,
-    Report,
+    ReportPage,
     Section,
     Table,
     number_text,
@@ -72,7 +72,7 @@ def report_of(text):
         for name in GRADES
     ]
     parts = [text, Table(text, [text] * 4, rows, note=text), Table(text, [text] * 4, rows, True)]
-    return Report(text, text, [Section(text, parts)])
+    return ReportPage(text, text, [Section(text, parts)])
 
 
 class Collector(html.parser.HTMLParser):
