@@ -47,7 +47,7 @@ def load_dinov2(path: str) -> tuple[Any, str, str]:
         wanted = "expected the network's weights, for 'dinov2', found none"
         return None, "", f"eval.dinov2: {wanted}; {how}"
     try:
-        file = local_copy(path)
+        file = local_copy(path).expanduser()
         arrays = files.read(file)
         with integrity_errors(path):
             params = convert.from_dinov2(arrays)

@@ -101,7 +101,7 @@ def make_scorer(config: ConfigDict, exp: Experiment, shape: tuple[int, int, int]
         missing = missing or (error if is_asked_for else None)
         if not names:
             raise missing
-        why = "the error follows the other scores" if is_asked_for else error
+        why = "the error follows the other scores" if missing is error else error
         logging.info(f"warning    no {network} weights: {why}")
     args = names, shape, exp.mesh, weights, fingerprints
     extractor = call_for_key(extraction.make_extractor, "eval.features", *args)

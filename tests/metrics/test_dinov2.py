@@ -103,6 +103,16 @@ def test_published_positions_have_the_offset_of_the_original_code():
     assert np.abs(ours - exact.apply({"params": params}, x)).max() > 1e-2
 
 
+def test_norms_add_a_millionth_to_the_variance():
+    """Of a network that adds nothing to a class token of variance 1e-6: 1e-3 / sqrt(2e-6)."""
+    network, x = dinov2.DinoV2(4, 1, 1), jnp.zeros((1, 28, 28, 3))
+    params = jax.tree.map(jnp.zeros_like, network.init(jax.random.key(0), x)["params"])
+    params["norm"]["scale"] = jnp.ones(4)
+    params["cls_token"] = 1e-3 * jnp.array([1.0, -1.0, 1.0, -1.0])
+    expected = np.sqrt(0.5) * np.array([[1, -1, 1, -1]])
+    np.testing.assert_allclose(network.apply({"params": params}, x), expected, rtol=1e-5)
+
+
 SIDES = [(8, 8), (32, 32), (224, 224), (28, 90), (300, 225), (640, 41), (1, 2), (700, 1025)]
 
 

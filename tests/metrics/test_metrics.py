@@ -115,10 +115,19 @@ def test_kid_says_what_it_is_computed_from():
     assert about(200, 200) == f"all 200 images {fewer}"
 
 
-def test_mmd_says_its_bandwidth():
-    reference = HALF._replace(features=np.array([[0.0], [1.0], [3.0]]))
-    expected = "Gaussian kernel of bandwidth 2, the median distance of the real images"
-    assert METRICS["mmd"].about(HALF, reference) == expected
+def test_mmd_is_as_wide_as_the_median_of_the_reference():
+    """In any unit of the features, so the score has none; and not of the generated ones."""
+    score = evaluate("mmd", HALF, OTHER)["mmd"]
+    scaled = [each._replace(features=100 * each.features) for each in (HALF, OTHER)]
+    np.testing.assert_allclose(evaluate("mmd", *scaled)["mmd"], score, rtol=1e-5)
+    far = HALF._replace(features=HALF.features + np.float32(1e4))
+    # Far apart, the sets' own sums remain, of which the reference's has this bandwidth.
+    own = OTHER.features.astype(np.float64)
+    squares = np.square(own[:, None] - own).sum(-1)[~np.eye(len(own), dtype=bool)]
+    within = [np.square(x[:, None] - x).sum(-1) for x in (HALF.features.astype(np.float64), own)]
+    kernels = [np.exp(-w[~np.eye(len(w), dtype=bool)] / (2 * np.median(squares))) for w in within]
+    expected = sum(kernel.mean() for kernel in kernels)
+    np.testing.assert_allclose(evaluate("mmd", far, OTHER)["mmd"].value, expected, rtol=1e-4)
 
 
 MOMENTS_ONLY = from_stats(OTHER.stats)
