@@ -12,8 +12,8 @@ import numpy as np
 
 from diffusion.convert.validation import summarize
 
-LAYERS = {768: 12, 1024: 24}  # {width: layers}
-NETWORKS = {768: "ViT-B/14", 1024: "ViT-L/14"}
+DINOV2_LAYERS = {768: 12, 1024: 24}  # {width: layers}
+DINOV2_NETWORKS = {768: "ViT-B/14", 1024: "ViT-L/14"}
 POSITIONS = 1 + 37 * 37  # of the class token and of the patches of 518x518 pixels
 WANTED = "give model.safetensors of facebook/dinov2-base or facebook/dinov2-large"
 # {name in transformers 5: name in its files}
@@ -23,7 +23,7 @@ NEW_NAMES = {
     "attention.v_proj": "attention.attention.value",
     "attention.o_proj": "attention.output.dense",
 }
-UNUSED = ("mask_token", "embeddings.mask_token")  # which stands for hidden patches in training
+MASK_TOKENS = ("mask_token", "embeddings.mask_token")  # in place of patches hidden in training
 
 
 class Parameter(NamedTuple):
@@ -46,13 +46,13 @@ def from_dinov2(arrays: Mapping[str, Any]) -> dict:
     Raises ValueError naming what is missing, left over or of another shape, and for variants with
     registers or of another width.
     """
-    arrays = {_current_name(name): array for name, array in arrays.items() if name not in UNUSED}
+    arrays = {_current_name(k): array for k, array in arrays.items() if k not in MASK_TOKENS}
     if registers := [name for name in arrays if name.endswith("register_tokens")]:
         raise ValueError(f"expected DINOv2 without registers, found {registers[0]}; {WANTED}")
     is_original = "cls_token" in arrays
     token = arrays.get("cls_token" if is_original else "embeddings.cls_token", ())
     width = (0, *np.shape(token))[-1]
-    if width not in LAYERS:
+    if width not in DINOV2_LAYERS:
         found = f"found one of {width}" if width else "found none"
         raise ValueError(f"expected a class token of width 768 or 1024, {found}; {WANTED}")
     shapes, found = {}, {}
@@ -61,7 +61,7 @@ def from_dinov2(arrays: Mapping[str, Any]) -> dict:
         rows, *rest = parameter.shape
         shapes |= dict.fromkeys(names, (rows // len(names), *rest))
         found.setdefault(parameter.path, []).append(names)
-    _check_arrays(arrays, shapes, NETWORKS[width])
+    _check_arrays(arrays, shapes, DINOV2_NETWORKS[width])
     params: dict = {}
     for path, each in found.items():
         parts = ([np.asarray(arrays[name], np.float32) for name in names] for names in each)
@@ -88,7 +88,7 @@ def _parameters(d: int) -> Iterator[Parameter]:
     yield Parameter("position", shape, "pos_embed", ("embeddings.position_embeddings",))
     yield from _layer("patch", (d, 3, 14, 14), "patch_embed.proj", (patch,))
     yield from _layer("norm", (d,), "norm", ("layernorm",))
-    for i in range(LAYERS[d]):
+    for i in range(DINOV2_LAYERS[d]):
         theirs, hf = f"blocks.{i}", f"encoder.layer.{i}"
         qkv = tuple(f"{hf}.attention.attention.{name}" for name in ("query", "key", "value"))
         proj = (f"{hf}.attention.output.dense",)

@@ -1,6 +1,6 @@
 """The DINOv2 networks ViT-B/14 and ViT-L/14 (Oquab et al. 2023, arXiv:2304.07193).
 
-    images 0..255 ── preprocess ── patches of 14x14 ── + positions ── blocks ── norm ── class token
+    prepare_images ── patches of 14x14 ── + positions ── blocks ── norm ── class token
 
 The class token of ViT-L/14 is what FD-DINOv2 compares (Stein et al. 2023, arXiv:2306.04675); its
 program dgm-eval sets the resize and the positions used here. All is float32 with exact products on
@@ -15,15 +15,15 @@ import numpy as np
 from flax import linen as nn
 from jax import Array, lax
 
-IMAGE_SIZE = 224  # every image is resized to it
+RESIZED = 224  # every image is resized to it
 PATCH_SIZE = 14
-GRID = 37  # patches on a side of the images of 518x518 that the positions were learned for
+GRID_SIDE = 37  # patches on a side of the images of 518x518 that the positions were learned for
 # Added to the number of patches where the original code computes the scale between two grids, so
 # that rounding never loses one; it moves the points that learned positions are read at.
 POSITION_OFFSET = 0.1
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1
-PRECISION = lax.Precision.HIGHEST  # by default GPUs round factors to 10 bits and TPUs to 7
-EPSILON = 1e-6  # of the layer norms
+MATMUL_PRECISION = lax.Precision.HIGHEST  # GPUs round factors to 10 bits otherwise, TPUs to 7
+NORM_EPSILON = 1e-6  # of the layer norms
 COEFFICIENT_BITS = 22  # of Pillow's filters for 8-bit images
 
 
@@ -35,16 +35,16 @@ class Size(NamedTuple):
     heads: int
 
 
-SIZES = {"dinov2_b14": Size(768, 12, 12), "dinov2_l14": Size(1024, 24, 16)}
+DINOV2_SIZES = {"dinov2_b14": Size(768, 12, 12), "dinov2_l14": Size(1024, 24, 16)}
 
 
 def kind_of(params: Any) -> str:
-    """Returns the key of SIZES of parameters as `convert.from_dinov2` returns them."""
+    """Returns the key of DINOV2_SIZES of parameters as `convert.from_dinov2` returns them."""
     width = np.shape(params["cls_token"])[-1]
-    return next(kind for kind, size in SIZES.items() if size.width == width)
+    return next(kind for kind, size in DINOV2_SIZES.items() if size.width == width)
 
 
-def preprocess(images: Array) -> Array:
+def prepare_images(images: Array) -> Array:
     """Resizes uint8[b, h, w, 3] to float32[b, 224, 224, 3], normalised as ImageNet's pixels are.
 
     The resize is Pillow's bicubic one of 8-bit images, bit for bit: antialiased, in integers, and
@@ -63,8 +63,8 @@ def preprocess(images: Array) -> Array:
 
 def _resize(x: Array, axis: int) -> Array:
     size, shape = x.shape[axis], [1] * 4
-    shape[axis] = IMAGE_SIZE
-    first, taps = resize_taps(size, IMAGE_SIZE)
+    shape[axis] = RESIZED
+    first, taps = resize_taps(size, RESIZED)
     total = jnp.int32(2 ** (COEFFICIENT_BITS - 1))  # one half, to round to nearest
     for k, tap in enumerate(taps.T):
         pixel = jnp.take(x, np.minimum(first + k, size - 1), axis)
@@ -103,15 +103,15 @@ def position_weights(patches: int, offset: float) -> np.ndarray:
     PyTorch's bicubic interpolation: a = -3/4, not antialiased, the border repeated; patch i is read
     at (i + 1/2) 37 / (patches + offset) - 1/2. transformers has the offset 0.
     """
-    point = (np.arange(patches) + 0.5) * GRID / (patches + offset) - 0.5
-    low, weights = np.floor(point).astype(int), np.zeros((patches, GRID))
+    point = (np.arange(patches) + 0.5) * GRID_SIDE / (patches + offset) - 0.5
+    low, weights = np.floor(point).astype(int), np.zeros((patches, GRID_SIDE))
     for k in range(-1, 3):
-        at = np.clip(low + k, 0, GRID - 1)
+        at = np.clip(low + k, 0, GRID_SIDE - 1)
         np.add.at(weights, (np.arange(patches), at), cubic(point - low - k, -0.75))
     return weights.astype(np.float32)
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Self-attention and a perceptron, each after a layer norm, scaled and added to its input."""
 
     heads: int
@@ -126,9 +126,9 @@ class Block(nn.Module):
 
         y = dense(norm(x, "norm1"), "qkv", 3 * c).reshape(b, n, 3, self.heads, -1)
         q, k, v = y[:, :, 0], y[:, :, 1], y[:, :, 2]
-        logits = jnp.einsum("bnhc,bmhc->bhnm", q, k, precision=PRECISION)
+        logits = jnp.einsum("bnhc,bmhc->bhnm", q, k, precision=MATMUL_PRECISION)
         weights = jax.nn.softmax(logits / np.float32(np.sqrt(q.shape[-1])), axis=-1)
-        y = jnp.einsum("bhnm,bmhc->bnhc", weights, v, precision=PRECISION)
+        y = jnp.einsum("bhnm,bmhc->bnhc", weights, v, precision=MATMUL_PRECISION)
         x = x + scale("scale1", dense(y.reshape(b, n, c), "proj", c))
         y = nn.gelu(dense(norm(x, "norm2"), "fc1", 4 * c), approximate=False)
         return x + scale("scale2", dense(y, "fc2", c)), None
@@ -136,16 +136,16 @@ class Block(nn.Module):
 
 def dense(x: Array, name: str, features: int) -> Array:
     """Returns x kernel + bias, a layer of the module that calls it."""
-    return nn.Dense(features, precision=PRECISION, name=name)(x)
+    return nn.Dense(features, precision=MATMUL_PRECISION, name=name)(x)
 
 
 def norm(x: Array, name: str) -> Array:
     """Returns a layer norm of the last axis, a layer of the module that calls it."""
-    return nn.LayerNorm(EPSILON, use_fast_variance=False, name=name)(x)
+    return nn.LayerNorm(NORM_EPSILON, use_fast_variance=False, name=name)(x)
 
 
 class DinoV2(nn.Module):
-    """Returns features by `DinoV2(*SIZES[kind]).apply({"params": params}, preprocess(images))`."""
+    """Returns features by `DinoV2(*DINOV2_SIZES[kind]).apply({"params": params}, x)`."""
 
     width: int
     layers: int
@@ -154,30 +154,30 @@ class DinoV2(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Returns the normed class token float32[b, width] of float32[b, h, w, 3].
+        """Returns the normed class token float32[b, width] of x, float32[b, h, w, 3].
 
         What exceeds a multiple of 14 pixels is cut off. Raises ValueError for other shapes.
         """
         if x.ndim != 4 or x.shape[-1] != 3 or min(x.shape[1:3]) < PATCH_SIZE:
-            expected = "float[b, h, w, 3] of `preprocess`, of 14x14 or more"
+            expected = "float[b, h, w, 3] of `prepare_images`, of 14x14 or more"
             raise ValueError(f"x: expected {expected}, found {x.dtype}{list(x.shape)}")
         window = (PATCH_SIZE, PATCH_SIZE)
         patches = nn.Conv(
-            self.width, window, window, padding="VALID", precision=PRECISION, name="patch"
+            self.width, window, window, padding="VALID", precision=MATMUL_PRECISION, name="patch"
         )(x)
         b, h, w, c = patches.shape
         normal = nn.initializers.normal(0.02)
         cls_token = self.param("cls_token", normal, (c,))
-        learned = self.param("position", normal, (1 + GRID * GRID, c))
-        grid = learned[1:].reshape(GRID, GRID, c)
-        if (h, w) != (GRID, GRID):  # where it is, the original code interpolates nothing
+        learned = self.param("position", normal, (1 + GRID_SIDE * GRID_SIDE, c))
+        grid = learned[1:].reshape(GRID_SIDE, GRID_SIDE, c)
+        if (h, w) != (GRID_SIDE, GRID_SIDE):  # of 518x518 nothing is interpolated
             rows, columns = (position_weights(n, self.position_offset) for n in (h, w))
-            grid = jnp.einsum("ip,jq,pqc->ijc", rows, columns, grid, precision=PRECISION)
+            grid = jnp.einsum("ip,jq,pqc->ijc", rows, columns, grid, precision=MATMUL_PRECISION)
         tokens = (patches + grid[None]).reshape(b, h * w, c)
         first = jnp.broadcast_to((cls_token + learned[0])[None, None], (b, 1, c))
         # Blocks have their weights stacked, so that they are compiled once.
         stack = nn.scan(
-            Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers
+            TransformerBlock, {"params": 0}, split_rngs={"params": True}, length=self.layers
         )
         x, _ = stack(self.heads, name="blocks")(jnp.concatenate([first, tokens], axis=1), None)
         return norm(x[:, 0], "norm")

@@ -34,7 +34,7 @@ from diffusion.utils.multihost import broadcast_from_primary, is_primary
 
 NETWORKS = {  # their kinds; of dinov2 the one of its weights
     "inception": ("inception", "spatial"),
-    "dinov2": tuple(dinov2.SIZES),
+    "dinov2": tuple(dinov2.DINOV2_SIZES),
     "classifier": ("classifier",),
 }
 
@@ -194,8 +194,8 @@ def make_extractor(
         if "dinov2" in names:
             variables = {"params": weights["dinov2"]}
             kind = dinov2.kind_of(weights["dinov2"])
-            network = dinov2.DinoV2(*dinov2.SIZES[kind])
-            out[kind] = network.apply(variables, dinov2.preprocess(images)), None
+            network = dinov2.DinoV2(*dinov2.DINOV2_SIZES[kind])
+            out[kind] = network.apply(variables, dinov2.prepare_images(images)), None
         return out
 
     everywhere = replicated(mesh)

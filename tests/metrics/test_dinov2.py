@@ -47,7 +47,7 @@ def features_of(kind):
     """Returns float32[b, h, w, 3] -> features, with positions read as transformers reads them."""
     shapes = json.loads(str(TRUTH[f"{kind}.shapes_json"]))["memory"]
     params = convert.from_dinov2({name: recipe(name, shape) for name, shape in shapes.items()})
-    network = dinov2.DinoV2(*dinov2.SIZES[kind], position_offset=0.0)
+    network = dinov2.DinoV2(*dinov2.DINOV2_SIZES[kind], position_offset=0.0)
     return functools.partial(jax.jit(network.apply), {"params": params})
 
 
@@ -124,7 +124,9 @@ def test_images_are_resized_as_by_pillow(h, w):
     """
     images = pixels(h, w)
     images[0] = 255 * (images[0] > 127)  # so that the filter overshoots and is clipped
-    ours = np.asarray(jax.jit(dinov2.preprocess, compiler_options=AS_SHIPPED)(images), np.float64)
+    ours = np.asarray(
+        jax.jit(dinov2.prepare_images, compiler_options=AS_SHIPPED)(images), np.float64
+    )
     assert ours.shape == (2, 224, 224, 3)
     levels = (ours * np.array([0.229, 0.224, 0.225]) + np.array([0.485, 0.456, 0.406])) * 255
 
@@ -143,31 +145,33 @@ def test_images_are_resized_as_by_pillow(h, w):
 
 def test_grey_images_are_repeated():
     grey = pixels(28, 20)[..., :1]
-    colour = dinov2.preprocess(np.repeat(grey, 3, axis=-1))
-    np.testing.assert_array_equal(dinov2.preprocess(grey), colour)
+    colour = dinov2.prepare_images(np.repeat(grey, 3, axis=-1))
+    np.testing.assert_array_equal(dinov2.prepare_images(grey), colour)
 
 
 @pytest.mark.parametrize("shape", [(32, 32, 3), (2, 32, 32, 4), (2, 3, 32, 32)])
 def test_preprocess_refuses_other_images(shape):
     for dtype in (np.uint8, np.float32):
         with pytest.raises(ValueError, match=r"images: expected uint8\[b, h, w, 3\].*found") as e:
-            dinov2.preprocess(np.zeros(shape, dtype))
+            dinov2.prepare_images(np.zeros(shape, dtype))
         assert "\n" not in str(e.value)
     with pytest.raises(ValueError, match=r"found float32\[2, 32, 32, 3\]"):
-        dinov2.preprocess(np.zeros((2, 32, 32, 3), np.float32))
+        dinov2.prepare_images(np.zeros((2, 32, 32, 3), np.float32))
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 224, 224), (224, 224, 3), (1, 13, 28, 3)])
 def test_images_that_were_not_preprocessed_are_refused(shape):
-    with pytest.raises(ValueError, match="of `preprocess`, of 14x14 or more, found float32") as e:
-        dinov2.DinoV2(*dinov2.SIZES["dinov2_b14"]).apply({"params": {}}, jnp.zeros(shape))
+    with pytest.raises(
+        ValueError, match="of `prepare_images`, of 14x14 or more, found float32"
+    ) as e:
+        dinov2.DinoV2(*dinov2.DINOV2_SIZES["dinov2_b14"]).apply({"params": {}}, jnp.zeros(shape))
     assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("kind, count", [("dinov2_b14", 86_579_712), ("dinov2_l14", 304_367_616)])
 def test_parameters_are_those_of_the_files(kind, count):
     """The counts are those of transformers' state dicts, without the mask token."""
-    network = dinov2.DinoV2(*dinov2.SIZES[kind])
+    network = dinov2.DinoV2(*dinov2.DINOV2_SIZES[kind])
     x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     ours = jax.eval_shape(network.init, jax.random.key(0), x)["params"]
     shapes = json.loads(str(TRUTH[f"{kind}.shapes_json"]))["file"]

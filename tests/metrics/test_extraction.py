@@ -136,7 +136,7 @@ def test_unusable_images_raise_one_line(tmp_path, name):
 
 
 def test_unknown_and_unfit_features_raise():
-    with pytest.raises(ValueError, match="'vgg' is not known; there are: inception, cl"):
+    with pytest.raises(ValueError, match="'vgg' is not known; there are: inception, dinov2, cl"):
         make_extractor(("pixels", "vgg"), (6, 5, 3), data_mesh())
     with pytest.raises(ValueError, match=r"expected \(h >= 4, w >= 4, 1 or 3\)"):
         make_extractor(("random",), (3, 3, 3), data_mesh())

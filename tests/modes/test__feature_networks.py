@@ -93,9 +93,9 @@ WIDTH = 8  # of a network that takes no time
 @pytest.fixture
 def small_dinov2(tmp_path, monkeypatch):
     """(a file of the weights of a small network in place of ViT-L/14, these weights)."""
-    monkeypatch.setattr(dinov2, "SIZES", {"dinov2_l14": dinov2.Size(WIDTH, 2, 2)})
-    monkeypatch.setattr(dinov2_names, "LAYERS", {WIDTH: 2})
-    monkeypatch.setattr(dinov2_names, "NETWORKS", {WIDTH: "ViT-L/14"})
+    monkeypatch.setattr(dinov2, "DINOV2_SIZES", {"dinov2_l14": dinov2.Size(WIDTH, 2, 2)})
+    monkeypatch.setattr(dinov2_names, "DINOV2_LAYERS", {WIDTH: 2})
+    monkeypatch.setattr(dinov2_names, "DINOV2_NETWORKS", {WIDTH: "ViT-L/14"})
     arrays = {p.original: recipe(p.original, p.shape) for p in dinov2_names._parameters(WIDTH)}
     safetensors_file.write(tmp_path / "dino.safetensors", arrays)
     return tmp_path / "dino.safetensors", arrays
@@ -109,7 +109,7 @@ def test_distance_by_dinov2_follows_from_its_features(small_dinov2, tmp_path):
     for name, n in (("a", 20), ("b", 24)):
         images = rng.integers(0, 256, (n, 8, 8, 1), np.uint8)
         save_npz(tmp_path / f"{name}.npz", images)
-        features = network.apply({"params": params}, dinov2.preprocess(images))
+        features = network.apply({"params": params}, dinov2.prepare_images(images))
         reps.append(np.asarray(features, np.float64))
     inputs = (f"--input={tmp_path}/{name}.npz" for name in "ab")
     options = "--config.eval.features=('dinov2',)", f"--config.eval.dinov2={path}"
