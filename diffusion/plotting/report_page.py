@@ -176,7 +176,8 @@ td { vertical-align: top; } td:first-child { min-width: 8rem; } td:has(.grade) {
 @media print {
   body { max-width: none; font-size: 10pt; } nav, .slider .controls { display: none !important; }
   .live .still { display: block; } h2, caption { break-after: avoid; }
-  img { max-height: 24cm; width: auto; } .window img { max-height: none; width: 100%; }
+  img { max-height: 24cm; width: auto; }
+  .window img { max-height: none; width: 100%; transform: none !important; }
   .wide { overflow: visible; } :root { --good: #0a5; --bad: #a00; }
 }
 """

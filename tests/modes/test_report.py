@@ -600,6 +600,7 @@ def test_page_in_a_browser(made, dark, width):
         assert not ask("return document.querySelector('.still').offsetParent")
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
         assert ask("return document.querySelector('.still').offsetParent !== null")
+        assert abs(ask(where)) < 1.5  # the first frame is above the last
         assert not ask("return document.querySelector('input[type=range]').offsetParent")
         assert brightness(ask(colours + "0]")[0]) == 3 * 255
         assert severe(driver) == []
