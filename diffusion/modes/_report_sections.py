@@ -226,18 +226,18 @@ def likelihood(s: Subject) -> list[ReportPart]:
             for key in ("bits_per_dim", "baselines")
             for what in file.at(key)
         ]
-        split = file.at("split", kind=str)
-        rows += [(f"images of {split}", file.number("images")), ("levels", file.number("levels"))]
         title = f"Bits/dim of step {step_of(folder)}, and of simpler programs"
         parts.append(Table(title, ("", "bits/dim"), rows))
         terms = {
-            "L_T": "L_T: x_T",
-            "rate": "rate: the terms of t > 1 and L_T",
-            "L_0": "L_0: x₀ from x₁ (bits/dim)",
+            "L_T": "L_T, of x_T (bits/dim)",
+            "rate": "rate: L_T and the terms of t > 1 (bits/dim)",
+            "L_0": "L_0, of x₀ given x₁ (bits/dim)",
             "rmse": "RMSE of x₀ predicted from x₁ (0-255)",
         }
         rows = [(what, file.number(k, "mean", error=(k, "error"))) for k, what in terms.items()]
-        parts.append(Table("Terms of the bound", ("", "bits/dim"), rows))
+        rows.append((f"images of {file.at('split', kind=str)}", file.number("images")))
+        rows.append(("levels of a pixel", file.number("levels")))
+        parts.append(Table("The terms of the bound, and what it was read on", ("", "number"), rows))
         parts.append(s.files.picture(f"{folder}/bpd.png", "Code lengths"))
         title = "Rate and distortion over t (Figure 5)"
         parts.append(s.files.picture(f"{folder}/rate_distortion.png", title))

@@ -6,16 +6,20 @@ A number carries the file that it was read from and its place there, as a JSON p
 
 import base64
 import html
+import io
 import itertools
 import json
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from PIL import Image
+
 from diffusion.plotting.html_page import html_page
 
 WITHIN, OUTSIDE, NOT_MEASURED = "within the paper's error", "outside", "not measured"
 NO_ERROR, OTHER = "the paper gives no error", "not comparable"
+PANORAMA = 2.5  # pictures that are wider, by their height, have several panels
 GRADES = {WITHIN: "good", OUTSIDE: "bad", NOT_MEASURED: "open", NO_ERROR: "", OTHER: ""}
 
 
@@ -156,6 +160,7 @@ figure { margin: 0 0 1rem; } figcaption { font-size: .9rem; overflow-wrap: anywh
 .pictures { display: flex; flex-wrap: wrap; gap: 1.2rem; align-items: flex-start; }
 .pictures figure { flex: 0 1 auto; max-width: 100%; }
 .pictures .half { flex: 1 1 24rem; max-width: 29rem; }
+.panorama img { min-width: 44rem; }
 img { border-radius: 4px; vertical-align: top; }
 table { font-variant-numeric: tabular-nums; margin: .4rem 0; }
 thead th { white-space: nowrap; }
@@ -176,8 +181,9 @@ td { vertical-align: top; } td:first-child { min-width: 8rem; } td:has(.grade) {
 @media print {
   body { max-width: none; font-size: 10pt; } nav, .slider .controls { display: none !important; }
   .live .still { display: block; } h2, caption { break-after: avoid; }
-  img { max-height: 24cm; width: auto; } .window img { max-height: none; width: 100%; }
-  .wide { overflow: visible; } :root { --good: #0a5; --bad: #a00; }
+  img { max-height: 24cm; width: auto; }
+  .window img { max-height: none; width: 100%; transform: none !important; }
+  .wide { overflow: visible; } .panorama img { min-width: 0; } :root { --good: #0a5; --bad: #a00; }
 }
 """
 SLIDER_SCRIPT = """
@@ -265,8 +271,11 @@ def _picture_html(picture: Picture) -> str:
     note = f" {html.escape(picture.note)}." if picture.note else ""
     source = f'<br><span class="faint">{html.escape(picture.source)}</span>'
     image = f'<img alt="{title}" src="{_image_uri(picture.content)}">'
-    half = ' class="half"' if picture.half else ""
-    return f"<figure{half}>{image}<figcaption>{title}.{note}{source}</figcaption></figure>"
+    kind = ' class="half"' if picture.half else ""
+    with Image.open(io.BytesIO(picture.content)) as opened:
+        if opened.width > PANORAMA * opened.height:  # a phone scrolls it
+            kind, image = ' class="panorama"', f'<div class="wide">{image}</div>'
+    return f"<figure{kind}>{image}<figcaption>{title}.{note}{source}</figcaption></figure>"
 
 
 def _slider_html(slider: Slider) -> str:

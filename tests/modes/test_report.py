@@ -25,6 +25,7 @@ from diffusion import experiment, process
 from diffusion.data import augment
 from diffusion.modes import _paper, _report_slider, _sampling
 from diffusion.modes._common import load_trained
+from diffusion.plotting.report_page import Number
 from diffusion.runtime import cli, config, validation
 from diffusion.runtime.config import Run
 from diffusion.runtime.workdir import load_config
@@ -338,7 +339,11 @@ def graded(page):
 
 def test_grades_by_the_paper_s_error(tmp_path):
     """The paper's Inception Score is 9.46 ± 0.11; it has no error of the FID 3.17."""
-    for value, grade in ((9.56, "within"), (9.36, "within"), (9.58, "outside"), (9.3, "outside")):
+    published = _paper.printed("9.46 ± 0.11", "")
+    for value, grade in ((9.56, True), (9.36, True), (9.58, False), (9.34, False)):
+        found = _paper.compare_with_paper(Number(value, ""), published)
+        assert found.name == ("within the paper's error" if grade else "outside")
+    for value, grade in ((9.56, "within"), (9.58, "outside")):
         folder = paper_workdir(tmp_path, scores={IS: value, TRAIN: 3.21, ("test", "fid"): 5.2})
         page, _ = report(folder)
         rows = graded(page)
@@ -600,6 +605,7 @@ def test_page_in_a_browser(made, dark, width):
         assert not ask("return document.querySelector('.still').offsetParent")
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
         assert ask("return document.querySelector('.still').offsetParent !== null")
+        assert abs(ask(where)) < 1.5  # the first frame is above the last
         assert not ask("return document.querySelector('input[type=range]').offsetParent")
         assert brightness(ask(colours + "0]")[0]) == 3 * 255
         assert severe(driver) == []
