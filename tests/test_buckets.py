@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from diffusion import checkpoint, data
 from diffusion.checkpoint import Checkpoints
 from diffusion.data.loader import iterate_shuffled, load_dataset
+from diffusion.modes._feature_networks import load_dinov2, load_inception
 from diffusion.utils import io, object_store
 from diffusion.utils.checkpoint_files import COMMIT
 from diffusion.utils.errors import WorkdirError
@@ -217,3 +218,11 @@ def test_images_are_prepared_into_a_bucket_and_streamed_from_there(bucket, tmp_p
     archived = (f"--config.data.archive={archive}", f"--config.data.data_dir={bucket / 'data'}")
     _, err = run(*common, *archived, code=3)
     assert "expected no such data set yet" in err
+
+
+def test_weights_of_feature_networks_are_read_from_a_bucket(bucket):
+    """What is said of them is about their content: the file was found."""
+    path = bucket / "weights.safetensors"
+    io.save_bytes(path, b"no weights")
+    for problem in (load_inception(str(path))[1], load_dinov2(str(path))[-1]):
+        assert "weights.safetensors: expected" in problem and "found one that begins" in problem

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 MIN_CELLS = 4
-RESAMPLES = 2000
+DRAWS = 2000
 MAX_NUMBERS_PER_BLOCK = 2**22  # of the resamples taken at a time, 32 MB
 
 
@@ -29,7 +29,7 @@ class Agreement(NamedTuple):
 def rank_agreement(
     scores: Mapping[str, np.ndarray],
     confidence: float = 0.95,
-    resamples: int = RESAMPLES,
+    resamples: int = DRAWS,
     seed: int = 0,
 ) -> Agreement:
     """Returns Spearman's rho and Kendall's tau-b of all pairs of scores, with intervals.

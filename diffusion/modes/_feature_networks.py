@@ -32,9 +32,12 @@ def load_inception(path: str) -> tuple[Any, str]:
     for turn in (True, False):  # process 0 downloads; the others then find the file
         if turn == is_primary():
             try:
-                arrays = convert.from_inception(files.inception(path, str(cache_dir() / "weights")))
+                local = str(local_copy(path)) if path else ""
+                arrays = convert.from_inception(
+                    files.inception(local, str(cache_dir() / "weights"))
+                )
                 weights = jax.device_get(inception.fold(arrays))
-            except (DDPMError, ValueError) as error:
+            except (DDPMError, ValueError, OSError) as error:
                 problem = str(error)
         barrier("inception weights")
     return weights, problem
