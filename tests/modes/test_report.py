@@ -471,9 +471,13 @@ def test_strings_of_files_are_text(tmp_path):
     evil = "<script>alert(1)</script>|`x`<img src=x onerror=alert(1)>[a](http://a.b) https://a.b"
     folder = tmp_path / "a<b>&'\"|`run`"
     paper_workdir(folder, {"data.name": evil}, {("train", f"fd_{evil}"): 1.5}, notes=[evil])
+    given = folder / "eval" / "a#b%41 c"
+    shutil.copytree(folder / "eval" / "00800000", given)
+    content = json.loads((given / "metrics.json").read_text()) | {"input": evil, "samples": 7}
+    (given / "metrics.json").write_text(json.dumps(content))
     page, _ = report(folder)
     text = " ".join(page.texts)
-    assert text.count(evil) >= 4 and folder.name in text
+    assert text.count(evil) >= 6 and folder.name in text
     markdown = (folder / "report" / "report.md").read_text()
     assert "<script" not in markdown and "<img" not in markdown
 
