@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from diffusion.data import ImageDataset, digits
-from diffusion.modes import study
+from diffusion.metrics.forced_choice import ErrorRate
+from diffusion.modes import _study_results, study
 from diffusion.plotting.image_grid import enlarge
 from diffusion.utils.errors import DataError
 from diffusion.utils.io import save_npz
@@ -162,6 +163,20 @@ def test_known_answers_give_known_rates_and_intervals_around_them(workdir, tmp_p
     assert "other people would tell other such pictures from real ones" in out
     assert "do not show that people can tell such pictures" in out
     assert (folder_of(workdir) / "results.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "over_both, text",
+    [
+        ((0.2, 0.49), "other people would tell"),
+        ((0.51, 0.7), "other people would take"),
+        ((0.2, 0.51), "do not show"),
+        (None, "too few"),
+    ],
+)
+def test_conclusion_is_that_of_the_interval_over_people_and_pictures(over_both, text):
+    others = ((0.0, 0.4), (0.6, 1.0), (0.6, 1.0))
+    assert text in _study_results.conclusion(ErrorRate(5, 10, *others, over_both))
 
 
 def test_bad_files_are_one_line_each_and_the_others_count(workdir, tmp_path):
