@@ -6,7 +6,7 @@ A section is a function from a Subject to its parts; what it lacks it notes ther
 import functools
 import pathlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from configs import default
@@ -69,17 +69,12 @@ def main_numbers(s: Subject) -> list[ReportPart]:
             path = "bits_per_dim", what
             number = file.number(*path, "mean", error=(*path, "error"))
             rows.append([f"bits/dim: {what}", step_of(folder), number])
-    if (folder := s.newest("eval", "metrics.json")) and (
-        file := s.files.read(f"{folder}/metrics.json")
-    ):
-        for weights in file.at("scores"):
-            for reference in file.at("scores", weights):
-                for name in filter(is_main, file.at("scores", weights, reference)):
-                    words = f"{name} {against(reference)}" if reference else name
-                    words += f", {weights} weights"
-                    rows.append(
-                        [words, step_of(folder), score_number(file, weights, reference, name)]
-                    )
+    folder = s.newest("eval", "metrics.json")
+    if file := folder and s.files.read(f"{folder}/metrics.json"):
+        for weights, reference, name in main_scores(file):
+            words = f"{name} {against(reference)}" if reference else name
+            number = score_number(file, weights, reference, name)
+            rows.append([f"{words}, {weights} weights", step_of(folder), number])
     return [Table("", ("", "step", "number"), rows)] if rows else []
 
 
@@ -161,26 +156,24 @@ def scores(s: Subject) -> list[ReportPart]:
         if not file or folder == newest:
             continue
         what = str(file.at().get("input") or f"step {step_text(file.at('step', kind=int))}")
-        for weights, references in file.at("scores").items():
-            about = f"{what}, {weights}" if weights != "input" else what
-            for reference in references:
-                for name in file.at("scores", weights, reference):
-                    if is_main(name):
-                        n, cell = (
-                            file.number("samples"),
-                            score_number(file, weights, reference, name),
-                        )
-                        rows.append((about, n, name, against(reference), cell))
+        for weights, reference, name in main_scores(file):
+            about = what if weights == "input" else f"{what}, {weights}"
+            number = score_number(file, weights, reference, name)
+            rows.append((about, file.number("samples"), name, against(reference), number))
     if rows:
         columns = "images", "how many", "score", "", "number"
         parts.append(Table("Other checkpoints and images", columns, rows))
     return parts
 
 
-def is_main(name: str) -> bool:
-    """Returns whether a score is a Frechet distance, an Inception Score or of the classifier."""
-    distance = name.startswith(("fd_", "fid")) and "infinity" not in name
-    return distance or name in ("is", *CLASSIFIER_SCORES)
+def main_scores(file: StoredFile) -> Iterator[tuple[str, str, str]]:
+    """Yields (weights, reference, score) of Frechet distances, Inception Score and classifier."""
+    for weights in file.at("scores"):
+        for reference in file.at("scores", weights):
+            for name in file.at("scores", weights, reference):
+                distance = name.startswith(("fd_", "fid")) and "infinity" not in name
+                if distance or name in ("is", *CLASSIFIER_SCORES):
+                    yield weights, reference, name
 
 
 def against(reference: str) -> str:
@@ -204,9 +197,8 @@ def score_table(file: StoredFile, weights: str) -> Table:
 def sampler_text(file: StoredFile) -> str:
     """Returns the sampler of a metrics.json in words."""
     sampler, seeds = file.at("sampler"), file.at("seeds", kind=list)
-    words = (
-        f"{len(sampler.get('times', ())) or sampler.get('steps')} steps of {sampler.get('name')}"
-    )
+    steps = len(sampler.get("times", ())) or sampler.get("steps")
+    words = f"{steps} steps of {sampler.get('name')}"
     return f"{words}, {len(seeds)} seeds" if len(seeds) > 1 else words
 
 
@@ -260,18 +252,17 @@ def tenths(curve: StoredFile) -> list[int]:
 
 def rate_and_rmse(curve: StoredFile, i: int) -> tuple[Number, Number]:
     """Returns both of a row of rate_distortion.csv."""
-    rate, rmse = ((i, name) for name in ("rate", "rmse"))
-    return curve.number(*rate, error=(i, "rate_error")), curve.number(
-        *rmse, error=(i, "rmse_error")
-    )
+    rate, rmse = (curve.number(i, k, error=(i, f"{k}_error")) for k in ("rate", "rmse"))
+    return rate, rmse
 
 
 def figures(s: Subject) -> list[ReportPart]:
     """Shows the figures of the newest checkpoint that has some, and the numbers behind them."""
     folder, parts = s.newest("figures", "how.json"), []
     s.lacks_newest(folder, "The figures", "figures")
-    file = folder and s.files.read(f"{folder}/how.json")
-    done = file.at("figures") if file else {}
+    if not folder or not (file := s.files.read(f"{folder}/how.json")):
+        return []
+    done = file.at("figures")
     names = [*(n for n in FIGURES if n in done), *(n for n in done if n not in FIGURES)]
     for name in names:
         for each in file.at("figures", name, "files", kind=list):
@@ -291,11 +282,9 @@ def figures(s: Subject) -> list[ReportPart]:
         rows = zip_numbers(distances, columns)
         titles = [f"{name}, by {space}" for space, name in columns]
         parts.append(Table(FIGURES["memorisation"], titles, rows, folded=True))
-    if file and (rest := [name for name in FIGURES if not done.get(name, {}).get("files")]):
-        option = f"--config.figures.names={tuple(rest)}"
-        lacks = ", ".join(rest)
-        if rest != ["compression"]:
-            s.lacks(f"Figures: {lacks}", "figures", option)
+    rest = tuple(name for name in FIGURES if not done.get(name, {}).get("files"))
+    if rest not in ((), ("compression",)):  # which needs a file first
+        s.lacks(f"Figures: {', '.join(rest)}", "figures", f"--config.figures.names={rest}")
     return [part for part in parts if part]
 
 

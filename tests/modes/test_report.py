@@ -120,7 +120,9 @@ def check_numbers(page, workdir):
         assert repr(value) == repr(float(number["data-value"])) and len(texts) <= 2
         assert_shows(texts[0], value)
         if "data-error" in number:
-            error = value_at(workdir, number["data-error-source"])
+            source, its = number["data-source"], number["data-error-source"]
+            assert its in (f"{source}_error", re.sub("/(mean|value)$", "/error", source))
+            error = value_at(workdir, its)
             assert repr(error) == repr(float(number["data-error"]))
             assert len(texts) == 2 or error == 0 or not math.isfinite(error)
             assert len(texts) == 1 or assert_shows(texts[1], error) is None
@@ -442,7 +444,7 @@ def test_paper_s_numbers_agree_with_each_other_and_with_the_configs():
     assert (rate, rmse) == tuple(round(x, 2) for x in _paper.TABLE_4[0][1:])
 
 
-def test_table_4_stands_beside_ours(tmp_path):
+def test_table_4_and_files_stand_beside_ours(tmp_path):
     """After r of T steps x_k is known, k = T - r + 1; the csv has a row for each r."""
     folder = paper_workdir(tmp_path)
     at = folder / "eval" / "00800000"
@@ -455,7 +457,14 @@ def test_table_4_stands_beside_ours(tmp_path):
     lines = ["steps,t,rate,rate_error,rmse,rmse_error,L_t-1,L_error"]
     lines += [f"{r},{1001 - r},{r / 1000},0.001,{1000 - r},0.1,0,0" for r in range(1, 1001)]
     (at / "rate_distortion.csv").write_text("\n".join(lines))
+    point = {"t": 500, "bits": 2.5, "coded": 2.4, "bound": 2.1, "rmse": 7.25, "bound_rmse": 7.0}
+    codec = {"points": [point], "lossless": {"PNG": 5.875}, "lossy": {}}
+    (at / "codec.json").write_text(json.dumps(codec))
+    archive = {"file": 3.875, "initial": 0.0625, "plan": 0.001, "bound": 3.75, "ratio": 1.0025}
+    (at / "archive.json").write_text(json.dumps(archive))
     page, _ = report(folder)
+    assert ["500", "2.500", "2.100", "7.250", "7"] in page.rows and ["PNG", "5.875"] in page.rows
+    assert ["file", "3.875"] in page.rows and ["initial", "0.06250"] in page.rows
     [row] = [row for row in page.rows if row[0] == "900" and len(row) == 6]
     assert row[:5] == ["900", "0.9000 ± 0.0010", "0.11994", "100.00 ± 0.10", "12.02277"]
     assert row[5].startswith("the paper gives no error: +0.78")
