@@ -193,7 +193,9 @@ def check_command(command):
 @pytest.fixture(scope="module")
 def made(trained, tmp_path_factory):
     """A trained work directory, with all that the commands of its first report make."""
-    workdir = shutil.copytree(trained[0], tmp_path_factory.mktemp("report") / "a run")
+    others = shutil.ignore_patterns("eval", "figures", "frontier", "study", "report")  # of tests
+    workdir = tmp_path_factory.mktemp("report") / "a run"
+    shutil.copytree(trained[0], workdir, ignore=others)
     first, _ = report(workdir)
     faster = {
         "frontier": ["--config.frontier.samplers=('ddim',)", "--config.frontier.steps=(4,)"],

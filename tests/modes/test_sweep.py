@@ -39,14 +39,6 @@ def results(workdir):
     return content
 
 
-def test_a_cell_is_the_single_run_bit_for_bit(whole, tmp_path):
-    T = ("--config.process.T=4", "--config.sampler.steps=4", "--config.seed=0")
-    run(TINY, *FEW, *T, f"--workdir={tmp_path}")
-    cell = whole[0] / "cells" / "process.T=4,seed=0"
-    assert_same(latest_state(cell), latest_state(tmp_path))
-    assert logged(cell) == logged(tmp_path) and len(logged(cell)) == 3
-
-
 def test_results_are_the_readings_of_the_cells(whole):
     workdir, out = whole
     content = results(workdir)
@@ -73,13 +65,15 @@ def test_results_are_the_readings_of_the_cells(whole):
     assert (workdir / "sweep.md").read_text().count("process.T=") >= 3
 
 
-def test_stopped_and_shared_it_comes_to_the_same(whole, tmp_path, monkeypatch):
-    """A sweep that ended after its first training; part 1 of 2 is stopped again while it reads."""
+def test_a_cell_is_the_single_run_whoever_trains_it_and_stops_it(whole, tmp_path, monkeypatch):
+    """The second one, trained by hand, is taken as it is; part 2 of 2 is stopped while it reads."""
     workdir = shutil.copytree(whole[0], tmp_path / "sweep")
-    for path in ("cells/process.T=6,seed=0", "cells/process.T=4,seed=0/eval"):
-        shutil.rmtree(workdir / path)
-    for path in ("cells/process.T=4,seed=0/sweep_readings.json", "sweep.json"):
-        (workdir / path).unlink()
+    cell = workdir / "cells" / "process.T=6,seed=0"
+    shutil.rmtree(cell)
+    (workdir / "sweep.json").unlink()
+    run(TINY, *FEW, "--config.process.T=6", "--config.sampler.steps=6", f"--workdir={cell}")
+    assert_same(latest_state(cell), latest_state(whole[0] / "cells" / cell.name))
+    assert logged(cell) == logged(whole[0] / "cells" / cell.name) and len(logged(cell)) == 3
     args = (*ARGS, f"--workdir={workdir}")
 
     def stopped(run):
@@ -87,12 +81,12 @@ def test_stopped_and_shared_it_comes_to_the_same(whole, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(likelihood, "run", stopped)
-        run(*args, "--config.sweep.part=1/2", code=75)
+        run(*args, "--config.sweep.part=2/2", code=75)
     out, _ = run(*args, "--config.sweep.part=1/2")
-    assert "nothing to do: trained for 6 steps already" in out
-    assert "1 of 2 trainings are left to other parts" in out
+    assert ", 0 to do" in out and "1 of 2 trainings are left to other parts" in out
     assert not (workdir / "sweep.json").exists()
-    run(*args, "--config.sweep.part=2/2")
+    out, _ = run(*args, "--config.sweep.part=2/2")
+    assert ", 1 to do" in out and "nothing to do: trained for 6 steps already" in out
     assert results(workdir) == results(whole[0])
     out, _ = run("--mode=sweep", f"--workdir={workdir}")
     assert ", 0 to do" in out and "compiling" not in out
