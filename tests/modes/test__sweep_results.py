@@ -73,6 +73,9 @@ def test_in_a_grid_only_cells_that_differ_in_one_key_are_compared():
         ("a", 1): 2.5,
         ("b", 1): 11.5,
     }
+    read |= {cell.name: {"failed": "diverged"} for cell in cells if cell.values == {"a": 1, "b": 1}}
+    found = results.effects(results.by_setting(cells, read), {"a": 0, "b": 0})
+    assert {e.key: round(e.difference, 9) for e in found} == {"a": 1.0, "b": 10.0}
 
 
 def test_a_failed_training_leaves_the_other_seeds_and_is_named():
