@@ -300,12 +300,15 @@ def plot_averages(png_path: PathLike, panels: Sequence[AveragePanel]) -> None:
 
 
 @contextlib.contextmanager
-def figure_panels(png_path: PathLike, n: int, size: tuple) -> Iterator[list]:
-    """Yields n axes side by side in the common style; writes the figure, of size inches, after."""
+def figure_panels(png_path: PathLike, n: int, size: tuple, rows: int = 1) -> Iterator[list]:
+    """Yields n axes, in rows, in the common style; writes the figure, of size inches, after."""
     from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=size, dpi=150, layout="constrained")
-    grid = figure.subplots(1, n, squeeze=False)[0]
+    grid = figure.subplots(rows, -(-n // rows), squeeze=False).ravel()
+    for axes in grid[n:]:
+        axes.remove()
+    grid = grid[:n]
     for axes in grid:
         axes.grid(True, color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)

@@ -16,6 +16,8 @@ from diffusion.plotting.curves import (
 )
 from diffusion.utils.io import PathLike
 
+MAX_COLUMNS = 4  # of panels
+
 
 class SweepPanel(NamedTuple):
     """A reading over the values of a setting.
@@ -35,7 +37,10 @@ def plot_sweep(png_path: PathLike, key: str, panels: Sequence[SweepPanel]) -> No
     )
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     log = numbers and min(values) > 0 and max(values) >= 10 * min(values)
-    with figure_panels(png_path, len(panels), (4.4 * len(panels), 4.0)) as grid:
+    rows = -(-len(panels) // MAX_COLUMNS)
+    columns = -(-len(panels) // rows)
+    size = 4.4 * columns, 4.0 * rows
+    with figure_panels(png_path, len(panels), size, rows) as grid:
         for panel, axes in zip(panels, grid, strict=True):
             for i, (label, line) in enumerate(panel.lines.items()):
                 x, y, error = zip(*line, strict=True)
