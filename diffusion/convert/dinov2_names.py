@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffusion.convert.validation import summarize
+from diffusion.convert.validation import check_arrays
 
 DINOV2_LAYERS = {768: 12, 1024: 24}  # {width: layers}
 DINOV2_NETWORKS = {768: "ViT-B/14", 1024: "ViT-L/14"}
@@ -61,7 +61,7 @@ def from_dinov2(arrays: Mapping[str, Any]) -> dict:
         rows, *rest = parameter.shape
         shapes |= dict.fromkeys(names, (rows // len(names), *rest))
         found.setdefault(parameter.path, []).append(names)
-    _check_arrays(arrays, shapes, DINOV2_NETWORKS[width])
+    check_arrays(arrays, shapes, f"DINOv2 {DINOV2_NETWORKS[width]}", WANTED)
     params: dict = {}
     for path, each in found.items():
         parts = ([np.asarray(arrays[name], np.float32) for name in names] for names in each)
@@ -119,24 +119,3 @@ def _from_torch(path: str, array: np.ndarray) -> np.ndarray:
     if path in ("cls_token", "position"):  # which are of a batch of 1, and of one token
         return array[0, 0] if path == "cls_token" else array[0]
     return array.transpose({4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[array.ndim])
-
-
-def _check_arrays(
-    arrays: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]], network: str
-) -> None:
-    """Raises ValueError unless there is exactly one array, of its shape, for each name."""
-    shapes = {name: tuple(np.shape(array)) for name, array in arrays.items()}
-    problems = {
-        "missing": [name for name in wanted if name not in shapes],
-        "left over": [f"{name} {shapes[name]}" for name in shapes if name not in wanted],
-        "of another shape": [
-            f"{name} {shapes[name]} instead of {shape}"
-            for name, shape in wanted.items()
-            if shapes.get(name, shape) != shape
-        ],
-    }
-    if any(problems.values()):
-        found = (f"{len(of)} {what} ({summarize(of, 2)})" for what, of in problems.items() if of)
-        raise ValueError(
-            f"expected the weights of DINOv2 {network}, found {', '.join(found)}; {WANTED}"
-        )

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion.convert.validation import summarize
+from diffusion.convert.validation import check_arrays
 
 
 # Blocks as towers: (TensorFlow scope, PyTorch name, *convolutions as (channels, height, width)).
@@ -106,7 +106,8 @@ def from_inception(arrays: Mapping[str, Any]) -> dict:
     Raises ValueError naming what is missing, left over, or of another shape.
     """
     arrays = {name: array for name, array in arrays.items() if not name.endswith(UNUSED)}
-    _check_arrays(arrays)
+    advice = "give torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
+    check_arrays(arrays, SHAPES, "the FID Inception network", advice)
     params: dict = {}
     for name in SHAPES:
         *path, layer, word = name.split(".")
@@ -117,26 +118,6 @@ def from_inception(arrays: Mapping[str, Any]) -> dict:
         axes = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[np.ndim(arrays[name])]
         node[word] = np.asarray(arrays[name]).transpose(axes)
     return params
-
-
-def _check_arrays(arrays: Mapping[str, Any]) -> None:
-    """Raises ValueError unless there is exactly one array, of its shape, for each name."""
-    shapes = {name: tuple(np.shape(array)) for name, array in arrays.items()}
-    problems = {
-        "missing": [name for name in SHAPES if name not in shapes],
-        "left over": [f"{name} {shapes[name]}" for name in shapes if name not in SHAPES],
-        "of another shape": [
-            f"{name} {shapes[name]} instead of {shape}"
-            for name, shape in SHAPES.items()
-            if shapes.get(name, shape) != shape
-        ],
-    }
-    if any(problems.values()):
-        found = (f"{len(of)} {what} ({summarize(of, 2)})" for what, of in problems.items() if of)
-        raise ValueError(
-            f"expected the weights of the FID Inception network, found {', '.join(found)}; give "
-            "torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
-        )
 
 
 def from_tensorflow(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

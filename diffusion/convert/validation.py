@@ -7,7 +7,8 @@ size does not cover.
 import contextlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -52,3 +53,25 @@ def summarize(names: Iterable[str], most: int = 3) -> str:
     """Returns the first names in one short line; another network would list hundreds."""
     names = list(names)
     return one_line(", ".join(names[:most]), 200) + (", ..." if len(names) > most else "")
+
+
+def check_arrays(
+    arrays: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]], network: str, advice: str
+) -> None:
+    """Raises ValueError unless there is exactly one array, of its shape, for each wanted name.
+
+    network: whose weights they are; advice: how to get these.
+    """
+    shapes = {name: tuple(np.shape(array)) for name, array in arrays.items()}
+    problems = {
+        "missing": [name for name in wanted if name not in shapes],
+        "left over": [f"{name} {shapes[name]}" for name in shapes if name not in wanted],
+        "of another shape": [
+            f"{name} {shapes[name]} instead of {shape}"
+            for name, shape in wanted.items()
+            if shapes.get(name, shape) != shape
+        ],
+    }
+    if any(problems.values()):
+        found = (f"{len(of)} {what} ({summarize(of, 2)})" for what, of in problems.items() if of)
+        raise ValueError(f"expected the weights of {network}, found {', '.join(found)}; {advice}")

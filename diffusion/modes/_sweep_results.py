@@ -78,10 +78,12 @@ def by_setting(cells: Sequence[Cell], read: Mapping[str, Mapping[str, Any]]) -> 
 def score_agreement(settings: Sequence[CellReadings]) -> Agreement | None:
     """Returns the rank correlations of the main readings and people's errors over the settings.
 
-    Of the settings that have them all; None where these are fewer than MIN_CELLS.
+    Of the settings that have them all; None where these are fewer than MIN_CELLS. People count
+    where they were asked about as many settings.
     """
     names = list(dict.fromkeys(name for each in settings for name in each.readings))
-    shown = [*main_readings(names), *(name for name in names if name.startswith(PEOPLE))]
+    asked = sum(PEOPLE in each.readings for each in settings)
+    shown = main_readings(names) + [PEOPLE] * (asked >= MIN_CELLS)
     means = {
         n: [mean_and_error(s.readings.get(n, np.array([])))[0] for s in settings] for n in shown
     }

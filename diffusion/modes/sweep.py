@@ -154,6 +154,7 @@ def bits_config(config: ConfigDict, exp: experiment.Experiment) -> ConfigDict | 
     if config.loss.name == "consistency":
         return None
     changes: dict[str, Any] = {"bpd.num": config.bpd.quick, "bpd.steps": (), "bpd.ode": 0}
+    changes["weights"] = "ema"  # as of the samples
     if exp.variance.outputs == 1 and not exp.continuous:
         changes["bpd.estimate"] = config.bpd.estimate or config.bpd.quick
     return with_overrides(config, changes)

@@ -125,3 +125,11 @@ def test_scores_agree_over_settings_by_their_order_and_with_people():
     assert results.agreement_to_json(found)["spearman"]["value"] == found.spearman.value.tolist()
     few = results.by_setting(cells[2:], read)
     assert results.score_agreement(few) is None
+
+
+def test_people_who_were_asked_about_few_settings_hide_no_other_agreement():
+    cells = [Cell({"a": i}, {}, 0) for i in range(5)]
+    read = {cell.name: {"fd_x": float(i), "loss": -float(i)} for i, cell in enumerate(cells)}
+    read[cells[0].name][results.PEOPLE] = 0.4
+    found = results.score_agreement(results.by_setting(cells, read))
+    assert found.names == ("loss", "fd_x") and found.spearman.value[0, 1] == pytest.approx(-1)
