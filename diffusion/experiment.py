@@ -189,11 +189,10 @@ def cpu_devices(config: ConfigDict) -> int:
 # Training
 
 
-def initial_state(exp: Experiment, seed: int) -> train_step.TrainState:
-    """Returns the state before the first step, a function of the seed."""
+def initial_state(exp: Experiment, key: Array) -> train_step.TrainState:
+    """Returns the state before the first step; key: TrainingKeys.params."""
     images, times = jnp.zeros((1, *exp.image_shape)), jnp.zeros(1)
     labels = jnp.zeros(1, jnp.int32) if exp.net.num_classes else None
-    key = train_step.training_keys(seed).params
     params = exp.net.init(key, images, times, labels, train=False)["params"]
     if schedule := continuous.GAMMAS[exp.schedule]:
         key = random.fold_in(key, 1)
@@ -202,7 +201,7 @@ def initial_state(exp: Experiment, seed: int) -> train_step.TrainState:
 
 
 def _abstract_state(exp: Experiment) -> train_step.TrainState:
-    state = jax.eval_shape(lambda: initial_state(exp, 0))
+    state = jax.eval_shape(functools.partial(initial_state, exp), random.key(0))
     sharding = replicated(exp.mesh)
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), state)
 
@@ -210,7 +209,18 @@ def _abstract_state(exp: Experiment) -> train_step.TrainState:
 def make_initial_state(config: ConfigDict, exp: Experiment) -> train_step.TrainState:
     """Computes the `initial_state` of the config's seed, replicated on every device."""
     sharding = replicated(exp.mesh)
-    return jax.jit(lambda: initial_state(exp, config.seed), out_shardings=sharding)()
+    keys = replicated_keys(config.seed, exp)
+    make = jax.jit(functools.partial(initial_state, exp), out_shardings=sharding)
+    return make(keys.params)
+
+
+def replicated_keys(seed: int, exp: Experiment) -> train_step.TrainingKeys:
+    """Returns the keys of a training on every device.
+
+    Programs take them as arguments, so that another seed finds these compiled.
+    """
+    everywhere = replicated(exp.mesh)
+    return jax.jit(train_step.training_keys, static_argnums=0, out_shardings=everywhere)(seed)
 
 
 def make_apply_fn(exp: Experiment) -> Callable:
@@ -230,22 +240,22 @@ def make_config_grad_fn(config: ConfigDict, exp: Experiment) -> Callable:
 
 
 def make_update(config: ConfigDict, exp: Experiment, resident: bool) -> Callable:
-    """Compiles one training step: (state, batch, dataset) -> (state, metrics).
+    """Compiles one training step: (state, batch, (keys, dataset)) -> (state, metrics).
 
     Batch, flips, t, eps and dropout follow from the seed and state.step alone, so that a resumed
-    run equals the uninterrupted one. The state is donated.
+    run equals the uninterrupted one. The state is donated. keys: of `replicated_keys`.
 
     Args:
       resident: batch is dataset indices int32[b], and dataset is whole on every device, uint8
         [n, h * w * c] and labels int32[n]; else batch was read elsewhere, uint8[b, h, w, c] and
         labels int32[b], sharded over the devices, and dataset is ().
     """
-    keys = train_step.training_keys(config.seed)
     grad_fn, ema = make_config_grad_fn(config, exp), config.optim.ema
     step = train_step.make_train_step(grad_fn, exp.tx, ema, exp.timesteps, exp.averages)
     whole, sharded = replicated(exp.mesh), batch_sharded(exp.mesh)
 
-    def update(state, batch, dataset):
+    def update(state, batch, fixed):
+        keys, dataset = fixed
         if resident:
             batch = augment.gather_batch(*dataset, batch, exp.image_shape)
         image, label = jax.lax.with_sharding_constraint(batch, sharded)
@@ -272,7 +282,7 @@ def fits_on_device(config: ConfigDict, images: data.ImageDataset) -> bool:
 def make_input_pipeline(
     config: ConfigDict, exp: Experiment, images: data.ImageDataset
 ) -> tuple[Callable, Callable[[int], Iterator[tuple[Any, Any]]]]:
-    """Returns (update, start -> iterator over (batch, dataset) at steps start, start + 1, ...).
+    """Returns (update, start -> iterator over its batch and its (keys, dataset) from step start).
 
     A data set that fits lies on every device; a larger one is streamed. Both give the same batches.
     Raises ConfigError, and DataError at once or while reading.
@@ -286,11 +296,12 @@ def make_input_pipeline(
     image, label = load_dataset(images)
     image = image.reshape(len(image), -1)  # a TPU would copy images of another shape as a whole
     resident = tuple(make_global_array(a, whole, a.shape) for a in (image, label))
+    fixed = replicated_keys(config.seed, exp), resident
     indices = loader.make_batch_indices(images.n, size, config.seed)
 
     def inputs(start):
         for step in itertools.count(start):
-            yield make_global_array(indices(step), whole, (size,)), resident
+            yield make_global_array(indices(step), whole, (size,)), fixed
 
     return make_update(config, exp, True), inputs
 
@@ -299,11 +310,11 @@ def _stream(config, exp, images, start):
     """Yields each step's batch, with PREFETCH of them on their way to the devices."""
     size, sharding = config.train.batch_size, batch_sharded(exp.mesh)
     rows, steps = local_rows(sharding, size), range(start, config.train.steps)
-    ahead = collections.deque()
+    ahead, fixed = collections.deque(), (replicated_keys(config.seed, exp), ())
     args = images, config.seed, steps, size, rows, config.data.workers
     for batch in loader.iterate_shuffled(*args):
         batch = tuple(make_global_array(a, sharding, (size, *a.shape[1:])) for a in batch)
-        ahead.append((batch, ()))
+        ahead.append((batch, fixed))
         if len(ahead) > PREFETCH:
             yield ahead.popleft()
     yield from ahead

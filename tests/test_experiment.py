@@ -58,6 +58,19 @@ def train(config, exp, state=None):
             yield jax.device_get((state, metrics))
 
 
+def test_another_seed_is_the_same_program(config):
+    """So that its training finds it compiled: the keys are arguments."""
+    texts = set()
+    for seed in (0, 1):
+        changed = with_overrides(config, {"seed": seed})
+        exp = build(changed)
+        images = experiment.load_split(changed, exp)
+        update, inputs = experiment.make_input_pipeline(changed, exp, images)
+        with jax.numpy_dtype_promotion("standard"):
+            texts.add(update.lower(exp.abstract_state, *next(inputs(0))).as_text())
+    assert len(texts) == 1
+
+
 @pytest.fixture(scope="module")
 def trained_by_importance(config):
     return list(train(config, build(config)))

@@ -6,6 +6,7 @@ import pytest
 
 from diffusion import experiment
 from diffusion.modes import _sampling
+from diffusion.train_step import training_keys
 from tests.test_configs import config_of
 
 
@@ -27,7 +28,8 @@ def test_training_step_and_sampler_lower_for_tpu_and_cuda(dtype):
     platforms = ["tpu", "cuda"]
     with jax.numpy_dtype_promotion("standard"):  # optax multiplies its counter with floats
         step = jax.export.export(experiment.make_update(config, exp, True), platforms=platforms)
-        exported = step(state, index, (images, labels))
+        keys = jax.eval_shape(lambda: training_keys(0))
+        exported = step(state, index, (keys, (images, labels)))
     assert exported.platforms == tuple(platforms)
     sampler = _sampling.compile_sampler(config, exp, 64)
     seed, indices = jax.ShapeDtypeStruct((), np.uint32), jax.ShapeDtypeStruct((64,), np.int32)

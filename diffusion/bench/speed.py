@@ -88,10 +88,11 @@ def training_step(
     label = np.zeros(n, np.int32)
     if resident:
         inputs = rng.integers(0, n, size, np.int32), (image, label)
-        inputs = jax.device_put(inputs, replicated(exp.mesh))
+        batch, dataset = jax.device_put(inputs, replicated(exp.mesh))
     else:
-        batch = image.reshape(n, *exp.image_shape), label
-        inputs = jax.device_put(batch, batch_sharded(exp.mesh)), ()
+        images = image.reshape(n, *exp.image_shape), label
+        batch, dataset = jax.device_put(images, batch_sharded(exp.mesh)), ()
+    inputs = batch, (experiment.replicated_keys(config.seed, exp), dataset)
     state = experiment.make_initial_state(config, exp)
     began = time.perf_counter()
     update = experiment.make_update(config, exp, resident).lower(state, *inputs).compile()

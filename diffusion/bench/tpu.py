@@ -23,6 +23,7 @@ from diffusion.bench.speed import forward_flops, jit_chain, round_up
 from diffusion.bench.timing import PEAKS, Measured
 from diffusion.runtime.validation import validate
 from diffusion.sharding import batch_sharded, replicated
+from diffusion.train_step import training_keys
 from diffusion.utils import logging
 from diffusion.utils.errors import ConfigError, one_line
 
@@ -55,11 +56,13 @@ def lower_steps(config: ConfigDict, exp: experiment.Experiment) -> tuple[Any, An
     size, pixels = config.train.batch_size, math.prod(exp.image_shape)
     if resident := NUM_IMAGES * pixels <= config.data.on_device_gib * 2**30:
         images = array((NUM_IMAGES, pixels), jnp.uint8)
-        inputs = array((size,), jnp.int32), (images, array((NUM_IMAGES,), jnp.int32))
+        batch, dataset = array((size,), jnp.int32), (images, array((NUM_IMAGES,), jnp.int32))
     else:  # a larger set is streamed
         images = array((size, *exp.image_shape), jnp.uint8, sharded)
-        inputs = (images, array((size,), jnp.int32, sharded)), ()
-    training = experiment.make_update(config, exp, resident).lower(state, *inputs)
+        batch, dataset = (images, array((size,), jnp.int32, sharded)), ()
+    keys = jax.tree.map(lambda key: array((), key.dtype), training_keys(config.seed))
+    update = experiment.make_update(config, exp, resident)
+    training = update.lower(state, batch, (keys, dataset))
     label, x_T = array((n,), jnp.int32, sharded), array((n, *exp.image_shape), jnp.float32, sharded)
     keys, ts = array((n,), jax.random.key(0).dtype, sharded), array((2,), jnp.int32)
     return training, jit_chain(config, exp).lower(state.ema, label, keys, x_T, ts)

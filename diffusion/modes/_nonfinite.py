@@ -39,7 +39,7 @@ def compile_update(
 ) -> jax.stages.Compiled:
     """Compiles a dispatch of training steps, each with its guard against NaN and infinity.
 
-    inputs: (batches, dataset, n) as of dispatch.group_inputs.
+    inputs: (batches, fixed, n) as of dispatch.group_inputs.
     """
     most = len(inputs[0])
     if most > 1 and jax.default_backend() == "cpu":

@@ -60,8 +60,9 @@ def run(run: Run) -> None:
 
     sizes = dispatch_sizes(start, c.steps, c.steps_per_dispatch, is_border)
     inputs = group_inputs(make_inputs(start), sizes, c.steps_per_dispatch)
-    batch, halted = next(inputs), not_halted(exp)
-    update = compile_update(update, c.on_nonfinite, state, halted, batch)
+    batch, halted = next(inputs, None), not_halted(exp)
+    if batch:  # else only the readings of the last step are left
+        update = compile_update(update, c.on_nonfinite, state, halted, batch)
     logging.info(f"training   from step {start:,}")
     timer.attribute_elapsed("starting")
     with (
@@ -99,9 +100,8 @@ def run(run: Run) -> None:
     logging.info(f"time       {timer.describe(step - start)}")
     if stop:
         raise preemption.Stopped(f"at step {step:,}, saved")
-    logging.info(
-        f"done       look at {run.workdir}/samples and {run.workdir}/figures; more samples:"
-    )
+    where = f"{run.workdir}/samples and {run.workdir}/figures"
+    logging.info(f"done       look at {where}; more samples:")
     logging.info(f"           python main.py --mode=sample --workdir={run.workdir}")
 
 

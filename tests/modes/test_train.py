@@ -194,6 +194,12 @@ def test_stopped_while_it_reads_or_draws_saves_this_step_and_does_both_later(tmp
     drawn = {p.name for p in tmp_path.glob("samples/*")}
     assert drawn == {f"{step:08d}_{kind}.png" for step in (3, 4) for kind in ("raw", "ema")}
     assert list(logged(tmp_path, "eval/fd_random")) == [3]
+    mark = tmp_path / "samples" / "00000004.unfinished"  # as of one killed after the last step
+    mark.write_text("")
+    (tmp_path / "samples" / "00000004_raw.png").unlink()
+    out, _ = run(*args)
+    assert not re.search("^compil|^step", out, re.M) and re.search(r"^done ", out, re.M), out
+    assert not mark.exists() and (tmp_path / "samples" / "00000004_raw.png").exists()
 
 
 @pytest.mark.parametrize("last, ready", [(5, ["block_until_ready"]), (2, [])])
