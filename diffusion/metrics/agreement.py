@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 MIN_CELLS = 4
+MIN_FOR_INTERVALS = 10  # cells; a bootstrap of fewer is far too sure
 DRAWS = 2000
 MAX_NUMBERS_PER_BLOCK = 2**22  # of the resamples taken at a time, 32 MB
 
@@ -19,11 +20,12 @@ class Correlations(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """Rank correlations of scores, in the order of `names`, over the same cells."""
+    """Rank correlations of scores, in the order of `names`, over the same cells, so many."""
 
     names: tuple[str, ...]
     spearman: Correlations
     kendall: Correlations
+    cells: int
 
 
 def rank_agreement(
@@ -39,7 +41,8 @@ def rank_agreement(
     over bootstrap resamples of the cells, the same ones for all pairs (Efron and Tibshirani 1993,
     Section 13.3); resamples that leave a score without an order are left out. Of 10 to 40 cells
     drawn from a bivariate normal distribution, 94 to 99 % of the 95 % intervals held the truth.
-    They are about the choice of the cells, not about the errors of the scores in them.
+    They are about the choice of the cells, not about the errors of the scores in them. Those of
+    fewer than MIN_FOR_INTERVALS cells are NaN.
 
     Args:
       scores: {name: one value a cell, [cells]}.
@@ -67,8 +70,10 @@ def rank_agreement(
     found = []
     for value, drawn in zip(values, map(np.concatenate, zip(*parts, strict=True)), strict=True):
         low, high = np.nanquantile(drawn, [tail, 1 - tail], axis=0)
+        if n < MIN_FOR_INTERVALS:
+            low = high = np.full_like(value, np.nan)
         found.append(Correlations(value, low, high))
-    return Agreement(names, *found)
+    return Agreement(names, *found, n)
 
 
 def _order(name: str, values: np.ndarray, cells: int) -> np.ndarray:

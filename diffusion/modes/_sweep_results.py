@@ -10,10 +10,18 @@ from scipy import stats
 
 from diffusion.metrics.agreement import MIN_CELLS, Agreement, rank_agreement
 from diffusion.modes._sweep_cells import Cell
+from diffusion.plotting.report_page import number_text
 
 MARGIN_LEVEL = 0.95  # of a difference that counts
 PEOPLE = "people's errors"  # of a study of a cell's samples
-HIGHER = ("precision", "recall")  # is better
+HIGHER = ("precision", "recall", PEOPLE)  # is better
+BY = " by "  # between a score and the sampler of its samples, if it is not the previews'
+MAX_WIDTH = 110  # of a table
+
+
+def base_reading(name: str) -> str:
+    """Returns the name of a reading without the sampler, "fd_pixels" of "fd_pixels by ddim"."""
+    return name.partition(BY)[0]
 
 
 def main_readings(names: Sequence[str]) -> list[str]:
@@ -23,7 +31,7 @@ def main_readings(names: Sequence[str]) -> list[str]:
     first distance; all others are in sweep.json and sweep.csv.
     """
     distances = [n for n in names if n.startswith(("fd_", "fid")) and "infinity" not in n]
-    kind = distances[0].partition(",")[0].partition("_")[2] if distances else ""
+    kind = base_reading(distances[0]).partition("_")[2] if distances else ""
     beside = [n for n in names if n.startswith(("precision", "recall")) and kind in n]
     beside += [n for n in names if n.startswith("unsure")]
     return [*(n for n in ("bits/dim", "loss") if n in names), *distances, *beside]
@@ -76,10 +84,11 @@ def by_setting(cells: Sequence[Cell], read: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def score_agreement(settings: Sequence[CellReadings]) -> Agreement | None:
-    """Returns the rank correlations of the main readings and people's errors over the settings.
+    """Returns how the main readings and people's errors rank the settings, 1: in the same order.
 
-    Of the settings that have them all; None where these are fewer than MIN_CELLS. People count
-    where they were asked about as many settings.
+    Ranks are of quality, the best one first, whether a reading rises or falls with it. Of the
+    settings that have all readings; None where these are fewer than MIN_CELLS. People count where
+    they were asked about as many settings.
     """
     names = list(dict.fromkeys(name for each in settings for name in each.readings))
     asked = sum(PEOPLE in each.readings for each in settings)
@@ -90,17 +99,23 @@ def score_agreement(settings: Sequence[CellReadings]) -> Agreement | None:
     complete = np.isfinite(np.array([*means.values()])).all(0) if means else np.zeros(0, bool)
     if complete.sum() < MIN_CELLS:
         return None
-    scores = {name: np.array(values)[complete] for name, values in means.items()}
+    scores = {
+        name: np.array(values)[complete] * (1 if is_better(name, 1.0) else -1)
+        for name, values in means.items()
+    }
     scores = {name: values for name, values in scores.items() if np.ptp(values) > 0}
     return rank_agreement(scores) if len(scores) > 1 else None
 
 
 def agreement_to_json(agreement: Agreement) -> dict[str, Any]:
-    """Returns an agreement for sweep.json."""
-    out: dict[str, Any] = {"names": [*agreement.names]}
+    """Returns an agreement for sweep.json; intervals that it lacks are null."""
+    out: dict[str, Any] = {"names": [*agreement.names], "cells": agreement.cells}
     for kind in ("spearman", "kendall"):
         each = getattr(agreement, kind)._asdict()
-        out[kind] = {name: matrix.tolist() for name, matrix in each.items()}
+        out[kind] = {
+            name: None if np.isnan(matrix).any() else matrix.tolist()
+            for name, matrix in each.items()
+        }
     return out
 
 
@@ -189,7 +204,8 @@ def is_better(reading: str, difference: float) -> bool:
 
 def _describe(e: Effect) -> str:
     word = "better" if is_better(e.reading, e.difference) else "worse"
-    return f"{e.reading} {e.difference:+.3g} +- {e.margin:.2g} ({word})"
+    number = number_text(e.difference, e.margin).replace("±", "+-")
+    return f"{e.reading} {'+' * (e.difference > 0)}{number} ({word})"
 
 
 def summary(settings: Sequence[CellReadings]) -> list[dict[str, Any]]:
@@ -222,14 +238,31 @@ def to_csv(settings: Sequence[CellReadings]) -> str:
 
 
 def readings_table(settings: Sequence[CellReadings], names: Sequence[str]) -> list[str]:
-    """Returns the lines of a table, a setting a row and a reading a column."""
-    width = max(len(each.label) for each in settings) + 2
-    lines = [" " * width + "".join(f"{name:>24}" for name in names)]
-    for each in settings:
-        cells = []
-        for name in names:
-            mean, error = mean_and_error(each.readings.get(name, np.array([])))
-            text = "failed" if np.isnan(mean) else f"{mean:.4g}"
-            cells.append(text + (f" +- {error:.2g}" if error is not None else ""))
-        lines.append(f"{each.label:{width}}" + "".join(f"{cell:>24}" for cell in cells))
+    """Returns the lines of a table, a setting a row and a reading a column.
+
+    A table that is wider than MAX_WIDTH goes on below, after an empty line.
+    """
+    labels = ["", *(each.label for each in settings)]
+    blocks: list[list[list[str]]] = []
+    for name in names:
+        column = [name, *(_describe_mean(each, name) for each in settings)]
+        if not blocks or sum(map(_width, [*blocks[-1], column])) > MAX_WIDTH:
+            blocks.append([labels])
+        blocks[-1].append(column)
+    lines: list[str] = []
+    for block in blocks:
+        widths = [_width(column) for column in block]
+        lines += [""] if lines else []
+        for label, *cells in zip(*block, strict=True):
+            rest = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+            lines.append(f"{label:{widths[0]}}" + "".join(rest))
     return lines
+
+
+def _describe_mean(each: CellReadings, name: str) -> str:
+    mean, error = mean_and_error(each.readings.get(name, np.array([])))
+    return "failed" if np.isnan(mean) else number_text(mean, error).replace("±", "+-")
+
+
+def _width(column: Sequence[str]) -> int:
+    return max(map(len, column)) + 2

@@ -32,7 +32,7 @@ from diffusion.utils.multihost import broadcast_from_primary, is_primary
 from diffusion.utils.progress import human_time
 
 LOSS_SHARE = 0.1  # of the training at its end over which the loss is averaged
-READING_VERSION = 1  # of how cells are read; another one reads them again
+READING_VERSION = 2  # of how cells are read; another one reads them again
 
 
 def run(run: Run) -> None:
@@ -141,7 +141,7 @@ def read_configs(config: ConfigDict) -> dict[str, ConfigDict]:
     fast["sampler.steps"] = min(c.evaluations, config.process.T)
     out = {"": with_overrides(config, changes | fast)}
     if c.chain or c.name == "T":
-        out[f", {config.sampler.name}"] = with_overrides(config, changes)
+        out[results.BY + config.sampler.name] = with_overrides(config, changes)
     return out
 
 
@@ -242,7 +242,7 @@ def write_results(run: Run, cells: list[Cell]) -> None:
     content |= {"cells": results.summary(settings), "sentences": said}
     if agreement:
         content["agreement"] = results.agreement_to_json(agreement)
-        args = agreement.names, *agreement.spearman
+        args = agreement.names, agreement.cells, *agreement.spearman
         plot_agreement(run.workdir / "agreement.png", *args)
     save_json(run.workdir / "sweep.json", content | {"config": run.config.to_dict()})
     save_text(run.workdir / "sweep.csv", results.to_csv(settings))
@@ -261,6 +261,7 @@ def panels(settings: list[results.CellReadings], key: str, config: ConfigDict) -
     """Returns the main readings over the values of a key; a line is cells that differ in it alone.
 
     Of a named sweep, which varies one key at a time, that is the line through the configured cell.
+    A score of several samplers' samples is one panel with a line for each.
     """
     configured = flatten(config)
     keys = dict.fromkeys(k for each in settings for k in each.values)
@@ -268,13 +269,17 @@ def panels(settings: list[results.CellReadings], key: str, config: ConfigDict) -
     rest = [{k: v for k, v in each.items() if k != key} for each in full]
     if not config.sweep.grid:
         rest = [{} if all(each[k] == configured[k] for k in each) else None for each in rest]
-    out = []
-    for name in results.main_readings(list({n: 0 for each in settings for n in each.readings})):
-        lines: dict[str, list[tuple[Any, float, float]]] = {}
+    names = results.main_readings(list({n: 0 for each in settings for n in each.readings}))
+    out: dict[str, SweepPanel] = {}
+    for name in names:
+        base = results.base_reading(name)
+        panel = out.setdefault(base, SweepPanel(base, {}, not results.is_better(base, 1.0)))
+        by = name.removeprefix(base).strip()
+        if not by and any(other.startswith(base + results.BY) for other in names):
+            by = "at equal evaluations"
         for each, values, other in zip(settings, full, rest, strict=True):
             mean, error = results.mean_and_error(each.readings.get(name, np.array([])))
             if other is not None:
-                label = ", ".join(f"{k}={v}" for k, v in other.items())
-                lines.setdefault(label, []).append((values[key], mean, error or 0.0))
-        out.append(SweepPanel(name, lines, not name.startswith(results.HIGHER)))
-    return out
+                label = ", ".join([*(f"{k}={v}" for k, v in other.items()), *([by] if by else [])])
+                panel.lines.setdefault(label, []).append((values[key], mean, error or 0.0))
+    return list(out.values())

@@ -61,18 +61,28 @@ def plot_sweep(png_path: PathLike, key: str, panels: Sequence[SweepPanel]) -> No
 
 
 def plot_agreement(
-    png_path: PathLike, names: Sequence[str], value: np.ndarray, low: np.ndarray, high: np.ndarray
+    png_path: PathLike,
+    names: Sequence[str],
+    settings: int,
+    value: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
 ) -> None:
-    """Plots rank correlations [k, k] of scores as coloured cells, with their intervals in them."""
+    """Plots rank correlations [k, k] of scores as coloured cells, with their intervals if any.
+
+    settings: so many were ranked.
+    """
     with figure_panels(png_path, 1, (2.6 + 1.1 * len(names), 1.6 + 0.8 * len(names))) as (axes,):
         axes.grid(False)
         axes.imshow(value, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
         for i, j in np.ndindex(value.shape):
             if i != j:
-                text = f"{value[i, j]:.2f}\n[{low[i, j]:.2f}, {high[i, j]:.2f}]"
+                interval = f"\n[{low[i, j]:.2f}, {high[i, j]:.2f}]"
+                text = f"{value[i, j]:.2f}" + (interval if np.isfinite(low[i, j]) else "")
                 colour = "white" if abs(value[i, j]) > 0.6 else BLACK
                 axes.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
         axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
         axes.set_yticks(range(len(names)), names)
         axes.tick_params(labelsize=8)
-        axes.set_title("rank correlation over settings (Spearman)", loc="left", **TITLE)
+        axes.set_title(f"{settings} settings, ranked by each score", loc="left", **TITLE)
+        axes.set_title("Spearman's rank correlation; 1: the same order", loc="right", **NOTE)

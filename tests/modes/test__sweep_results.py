@@ -1,6 +1,7 @@
 """Differences beyond the seeds' noise: exact cases, and how often noise alone is taken for one."""
 
 import csv
+import itertools
 
 import numpy as np
 import pytest
@@ -99,7 +100,7 @@ def test_sentences_say_what_is_better():
     cells, read = sweep_of({0: [low] * 2, 1: [high] * 2})
     settings = results.by_setting(cells, read)
     (line,) = results.sentences(results.effects(settings, {"a": 0}), settings)[1:]
-    assert "fd_random +8 +- 0 (worse)" in line and "precision_random +0.8 +- 0 (better)" in line
+    assert "fd_random +8 (worse)" in line and "precision_random +0.8000 (better)" in line
 
 
 def test_the_csv_has_every_reading():
@@ -121,8 +122,10 @@ def test_scores_agree_over_settings_by_their_order_and_with_people():
             read[cells[-1].name][results.PEOPLE] = 1 / fd
     found = results.score_agreement(results.by_setting(cells, read))
     assert found.names == ("fd_x", "precision_x", results.PEOPLE)  # the loss has no order
-    np.testing.assert_allclose(found.spearman.value, [[1, -1, -1], [-1, 1, 1], [-1, 1, 1]])
-    assert results.agreement_to_json(found)["spearman"]["value"] == found.spearman.value.tolist()
+    np.testing.assert_allclose(found.spearman.value, np.ones((3, 3)))  # all of them by quality
+    in_json = results.agreement_to_json(found)
+    assert in_json["spearman"]["value"] == found.spearman.value.tolist() and in_json["cells"] == 4
+    assert in_json["spearman"]["low"] is None  # four settings are too few
     few = results.by_setting(cells[2:], read)
     assert results.score_agreement(few) is None
 
@@ -133,3 +136,17 @@ def test_people_who_were_asked_about_few_settings_hide_no_other_agreement():
     read[cells[0].name][results.PEOPLE] = 0.4
     found = results.score_agreement(results.by_setting(cells, read))
     assert found.names == ("loss", "fd_x") and found.spearman.value[0, 1] == pytest.approx(-1)
+
+
+def test_a_wide_table_goes_on_below():
+    """Every reading is a column somewhere, no line is too wide, columns are aligned."""
+    read = {f"score_of_a_long_name_{i} by ancestral": float(i) for i in range(9)}
+    more = {name: value + 1 for name, value in read.items()}
+    cells, found = sweep_of({0: [read, more], 1000: [more, read]})
+    lines = results.readings_table(results.by_setting(cells, found), list(read))
+    assert max(map(len, lines)) <= results.MAX_WIDTH
+    assert "\n".join(lines).count(" +- 0.50") == 2 * len(read)
+    for head, row in itertools.pairwise(lines):
+        if head.startswith(" "):
+            assert len(head) == len(row) and row.startswith("a=0 ")
+    assert [name for name in read if f"  {name}" not in "\n".join(lines)] == []

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from diffusion.modes import likelihood, sweep
-from diffusion.modes._sweep_cells import make_cells
+from diffusion.modes._sweep_cells import Cell, make_cells
+from diffusion.modes._sweep_results import by_setting
 from diffusion.runtime import preemption
 from diffusion.runtime.config import Run, with_overrides
 from diffusion.utils.errors import NonFiniteError
@@ -137,3 +138,17 @@ def test_what_cannot_be_swept_is_one_line_before_anything_is_trained(tmp_path, a
     out, err = run("--mode=sweep", TINY, *args, f"--workdir={tmp_path}", code=2)
     assert message in err and err.count("\n") == 1 and out == ""
     assert not list(tmp_path.iterdir()) and not re.search("Traceback", err)
+
+
+def test_samplers_of_one_score_share_a_panel():
+    """A line each; bits/dim and the loss, which need none, are as they were."""
+    read = {"loss": 0.1, "fd_x": 1.0, "fd_x by ddim": 2.0, "precision_x": 0.5}
+    cells = [Cell({"process.T": T}, {}, seed) for T in (4, 6) for seed in (0, 1)]
+    settings = by_setting(cells, {cell.name: read for cell in cells})
+    config = with_overrides(config_of("digits", "tiny"), {"process.T": 6, "sweep.name": "T"})
+    found = {p.reading: p for p in sweep.panels(settings, "process.T", config)}
+    assert list(found) == ["loss", "fd_x", "precision_x"]
+    assert found["loss"].lines == {"": [(4, 0.1, 0.0), (6, 0.1, 0.0)]} and found["loss"].lower
+    by = {"at equal evaluations": 1.0, "by ddim": 2.0}
+    assert found["fd_x"].lines == {k: [(4, v, 0.0), (6, v, 0.0)] for k, v in by.items()}
+    assert list(found["precision_x"].lines) == [""] and not found["precision_x"].lower
