@@ -10,6 +10,7 @@ from diffusion.modes import _report_sections as sections
 from diffusion.modes._paper_tables import paper_tables
 from diffusion.modes._report_files import StoredFile, Subject, WorkFiles, mode_command
 from diffusion.modes._report_slider import make_slider
+from diffusion.modes._sweep_results import main_readings
 from diffusion.plotting.report_markdown import report_markdown
 from diffusion.plotting.report_page import (
     NOT_MEASURED,
@@ -146,16 +147,22 @@ def sweep_content(file: StoredFile, files: WorkFiles) -> tuple[str, str, list[Se
     cells = range(len(file.at("cells", kind=list)))
     names = list(dict.fromkeys(name for i in cells for name in file.at("cells", i, "readings")))
     rows: list[list[TableCell]] = []
+    labels = [file.at("cells", i, "cell", kind=str) for i in cells]
+    shown = main_readings(names)
     for i in cells:
         seeds = ", ".join(map(str, file.at("cells", i, "seeds", kind=list)))
-        numbers = (sweep_reading(file, i, name) for name in names)
-        rows.append([file.at("cells", i, "cell", kind=str), seeds, *numbers])
+        rows.append([labels[i], seeds, *(sweep_reading(file, i, name) for name in shown)])
+    others = [[n, *(sweep_reading(file, i, n) for i in cells)] for n in names if n not in shown]
     parts: list[ReportPart] = [str(sentence) for sentence in file.at("sentences", kind=list)]
-    parts.append(Table("The settings", ("setting", "seeds", *names), rows))
-    found = sorted(path.name for path in files.workdir.glob("*.png"))
-    plots = [files.picture(name, name.removesuffix(".png")) for name in found]
+    parts.append(Table("The settings", ("setting", "seeds", *shown), rows))
+    if others:
+        parts.append(Table("All other readings", ("", *labels), others, folded=True))
+    titles = {path.name: f"Over {path.stem}" for path in sorted(files.workdir.glob("*.png"))}
+    if titles.pop("agreement.png", ""):
+        titles["agreement.png"] = "How far scores put the settings in one order"
+    plots = [files.picture(name, title) for name, title in titles.items()]
     made = [Section("Results", parts), Section("Plots", [plot for plot in plots if plot])]
-    if any(NOT_MEASURED in map(grade_name, row) for row in rows):
+    if any(NOT_MEASURED in map(grade_name, row) for row in rows + others):
         how = mode_command(files.workdir, "sweep")
         table = Table("", ("not there", "the command that makes it"), [("readings", how)])
         made.append(Section("What is missing", [table]))

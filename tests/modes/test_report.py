@@ -553,6 +553,7 @@ def sweep_folder(folder, **changes):
     folder.mkdir(exist_ok=True)
     readings = {"bits/dim": {"mean": 2.8374, "error": 0.0181, "each": [2.8, 2.9]}}
     readings |= {"fd_random": {"mean": 0.05, "error": None, "each": [0.05]}}
+    readings |= {"parameters": {"mean": 176849, "error": 0.0, "each": [176849] * 2}}
     failed = {"bits/dim": {"mean": None, "error": None, "each": [None, None]}}
     cells = [
         {"cell": f"process.T={T}", "values": {"process.T": T}, "seeds": [0, 1], "readings": r}
@@ -574,6 +575,7 @@ def test_sweep_s_report_has_its_table_plots_and_sentences(tmp_path):
     sources = {number["data-source"] for number in page.numbers}
     assert "sweep.json#/cells/0/readings/bits~1dim/mean" in sources
     assert ["process.T=1000", "0, 1", "failed", "not measured"] in page.rows
+    assert ["parameters", "176,849", "not measured"] in page.rows
     assert [shlex.split(code)[2] for code in page.codes] == ["--mode=sweep"]
     for damaged in ("{", "[]", '{"name": "x", "keys": ["a"], "cells": [3], "sentences": []}'):
         (folder / "sweep.json").write_text(damaged)
