@@ -46,12 +46,17 @@ class CellReadings(NamedTuple):
     readings: dict[str, np.ndarray]
     failures: list[str]
 
+    def by_seed(self, name: str) -> dict[int, float]:
+        """Returns {seed: reading} of the seeds that have it."""
+        values = self.readings.get(name, np.full(len(self.seeds), np.nan))
+        return {s: float(v) for s, v in zip(self.seeds, values, strict=True) if np.isfinite(v)}
+
 
 class Effect(NamedTuple):
     """What one value of a key does to a reading, against the reference value of that key.
 
-    difference and its error are means over the cells that differ in nothing else; margin: what a
-    difference has to exceed at MARGIN_LEVEL, by Student's t of the seeds' scatter.
+    difference: the mean over the cells that differ in nothing else; margin: what it has to exceed
+    at MARGIN_LEVEL, by Student's t of its scatter over the seeds.
     """
 
     key: str
@@ -154,32 +159,31 @@ def effects(settings: Sequence[CellReadings], configured: Mapping[str, Any]) -> 
     return out
 
 
-def _compare(pairs: list, name: str) -> tuple[float, float] | None:
-    """Returns (mean difference, margin), the margin infinite where no seed is repeated."""
-    differences, variance, freedom = [], 0.0, 0
-    for pair in pairs:
-        sides = [
-            x.readings[name][np.isfinite(x.readings[name])] for x in pair if name in x.readings
-        ]
-        if len(sides) < 2 or not all(len(side) for side in sides):
-            continue
-        differences.append(sides[0].mean() - sides[1].mean())
-        # Welch's variance of a difference of means; its freedom is at least the smaller side's.
-        variance += sum(s.var(ddof=1) / len(s) if len(s) > 1 else np.inf for s in sides)
-        freedom += min(len(s) for s in sides) - 1
-    if not differences:
+def _compare(
+    pairs: Sequence[tuple[CellReadings, CellReadings]], name: str
+) -> tuple[float, float] | None:
+    """Returns (mean difference, margin), the margin infinite of one seed.
+
+    Paired by the seeds: trainings of one seed begin with the same weights where they can, and see
+    the same batches and noise. Of several pairs of settings the mean of each seed counts once.
+    """
+    of_seed: dict[int, list[float]] = {}
+    for a, b in pairs:
+        ours, theirs = a.by_seed(name), b.by_seed(name)
+        for seed in sorted(ours.keys() & theirs):
+            of_seed.setdefault(seed, []).append(ours[seed] - theirs[seed])
+    if not of_seed:
         return None
-    error = np.sqrt(variance) / len(differences)
-    quantile = stats.t.ppf((1 + MARGIN_LEVEL) / 2, freedom) if freedom else np.inf
-    margin = quantile * error if np.isfinite(error) else np.inf
-    return float(np.mean(differences)), float(margin)
+    mean, error = mean_and_error(np.array([np.mean(each) for each in of_seed.values()]))
+    quantile = stats.t.ppf((1 + MARGIN_LEVEL) / 2, max(1, len(of_seed) - 1))
+    return mean, np.inf if error is None else float(quantile * error)
 
 
 def sentences(found: Sequence[Effect], settings: Sequence[CellReadings]) -> list[str]:
     """Returns what matters, by how much, whether beyond the seeds' noise: a line for each value."""
     lines = [
-        f"differences with the margin of {MARGIN_LEVEL:.0%} (Student's t over seeds); of twenty "
-        "comparisons one exceeds it by chance"
+        f"differences with the margin of {MARGIN_LEVEL:.0%} (Student's t over seeds, in pairs); of "
+        "twenty comparisons one exceeds it by chance"
     ]
     for key in dict.fromkeys(effect.key for effect in found):
         of_key = [effect for effect in found if effect.key == key]

@@ -158,8 +158,11 @@ def sweep_content(file: StoredFile, files: WorkFiles) -> tuple[str, str, list[Se
     if others:
         parts.append(Table("All other readings", ("", *labels), others, folded=True))
     titles = {path.name: f"Over {path.stem}" for path in sorted(files.workdir.glob("*.png"))}
-    if titles.pop("agreement.png", ""):
-        titles["agreement.png"] = "How far scores put the settings in one order"
+    known = {
+        "effects.png": "What each value changes, with 95 % margins over the seeds",
+        "agreement.png": "How far scores put the settings in one order",
+    }
+    titles |= {name: title for name, title in known.items() if titles.pop(name, "")}
     plots = [files.picture(name, title) for name, title in titles.items()]
     made = [Section("Results", parts), Section("Plots", [plot for plot in plots if plot])]
     if any(NOT_MEASURED in map(grade_name, row) for row in rows + others):

@@ -2,7 +2,7 @@
 
     workdir/cells/SETTING,seed=N     a work directory, trained, resumed and read by the other modes
     workdir/sweep.{json,csv,md}      readings with their errors, and what matters, in words
-    workdir/KEY.png                  a picture for each key that varies
+    workdir/{effects,KEY}.png        what each value changes; readings over each key that varies
 
 A killed sweep goes on where it was. Several machines share one by sweep.part; whichever ends last
 writes the results, and a later start without sweep.part writes them again.
@@ -22,7 +22,13 @@ from diffusion.dispatch import dispatch_sizes, group_inputs
 from diffusion.modes import _sweep_results as results
 from diffusion.modes._nonfinite import compile_update, not_halted
 from diffusion.modes._sweep_cells import Cell, cell_config, make_cells, share
-from diffusion.plotting.sweep_curves import SweepPanel, plot_agreement, plot_sweep
+from diffusion.plotting.sweep_curves import (
+    EffectPanel,
+    SweepPanel,
+    plot_agreement,
+    plot_effects,
+    plot_sweep,
+)
 from diffusion.runtime import validation
 from diffusion.runtime.config import Run, flatten, with_overrides
 from diffusion.utils import logging
@@ -250,11 +256,23 @@ def write_results(run: Run, cells: list[Cell]) -> None:
     lines = results.readings_table(settings, shown)
     text = [f"# Sweep: {name}", "", "```", *lines, "```", "", *(f"- {line}" for line in said), ""]
     save_text(run.workdir / "sweep.md", "\n".join(text))
+    if effects:
+        plot_effects(run.workdir / "effects.png", effect_panels(effects))
     for key in keys if shown else ():
         plot_sweep(run.workdir / f"{key}.png", key, panels(settings, key, run.config))
     for line in [*lines, *said]:
         logging.info(line)
-    logging.info(f"done       {run.workdir}/sweep.json, sweep.csv, sweep.md, KEY.png")
+    logging.info(f"done       {run.workdir}/sweep.json, sweep.csv, sweep.md, effects.png, KEY.png")
+
+
+def effect_panels(effects: list[results.Effect]) -> list[EffectPanel]:
+    """Returns the effects of all settings on each reading."""
+    out: dict[str, EffectPanel] = {}
+    for e in effects:
+        panel = EffectPanel(e.reading, {}, not results.is_better(e.reading, 1.0))
+        effect = e.difference, e.margin
+        out.setdefault(e.reading, panel).effects[f"{e.key}={e.value}"] = effect
+    return list(out.values())
 
 
 def panels(settings: list[results.CellReadings], key: str, config: ConfigDict) -> list[SweepPanel]:

@@ -7,9 +7,11 @@ import numpy as np
 
 from diffusion.plotting.curves import (
     BLACK,
+    BLUE,
     COLOURS,
     GREY,
     NOTE,
+    RED,
     TITLE,
     figure_panels,
     set_scale,
@@ -58,6 +60,43 @@ def plot_sweep(png_path: PathLike, key: str, panels: Sequence[SweepPanel]) -> No
             axes.set_title(f"{'lower' if panel.lower else 'higher'} is better", loc="right", **NOTE)
         if any(label for panel in panels for label in panel.lines):
             grid[-1].legend(frameon=False, fontsize=8, labelcolor=BLACK)
+
+
+class EffectPanel(NamedTuple):
+    """What settings change of a reading, {setting: (difference, margin)}.
+
+    lower: whether lower is better.
+    """
+
+    reading: str
+    effects: Mapping[str, tuple[float, float]]
+    lower: bool
+
+
+def plot_effects(png_path: PathLike, panels: Sequence[EffectPanel]) -> None:
+    """Plots differences with their margins, a panel a reading and a row a setting.
+
+    Coloured where they are beyond the margin; an infinite one, of one seed, is not drawn.
+    """
+    labels = list(dict.fromkeys(label for panel in panels for label in panel.effects))
+    rows = -(-len(panels) // MAX_COLUMNS)
+    columns = -(-len(panels) // rows)
+    size = 2.2 + 3.4 * columns, rows * (1.2 + 0.3 * len(labels))
+    with figure_panels(png_path, len(panels), size, rows) as grid:
+        for i, (panel, axes) in enumerate(zip(panels, grid, strict=True)):
+            for label, (difference, margin) in panel.effects.items():
+                better = (difference < 0) == panel.lower
+                colour = (BLUE if better else RED) if abs(difference) > margin else GREY
+                width = margin if np.isfinite(margin) else 0.0
+                style = {"color": colour, "markersize": 4, "capsize": 2}
+                axes.errorbar(difference, labels.index(label), xerr=width, fmt="o", **style)
+            axes.axvline(0, color=BLACK, linewidth=0.8)
+            axes.set_yticks(range(len(labels)), [] if i % columns else labels)
+            axes.set_ylim(len(labels) - 0.5, -0.5)
+            axes.locator_params(axis="x", nbins=5)
+            axes.tick_params(labelsize=8)
+            axes.set_title(panel.reading, loc="left", **TITLE)
+            axes.set_title(f"{'lower' if panel.lower else 'higher'} is better", loc="right", **NOTE)
 
 
 def plot_agreement(

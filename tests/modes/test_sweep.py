@@ -9,7 +9,7 @@ from PIL import Image
 
 from diffusion.modes import likelihood, sweep
 from diffusion.modes._sweep_cells import Cell, make_cells
-from diffusion.modes._sweep_results import by_setting
+from diffusion.modes._sweep_results import by_setting, effects
 from diffusion.runtime import preemption
 from diffusion.runtime.config import Run, with_overrides
 from diffusion.utils.errors import NonFiniteError
@@ -61,8 +61,9 @@ def test_results_are_the_readings_of_the_cells(whole):
     header, *rows = (workdir / "sweep.csv").read_text().splitlines()
     assert len(rows) == 2 and "bits/dim" in header
     assert "cell       2/2: process.T=6, seed 0, about " in out
-    with Image.open(workdir / "process.T.png") as image:
-        assert image.width > image.height > 300
+    for name in ("process.T.png", "effects.png"):
+        with Image.open(workdir / name) as image:
+            assert image.width > image.height > 300
     assert (workdir / "sweep.md").read_text().count("process.T=") >= 3
 
 
@@ -152,3 +153,12 @@ def test_samplers_of_one_score_share_a_panel():
     by = {"at equal evaluations": 1.0, "by ddim": 2.0}
     assert found["fd_x"].lines == {k: [(4, v, 0.0), (6, v, 0.0)] for k, v in by.items()}
     assert list(found["precision_x"].lines) == [""] and not found["precision_x"].lower
+
+
+def test_effects_of_all_settings_on_a_reading_share_a_panel():
+    cells = [Cell({"process.T": T}, {}, seed) for T in (4, 5, 6) for seed in (0, 1)]
+    read = {c.name: {"loss": float(c.values["process.T"]), "precision_x": 0.5} for c in cells}
+    found = effects(by_setting(cells, read), {"process.T": 6})
+    loss, precision = sweep.effect_panels(found)
+    assert loss.effects == {"process.T=4": (-2.0, 0.0), "process.T=5": (-1.0, 0.0)} and loss.lower
+    assert precision.reading == "precision_x" and not precision.lower
