@@ -265,7 +265,9 @@ def readings_table(settings: Sequence[CellReadings], names: Sequence[str]) -> li
 
 def _describe_mean(each: CellReadings, name: str) -> str:
     mean, error = mean_and_error(each.readings.get(name, np.array([])))
-    return "failed" if np.isnan(mean) else number_text(mean, error).replace("±", "+-")
+    if np.isnan(mean):
+        return "failed" if each.failures else "-"
+    return number_text(mean, error).replace("±", "+-")
 
 
 def _width(column: Sequence[str]) -> int:
