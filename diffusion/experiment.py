@@ -215,7 +215,7 @@ def make_initial_state(config: ConfigDict, exp: Experiment) -> train_step.TrainS
 
 
 def replicated_keys(seed: int, exp: Experiment) -> train_step.TrainingKeys:
-    """Returns the keys of a training on every device.
+    """Returns the keys of a training, typed keys of shape [], on every device.
 
     Programs take them as arguments, so that another seed finds these compiled.
     """
@@ -282,7 +282,7 @@ def fits_on_device(config: ConfigDict, images: data.ImageDataset) -> bool:
 def make_input_pipeline(
     config: ConfigDict, exp: Experiment, images: data.ImageDataset
 ) -> tuple[Callable, Callable[[int], Iterator[tuple[Any, Any]]]]:
-    """Returns (update, start -> iterator over its batch and its (keys, dataset) from step start).
+    """Returns (update, start -> iterator over (batch, (keys, dataset)) of steps start, ...).
 
     A data set that fits lies on every device; a larger one is streamed. Both give the same batches.
     Raises ConfigError, and DataError at once or while reading.

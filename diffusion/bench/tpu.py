@@ -60,9 +60,8 @@ def lower_steps(config: ConfigDict, exp: experiment.Experiment) -> tuple[Any, An
     else:  # a larger set is streamed
         images = array((size, *exp.image_shape), jnp.uint8, sharded)
         batch, dataset = (images, array((size,), jnp.int32, sharded)), ()
-    keys = jax.tree.map(lambda key: array((), key.dtype), training_keys(config.seed))
-    update = experiment.make_update(config, exp, resident)
-    training = update.lower(state, batch, (keys, dataset))
+    fixed = jax.tree.map(lambda key: array((), key.dtype), training_keys(config.seed)), dataset
+    training = experiment.make_update(config, exp, resident).lower(state, batch, fixed)
     label, x_T = array((n,), jnp.int32, sharded), array((n, *exp.image_shape), jnp.float32, sharded)
     keys, ts = array((n,), jax.random.key(0).dtype, sharded), array((2,), jnp.int32)
     return training, jit_chain(config, exp).lower(state.ema, label, keys, x_T, ts)

@@ -20,7 +20,7 @@ class Correlations(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """Rank correlations of scores, in the order of `names`, over the same cells, so many."""
+    """Rank correlations of scores, in the order of `names`; cells: over how many."""
 
     names: tuple[str, ...]
     spearman: Correlations

@@ -159,6 +159,11 @@ def effects(settings: Sequence[CellReadings], configured: Mapping[str, Any]) -> 
     return out
 
 
+def effects_to_json(found: Sequence[Effect]) -> list[dict[str, Any]]:
+    """Returns the effects for sweep.json; the margin of one seed is null."""
+    return [e._asdict() | {"margin": e.margin if np.isfinite(e.margin) else None} for e in found]
+
+
 def _compare(
     pairs: Sequence[tuple[CellReadings, CellReadings]], name: str
 ) -> tuple[float, float] | None:

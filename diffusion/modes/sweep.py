@@ -246,6 +246,7 @@ def write_results(run: Run, cells: list[Cell]) -> None:
     agreement = results.score_agreement(settings)
     content = {"name": name, "equal": run.config.sweep.equal, "keys": keys}
     content |= {"cells": results.summary(settings), "sentences": said}
+    content["effects"] = results.effects_to_json(effects)  # as in effects.png
     if agreement:
         content["agreement"] = results.agreement_to_json(agreement)
         args = agreement.names, agreement.cells, *agreement.spearman

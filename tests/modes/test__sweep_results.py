@@ -52,6 +52,8 @@ def test_a_large_difference_counts_and_one_seed_never_does():
     assert effects_of({0: [1.0, 1.1, 0.9], 1: [9.0, 9.1, 8.9]})[0].counts
     (effect,) = effects_of({0: [1.0], 1: [9.0]})
     assert effect.difference == 8.0 and effect.margin == np.inf and not effect.counts
+    (in_json,) = results.effects_to_json([effect])
+    assert in_json["difference"] == 8.0 and in_json["margin"] is None and in_json["key"] == "a"
 
 
 def test_the_reference_is_what_is_configured():
